@@ -1,0 +1,34 @@
+"""Train sparse autoencoders on any activations, and know whether they found the truth.
+
+import sae
+result = sae.train(sae.load_config("configs/mine.yaml"))
+model = sae.load("runs/mine")
+score = sae.metrics.recovery(model.W_dec, true_features)
+"""
+
+from sae import metrics
+from sae.codes import SparseCodes
+from sae.config import SAEConfig, SourceConfig, TrainConfig, load_config
+from sae.errors import UsageError
+from sae.model import SAE, load
+from sae.run import Result, evaluate_run, train
+from sae.sources import HeldOut, Source
+from sae.sparsifiers import Sparsifier
+
+__all__ = [
+    "SAE",
+    "HeldOut",
+    "Result",
+    "SAEConfig",
+    "Source",
+    "SourceConfig",
+    "SparseCodes",
+    "Sparsifier",
+    "TrainConfig",
+    "UsageError",
+    "evaluate_run",
+    "load",
+    "load_config",
+    "metrics",
+    "train",
+]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -61,13 +60,19 @@ class SparseCodes:
             return self.values @ W_dec
         return F.embedding_bag(self.indices, W_dec, per_sample_weights=self.values, mode="sum")
 
-    def fired(self) -> Bool[Tensor, " d_sae"]:
-        """Which latents fire at least once in this batch, found without a host synchronisation."""
+    def firing(self) -> Int[Tensor, " d_sae"]:
+        """In how many rows each latent fires, found without a host synchronisation."""
         if self.indices is None:
-            return (self.values > 0).any(dim=0)
-        fired = torch.zeros(self.d_sae, dtype=torch.int32, device=self.values.device)
-        ones = (self.values > 0).to(torch.int32)
-        return fired.scatter_add_(0, rearrange(self.indices, "b k -> (b k)"), rearrange(ones, "b k -> (b k)")) > 0
+            return torch.count_nonzero(self.values, dim=0)
+        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
+        fires = (self.values > 0).to(torch.int64)
+        return counts.scatter_add_(0, self.indices.flatten(), fires.flatten())
+
+    def weighted_sum(self, weights: Float[Tensor, " d_sae"]) -> Float[Tensor, " batch"]:
+        """sum_j z_j weights_j for each row."""
+        if self.indices is None:
+            return self.values @ weights
+        return (self.values * weights[self.indices]).sum(dim=1)
 
     def scaled(self, factor: float | Float[Tensor, " d_sae"]) -> SparseCodes:
         """z_j multiplied by a factor, or by one factor for each latent."""
@@ -75,13 +80,18 @@ class SparseCodes:
             factor = factor[self.indices]
         return SparseCodes(self.values * factor, self.indices, self.d_sae)
 
-    def compact(self) -> SparseCodes:
-        """The same codes padded to the longest row, each row's entries in order of latent."""
-        dense = self.dense()
-        k_cap = int((dense > 0).sum(dim=1).max()) if len(dense) else 0
-        firing, order = (dense > 0).to(torch.int8).sort(dim=1, descending=True, stable=True)
-        indices = order[:, : max(k_cap, 1)]
-        return SparseCodes(dense.gather(1, indices) * firing[:, : max(k_cap, 1)], indices, self.d_sae)
+    @classmethod
+    def where(cls, fires: Bool[Tensor, "batch d_sae"], values: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        """The values that fire, padded to the row with the most of them, in order of latent."""
+        counts = fires.sum(dim=1)
+        k_cap = max(int(counts.max()), 1) if len(fires) else 1
+        rows, latents = fires.nonzero(as_tuple=True)
+        starts = counts.cumsum(0) - counts
+        slots = rows * k_cap + torch.arange(len(rows), device=rows.device) - starts[rows]
+        padded = values.new_zeros(len(fires) * k_cap).index_put((slots,), values[rows, latents])
+        indices = torch.zeros(len(fires) * k_cap, dtype=torch.int64, device=rows.device)
+        indices[slots] = latents
+        return cls(padded.view(-1, k_cap), indices.view(-1, k_cap), fires.shape[1])
 
     @classmethod
     def cat(cls, parts: Sequence[SparseCodes]) -> SparseCodes:

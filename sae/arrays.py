@@ -1,0 +1,197 @@
+"""Arrays on disk and in memory as one table of rows, memory-mapped, with errors that name the file and the row."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.errors import UsageError
+
+# safetensors' names of the floating types. NumPy has no bfloat16: its bits are mapped as int16 and viewed.
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Rows:
+    """Tensors [rows_i, d_in] one after the other, read as one table. Those from files are memory-mapped."""
+
+    def __init__(self, parts: Sequence[Tensor], names: Sequence[str]) -> None:
+        self.parts, self.names = list(parts), list(names)
+        for part, name in zip(parts, names, strict=True):
+            _check_part(part, name, parts[0], names[0])
+        self.starts = [0, *accumulate(len(part) for part in parts)]
+        self.d_in = parts[0].shape[1]
+        self.row_bytes = self.d_in * parts[0].element_size()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def read(self, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
+        """Consecutive rows, checked, in the dtype they are stored in."""
+        pieces = [
+            part[max(start - first, 0) : max(stop - first, 0)]
+            for part, first in zip(self.parts, self.starts, strict=False)
+        ]
+        rows = torch.cat([piece for piece in pieces if len(piece)])
+        self._check_finite(rows, start)
+        return rows
+
+    def take(self, indices: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_in"]:
+        """Any rows, in any order, as float32."""
+        if len(self.parts) == 1:
+            return self.parts[0][indices].float()
+        result = torch.empty(len(indices), self.d_in)
+        owner = torch.bucketize(indices, torch.tensor(self.starts[1:]), right=True)
+        for number in owner.unique().tolist():
+            slots = (owner == number).nonzero().squeeze(1)
+            result[slots] = self.parts[number][indices[slots] - self.starts[number]].float()
+        return result
+
+    def check_all(self, chunk_rows: int = 65536) -> None:
+        """Reads every row once.
+
+        Raises:
+            UsageError: a row holds NaN or infinity.
+        """
+        for start in range(0, len(self), chunk_rows):
+            self.read(start, min(start + chunk_rows, len(self)))
+
+    def _check_finite(self, rows: Float[Tensor, "rows d_in"], start: int) -> None:
+        # The sum of a row is not finite when one of its values is not: one number a row to look at.
+        if bool(rows.float().sum(dim=1).isfinite().all()):
+            return
+        bad = (~rows.isfinite().all(dim=1)).nonzero().squeeze(1).tolist()
+        if bad:
+            part = bisect_right(self.starts, start + bad[0]) - 1
+            more = f" (and {len(bad) - 1} more near it)" if len(bad) > 1 else ""
+            raise UsageError(
+                f"{self.names[part]} row {start + bad[0] - self.starts[part]} holds NaN or infinity{more}; "
+                "remove such rows before training"
+            )
+
+
+def as_tensor(array: np.ndarray, name: str) -> Tensor:
+    """The same memory as a tensor.
+
+    Raises:
+        UsageError: torch has no such dtype.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Read-only arrays draw a warning about writing, which never happens here.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(array)
+    except TypeError:
+        raise UsageError(f"{name} holds {array.dtype}; activations must be floating point, convert them to float32") from None
+
+
+def open_rows(pattern: str | Path, key: str | None = None) -> Rows:
+    """Maps the file, or every file of a glob in order of name: .npy, .npz or .safetensors.
+
+    `key` names the array inside .npz and .safetensors; it may be left out when there is only one.
+
+    Raises:
+        UsageError: no such file, or one that is empty, truncated, of another shape or not of floating point.
+    """
+    path = Path(pattern)
+    if path.is_file():
+        files = [path]
+    else:
+        anchor = Path(path.anchor) if path.is_absolute() else Path()
+        files = sorted(file for file in anchor.glob(str(path.relative_to(path.anchor))) if file.is_file())
+    if not files:
+        raise UsageError(f"no file matches {str(pattern)!r}; give a .npy, .npz or .safetensors file, or a glob of them")
+    return Rows([_open(file, key) for file in files], [str(file) for file in files])
+
+
+def _open(path: Path, key: str | None) -> Tensor:
+    openers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
+    if path.suffix not in openers:
+        raise UsageError(f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; known: {', '.join(openers)}")
+    if path.stat().st_size == 0:
+        raise UsageError(f"{path} is empty (0 bytes); write the activations again")
+    try:
+        return openers[path.suffix](path, key)
+    except UsageError:
+        raise
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is truncated or damaged ({' '.join(str(error).split())}); write it again") from error
+
+
+def _open_npy(path: Path, key: str | None) -> Tensor:
+    return as_tensor(np.load(path, mmap_mode="r", allow_pickle=False), str(path))
+
+
+def _open_npz(path: Path, key: str | None) -> Tensor:
+    """Maps the member when it is stored; a compressed one has to be unpacked into memory."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        info = archive.getinfo(members[_only_key(path, key, list(members))])
+        if info.compress_type != zipfile.ZIP_STORED:
+            with archive.open(info) as file:
+                return as_tensor(np.lib.format.read_array(file, allow_pickle=False), str(path))
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)
+        name_bytes, extra_bytes = np.frombuffer(file.read(4), dtype="<u2")
+        file.seek(info.header_offset + 30 + int(name_bytes) + int(extra_bytes))
+        shape, fortran, dtype = _read_npy_header(file)
+        mapped: np.ndarray = np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+    return as_tensor(mapped, str(path))
+
+
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _open_safetensors(path: Path, key: str | None) -> Tensor:
+    """Maps one tensor: 8 bytes of header length, a JSON header with each tensor's place, then the bytes."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > path.stat().st_size:
+            raise ValueError("the header runs past the end of the file")
+        header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    entry = header[_only_key(path, key, list(header))]
+    if entry["dtype"] not in SAFETENSORS_TYPES:
+        raise UsageError(f"{path} holds {entry['dtype']}; activations must be one of {', '.join(SAFETENSORS_TYPES)}")
+    begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+    if end > path.stat().st_size:
+        raise ValueError(f"the tensor ends at byte {end}, the file at {path.stat().st_size}")
+    dtype = SAFETENSORS_TYPES[entry["dtype"]]
+    bits = np.int16 if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
+    return as_tensor(np.memmap(path, bits, "r", begin, tuple(entry["shape"])), str(path)).view(dtype)
+
+
+def _only_key(path: Path, key: str | None, keys: list[str]) -> str:
+    if key is None and len(keys) == 1:
+        return keys[0]
+    if key not in keys:
+        given = "no key was given" if key is None else f"there is no {key!r}"
+        raise UsageError(f"{path} holds {', '.join(sorted(keys)) or 'nothing'} and {given}; set source.key")
+    return key
+
+
+def _check_part(part: Tensor, name: str, first: Tensor, first_name: str) -> None:
+    if part.ndim != 2:
+        raise UsageError(f"{name} must have shape [rows, d_in], got {list(part.shape)}; flatten the leading axes")
+    if 0 in part.shape:
+        raise UsageError(f"{name} has no values: its shape is {list(part.shape)}")
+    if not part.is_floating_point():
+        raise UsageError(f"{name} holds {part.dtype}; activations must be floating point, convert them to float32")
+    if part.shape[1] != first.shape[1] or part.dtype != first.dtype:
+        raise UsageError(
+            f"{name} holds {list(part.shape)} of {part.dtype}, but {first_name} holds {list(first.shape)} of "
+            f"{first.dtype}; all parts must share d_in and dtype"
+        )

@@ -1,0 +1,61 @@
+"""Checkpoints: one folder each, whole or absent, from which a run continues bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae.errors import UsageError
+
+TENSORS, VALUES = "state.safetensors", "state.json"
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, Any], keep: int) -> None:
+    """Writes `folder/step-<step>`, then deletes all but the latest `keep`.
+
+    The files are written under a temporary name and renamed at once: a reader never sees half a checkpoint.
+    """
+    target = folder / f"step-{step:09d}"
+    partial = folder / f"{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+    values = values | {"sha256": _sha256(partial / TENSORS)}
+    (partial / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return next(reversed(_all(folder)), None)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values of one checkpoint.
+
+    Raises:
+        UsageError: the tensors do not match their checksum.
+    """
+    values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+    if _sha256(path / TENSORS) != values.pop("sha256"):
+        raise UsageError(f"{path / TENSORS} does not match its checksum; delete {path} to resume from the one before")
+    return load_file(path / TENSORS), values
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,134 @@
+"""The command line: `sae demo | train | eval | report`. Errors that a user can cause are one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+
+from sae.errors import UsageError
+
+
+@dataclass
+class Demo:
+    """Features -> toy model -> SAE -> recovery -> report, in one command.
+
+    `sae demo` trains a toy model in superposition (256 features in 64 dimensions) and SAEs on its hidden
+    activations, and measures whether they found the features. `sae demo digits` trains an SAE on the hidden
+    activations of a small network that reads scanned digits, and shows what its latents mean.
+    """
+
+    what: Annotated[Positional[Literal["features", "digits"]], arg(metavar="{features,digits}")] = "features"
+    out: Path | None = None
+    """Output directory; default runs/demo or runs/digits."""
+    seed: int = 0
+    overwrite: bool = False
+    """Replace an earlier demo in the output directory."""
+
+    def run(self) -> None:
+        from sae import demo, digits  # noqa: PLC0415
+
+        if self.what == "features":
+            demo.run(self.out or Path("runs/demo"), self.seed, self.overwrite)
+        else:
+            digits.run(self.out or Path("runs/digits"), self.seed, self.overwrite)
+
+
+@dataclass
+class Train:
+    """Train an SAE as CONFIG.yaml says.
+
+    Any value of the file can be set on the command line: `--sae.k 8`, `--train.lr 1e-3`, `--sae.kind batchtopk`,
+    `--log.wandb offline`.
+    """
+
+    config: Positional[Path]
+    out: Path | None = None
+    """Run directory; default what the file says."""
+    resume: bool = False
+    """Continue the run in the output directory, bit for bit."""
+    overwrite: bool = False
+    """Discard the run in the output directory."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+
+    def run(self) -> None:
+        from sae.config import load_config  # noqa: PLC0415
+        from sae.console import print_metrics, progress  # noqa: PLC0415
+        from sae.run import train  # noqa: PLC0415
+
+        out = ("--out", str(self.out)) if self.out is not None else ()
+        config = load_config(self.config, (*self.overrides, *out))
+        with progress(f"training {config.sae.kind}", config.n_steps) as on_line:
+            result = train(config, resume=self.resume, overwrite=self.overwrite, on_line=on_line)
+        print_metrics(result.metrics)
+        print(f"\nwrote {result.out}/")
+
+
+@dataclass
+class Eval:
+    """Measure a trained SAE again: every metric that applies, and recovery when the truth is known."""
+
+    run_dir: Positional[Path]
+
+    def run(self) -> None:
+        from sae.console import print_metrics  # noqa: PLC0415
+        from sae.run import evaluate_run  # noqa: PLC0415
+
+        print_metrics(evaluate_run(self.run_dir).metrics)
+
+
+@dataclass
+class Report:
+    """Write one self-contained report.html; several runs are compared."""
+
+    run_dirs: Positional[tuple[Path, ...]]
+    out: Path | None = None
+    """The file to write; default report.html in the first run directory."""
+
+    def run(self) -> None:
+        from sae.report import write_report  # noqa: PLC0415
+
+        if not self.run_dirs:
+            raise UsageError("give at least one run directory, as in `sae report runs/demo`")
+        print(f"wrote {write_report(self.run_dirs, self.out)}")
+
+
+Command = (
+    Annotated[Demo, subcommand("demo", prefix_name=False)]
+    | Annotated[Train, subcommand("train", prefix_name=False)]
+    | Annotated[Eval, subcommand("eval", prefix_name=False)]
+    | Annotated[Report, subcommand("report", prefix_name=False)]
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(format="sae: %(message)s", level=logging.INFO, stream=sys.stderr)
+    command, unknown = tyro.cli(
+        OmitArgPrefixes[Command],  # type: ignore[valid-type]
+        prog="sae",
+        description="Train sparse autoencoders on any activations, and know whether they found the truth.",
+        return_unknown_args=True,
+    )
+    try:
+        if isinstance(command, Train):
+            command.overrides = tuple(unknown)
+        elif unknown:
+            raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
+        command.run()
+    except UsageError as error:
+        print(f"sae: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,278 @@
+"""A run is a file: the configuration of one training run, read from YAML and validated whole.
+
+Every section is a frozen pydantic model that forbids unknown keys. Two sections are open families, told apart
+by their `kind`: `source` (where activations come from) and `sae` (the sparsifier). A family member registers
+itself by being defined, so a new sparsifier is a class in one file and no list has to be edited.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from sae.errors import UsageError
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Family(Section):
+    """A section that comes in kinds. Subclasses with a `kind: Literal["name"] = "name"` join their family."""
+
+    kinds: ClassVar[dict[str, type[Family]]]
+    kind: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        kind = cls.model_fields["kind"].default
+        if Family in cls.__bases__:
+            cls.kinds = {}
+        elif isinstance(kind, str):
+            cls.kinds[kind] = cls
+
+    @classmethod
+    def of_kind(cls, value: Any) -> Any:
+        """A mapping with a `kind` becomes the member of that kind; anything else passes through."""
+        if not isinstance(value, Mapping):
+            return value
+        kind = value.get("kind")
+        if kind is None:
+            raise ValueError(f"needs a kind, one of {', '.join(sorted(cls.kinds))}")
+        if kind not in cls.kinds:
+            raise ValueError(f"unknown kind {kind!r}{nearest(kind, cls.kinds)}")
+        member = cls.kinds[kind]
+        for key in value:
+            if key not in member.model_fields:
+                raise ValueError(f"unknown key {key!r} for kind {kind!r}{nearest(key, member.model_fields)}")
+        return member.model_validate(value)
+
+
+class SourceConfig(Family):
+    """Where activations come from. `open()` reads the first of them, so that bad data is told before training."""
+
+    def open(self) -> Any:
+        """The source itself (a `sae.sources.Source`)."""
+        raise NotImplementedError(f"source kind {self.kind!r} does not say how to open itself")
+
+
+class SAEConfig(Family):
+    """What is trained: the width, how it starts, and (in each kind) the sparsifier's own options."""
+
+    d_sae: int = Field(gt=0)
+    """Number of latents."""
+    decoder_bias: Literal["mean", "geometric_median", "zero"] = "mean"
+    """Where b_dec starts: what the encoder subtracts from the activations."""
+    tied_init: bool = True
+    """Start the encoder as the decoder's transpose."""
+    unit_norm_decoder: bool = True
+    """Keep decoder rows at norm 1: gradients are projected, rows renormalised after each step."""
+    aux_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
+    aux_k: int | None = Field(default=None, gt=0)
+    """How many dead latents explain each residual; default d_in / 2."""
+
+    def build(self) -> Any:
+        """The sparsifier itself (a `sae.sparsifiers.Sparsifier`)."""
+        raise NotImplementedError(f"sae kind {self.kind!r} does not say how to build itself")
+
+
+class TrainSection(Section):
+    n_samples: int = Field(default=6_000_000, gt=0)
+    """Activations to train on, epochs included."""
+    batch_size: int = Field(default=2048, gt=0)
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae))."""
+    warmup_steps: int = Field(default=100, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    decay_fraction: float = Field(default=0.3, ge=0, le=1)
+    """Last part of the run over which the learning rate falls linearly to 0."""
+    sparsity_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
+    """First part of the run over which a sparsity penalty rises from 0."""
+    dead_after_samples: int | None = Field(default=None, gt=0)
+    """A latent silent for this many activations is dead; default min(10 M, n_samples / 40)."""
+    seed: int = Field(default=0, ge=0)
+    device: str = "cpu"
+    """A torch device: cpu, cuda, cuda:1."""
+
+
+class EvaluationSection(Section):
+    n_samples: int = Field(default=20_000, gt=0)
+    """Held-out activations that the final metrics are measured on."""
+
+
+class LogSection(Section):
+    every: int = Field(default=50, gt=0)
+    """Steps between logged lines."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "sae"
+    """W&B project."""
+    name: str | None = None
+    """W&B run name; default the output directory's."""
+    group: str | None = None
+    """W&B group."""
+
+
+class CheckpointSection(Section):
+    every_steps: int = Field(default=1000, gt=0)
+    keep: int = Field(default=2, gt=0)
+    """How many of the latest checkpoints stay on disk."""
+
+
+class TrainConfig(Section):
+    """One training run. `source` may be left out when activations are passed to `sae.train` directly."""
+
+    source: SerializeAsAny[SourceConfig] | None = None
+    sae: SerializeAsAny[SAEConfig]
+    train: TrainSection = TrainSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    log: LogSection = LogSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    out: Path = Path("runs/sae")
+    """The run directory."""
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _source_kind(cls, value: Any) -> Any:
+        return SourceConfig.of_kind(value)
+
+    @field_validator("sae", mode="before")
+    @classmethod
+    def _sae_kind(cls, value: Any) -> Any:
+        return SAEConfig.of_kind(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, value: Any) -> Any:
+        # `train:` with nothing under it is null in YAML; it means "all defaults".
+        if isinstance(value, Mapping):
+            return {key: section for key, section in value.items() if section is not None}
+        return value
+
+    @property
+    def n_steps(self) -> int:
+        return -(-self.train.n_samples // self.train.batch_size)
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate. Wider dictionaries want smaller steps; 3e-3 is measured at 256 latents."""
+        return self.train.lr or 3e-3 * min(1.0, (256 / self.sae.d_sae) ** 0.5)
+
+    @property
+    def dead_after_samples(self) -> int:
+        return self.train.dead_after_samples or max(min(10_000_000, self.train.n_samples // 40), 1)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration: every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads CONFIG.yaml; `overrides` are command-line words such as `--sae.k 3` or `--sae.k=3`.
+
+    Raises:
+        UsageError: the file cannot be read, or a key or value breaks a rule (all are named).
+    """
+    return parse_config(read_yaml(path), overrides, where=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise UsageError(f"{path} must hold a mapping of sections (sae:, train:, ...), got {type(mapping).__name__}")
+    return mapping
+
+
+def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> TrainConfig:
+    """A validated configuration from a mapping, with dotted overrides applied first."""
+    try:
+        return TrainConfig.model_validate(_override(mapping, overrides))
+    except ValidationError as error:
+        raise UsageError(f"{where}: {explain(error, TrainConfig)}") from error
+
+
+def _override(mapping: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
+    for name, text in _flags(words):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--{name} {text}: the value is not valid YAML") from error
+        section, _, key = name.partition(".")
+        if not key:
+            result[section] = value
+            continue
+        if not isinstance(result.get(section), dict):
+            result[section] = {}
+        if key == "kind" and result[section].get("kind") != value:
+            # Another kind has other options: keep what both understand, so that the file need not change.
+            family: dict[str, type[Family]] = {"sae": SAEConfig.kinds, "source": SourceConfig.kinds}.get(section, {})
+            if value in family:
+                known = family[value].model_fields
+                result[section] = {k: v for k, v in result[section].items() if k in known}
+        result[section][key] = value
+    return result
+
+
+def _flags(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs (name, value) from `--name value` and `--name=value`; `kind` flags first, as they decide the rest."""
+    pairs: list[tuple[str, str]] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UsageError(f"expected a flag such as --sae.k 3, got {word!r}")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise UsageError(f"--{name} needs a value, as in --{name} VALUE")
+            value = queue.pop(0)
+        pairs.append((name.replace("-", "_"), value))
+    return sorted(pairs, key=lambda pair: not pair[0].endswith(".kind"))
+
+
+def nearest(word: object, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """The end of an error about an unknown word: the nearest known one, and all of them."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f"{f'; did you mean {close[0]!r}?' if close else ';'} known: {', '.join(sorted(known))}"
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Every fault of a validation in one line, each with its key, its rule and what was given."""
+    return "; ".join(_explain_one(dict(item), model) for item in error.errors(include_url=False))
+
+
+def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
+    *parents, name = [str(part) for part in item["loc"]] or [""]
+    path = ".".join([*parents, name])
+    if item["type"] == "extra_forbidden":
+        section = model.model_fields[parents[0]].annotation if parents else model
+        known = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        return f"unknown key {path!r}{nearest(name, known)}"
+    if item["type"] == "missing":
+        return f"{path} is required"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+    return f"{path}: {message}{given}" if path else f"{message}{given}"

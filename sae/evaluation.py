@@ -1,0 +1,125 @@
+"""Every metric that applies to one dictionary and its codes, on activations that training has not seen.
+
+SAEs and baselines are measured by the same function: it needs a dictionary, a way to encode and a way to decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae import metrics
+from sae.codes import SparseCodes
+from sae.metrics.dictionary_recovery import dictionary_scores
+from sae.metrics.dimensionality import dimensionality_against_truth
+from sae.model import SAE
+from sae.sources import HeldOut
+from toymodels.features import FeatureBatch
+
+CHUNK_ROWS = 4096
+
+
+class Coder(Protocol):
+    """What the metrics need of a method."""
+
+    W_dec: Tensor
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+        """The codes of x."""
+
+    def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_in"]:
+        """x_hat."""
+
+    def pre_latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """The scores that the codes are selected from."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Final numbers under the names of the log, and the tables per latent and per feature behind the report."""
+
+    metrics: dict[str, float]
+    tables: dict[str, Tensor]
+
+
+@torch.no_grad()
+def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d_in"] | None = None) -> Evaluation:
+    """Reconstruction and sparsity of any method; recovery, polysemanticity and geometry where the truth is known."""
+    x, acts = held_out
+    W_dec = coder.W_dec.detach()
+    threshold = metrics.scale_threshold(x)
+    chunks = x.split(CHUNK_ROWS)
+    codes = SparseCodes.cat([coder.encode(chunk) for chunk in chunks])
+    reconstruction = metrics.Reconstruction(W_dec, threshold)
+    for chunk, part in zip(chunks, range(0, len(x), CHUNK_ROWS), strict=True):
+        z = codes[part : part + CHUNK_ROWS]
+        reconstruction.update(chunk, coder.decode(z), z)
+    density = reconstruction.density()
+    alive = density > 0
+    values = _group("metrics", reconstruction.compute())
+    values["sparsity/dead_features"] = float((~alive).sum())
+    tables = {"latent/frequency": density}
+    if truth is None:
+        values |= _group("dimensionality", metrics.dimensionality(W_dec[alive]))
+        return Evaluation(values, tables)
+
+    tables["truth"] = truth
+    values |= _group("dimensionality", dimensionality_against_truth(W_dec, truth, alive=alive))
+    if acts is None:
+        values |= _group("recovery", metrics.recovery(W_dec, truth, alive=alive))
+        return Evaluation(values, tables)
+
+    scores = torch.cat([coder.pre_latents(chunk) for chunk in chunks])
+    judged = {"codes": codes, "acts": acts, "alive": alive, "pre_latents": scores, "firing_threshold": threshold}
+    values |= _group("recovery", metrics.recovery(W_dec, truth, **judged))
+    values |= _group("polysemanticity/latent", metrics.polysemanticity(codes, acts, firing_threshold=threshold))
+    values |= _group("polysemanticity/neuron", metrics.polysemanticity(x, acts))
+    features = metrics.feature_table(W_dec, truth, **judged)
+    features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
+    tables |= {f"feature/{name}": column for name, column in features.items()}
+    tables |= {f"latent/{name}": column for name, column in unit_table(codes, acts).items()}
+    return Evaluation(values, tables)
+
+
+def unit_table(units: SparseCodes, acts: FeatureBatch) -> dict[str, Tensor]:
+    """Polysemanticity latent by latent: purity, features_per_unit, selectivity."""
+    sums = metrics.CoStatistics(acts.n_features, units.d_sae)
+    for start in range(0, len(units), CHUNK_ROWS):
+        sums.update(units[start : start + CHUNK_ROWS], acts[start : start + CHUNK_ROWS])
+    scores = metrics.unit_scores(sums)
+    return {name: scores[name] for name in ("purity", "features_per_unit", "selectivity")}
+
+
+@torch.no_grad()
+def live_recovery(
+    sae: SAE, fired: Bool[Tensor, " d_sae"], truth: Float[Tensor, "n_features d_in"] | None, probe: HeldOut, unit: float
+) -> dict[str, float]:
+    """The few recovery scores that a training log can afford: mcc, mmcs, coverage_0.9, and f1 on a small probe.
+
+    `fired` are the latents seen to fire lately, `unit` what the trainer divides activations by.
+    """
+    if truth is None:
+        return {}
+    W_dec = sae.W_dec.detach().cpu()
+    matching = metrics.match_dictionary(W_dec, truth, fired.cpu())
+    values = dictionary_scores(matching)
+    scores = {name: values[name] for name in ("mcc", "mmcs", "coverage_0.9")}
+    if probe.acts is not None:
+        x = probe.x.to(sae.W_dec.device) / unit
+        codes = sae.sparsifier(sae.pre_latents(x)).to("cpu")
+        columns = metrics.ScoreColumns(matching)
+        columns.update(codes.dense())
+        threshold = metrics.scale_threshold(x)
+        seen = metrics.CodeRecovery(W_dec, truth, matching, columns, firing_threshold=threshold)
+        seen.update(codes, probe.acts)
+        scores["f1"] = seen.compute()["f1"]
+    return _group("recovery", scores)
+
+
+def _group(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{key}" if not name.count("/") else f"{name}_{key}": value for key, value in values.items()}

@@ -1,0 +1,65 @@
+"""The terms of the training objective: pure functions of tensors.
+
+Activations are in units of the square root of their total variance s (see `sae.trainer`), so that each term is
+free of scale: in the units of the data the objective reads
+
+    |x - x_hat|^2 / s  +  lambda * sum_j z_j |W_dec_j| / sqrt(s)  +  alpha * |e - e_hat|^2 / s
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.codes import SparseCodes
+
+
+def reconstruction(x: Float[Tensor, "batch d"], x_hat: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+    """|x - x_hat|^2, summed over dimensions, averaged over samples."""
+    return (x - x_hat).square().sum(dim=1).mean()
+
+
+def l1(codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""]:
+    """sum_j z_j |W_dec_j|, averaged over samples.
+
+    Weighting by the decoder's norms closes the loophole of small codes on long rows (Conerly et al. 2024,
+    "Circuits Updates, April 2024"); with unit rows it is the plain L1 of Bricken et al. 2023.
+    """
+    return codes.weighted_sum(W_dec.norm(dim=1)).mean()
+
+
+def aux_k(
+    residual: Float[Tensor, "batch d"],
+    dead_pre_latents: Float[Tensor, "batch n_dead"],
+    dead_W_dec: Float[Tensor, "n_dead d"],
+    k: int,
+) -> Float[Tensor, ""]:
+    """AuxK: |e - e_hat|^2 where e is what the live latents leave over, and e_hat its best sketch by dead ones.
+
+    e_hat = the sum over the k largest positive pre-latents among the dead, times their decoder rows; no bias, since
+    a residual has none to give back. The gradient reaches dead latents only: e is a constant (Gao et al. 2024,
+    appendix A.2). Few latents are dead at a time, so a dense product beats k scattered reads a sample.
+    """
+    scores = dead_pre_latents.relu()
+    if k < scores.shape[1]:
+        cut = scores.detach().topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        scores = scores.masked_fill(scores.detach() < cut, 0)
+    return reconstruction(residual.detach(), scores @ dead_W_dec)
+
+
+def total_variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+    """s = E|x - mean x|^2, in float64."""
+    centred = x.double() - x.double().mean(dim=0)
+    return centred.square().sum(dim=1).mean()
+
+
+def geometric_median(x: Float[Tensor, "batch d"], n_steps: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
+    """argmin_m sum |x - m| by Weiszfeld's iteration; unlike the mean it ignores a few huge rows."""
+    median = x.double().mean(dim=0)
+    for _ in range(n_steps):
+        weight = 1 / (x - median).norm(dim=1, keepdim=True).clamp_min(1e-12)
+        previous, median = median, (weight * x).sum(dim=0) / weight.sum()
+        if torch.allclose(previous, median, rtol=0, atol=tolerance * float(median.norm())):
+            break
+    return median.to(x.dtype)

@@ -1,0 +1,41 @@
+"""A score alone says little: what luck gives, and what the truth itself would score, go beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, stdev
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from toymodels.streams import generator
+
+# Shuffles of the evaluation set behind the chance value of a score on samples.
+N_SHUFFLES = 4
+# What is neither good nor bad has no chance value.
+COUNTS = ("n_alive", "f1_best_threshold")
+
+
+def shuffles(n_samples: int, seed: int) -> Iterator[Int[Tensor, " n_samples"]]:
+    """Independent permutations of the samples: with units shuffled, features and units share luck alone."""
+    for draw in range(N_SHUFFLES):
+        yield torch.randperm(n_samples, generator=generator(seed, "metrics", "shuffle", draw))
+
+
+def beside_chance(
+    scores: Mapping[str, float], draws: Sequence[Mapping[str, float]], truth: Mapping[str, float]
+) -> dict[str, float]:
+    """Each score with `<name>_chance` and `<name>_chance_sd`, mean and sd over the draws, and `<name>_truth`.
+
+    Counts and thresholds stay alone; what the truth does not have is left out.
+    """
+    result = {}
+    for name, value in scores.items():
+        result[name] = value
+        if name not in COUNTS:
+            by_luck = [draw[name] for draw in draws]
+            result[f"{name}_chance"], result[f"{name}_chance_sd"] = fmean(by_luck), stdev(by_luck)
+            if name in truth:
+                result[f"{name}_truth"] = truth[name]
+    return result

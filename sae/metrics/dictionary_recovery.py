@@ -1,0 +1,144 @@
+"""Does the dictionary hold the true features? The one-to-one match, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.metrics.inputs import Mask, Matrix, directions
+from toymodels.streams import generator
+
+COVERAGE_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+# Random dictionaries behind a chance value: their sd is ~.003 at 256 x 64, so that the mean is good to .001.
+N_RANDOM_DICTIONARIES = 8
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What the signed cosines C_ij = d_i . w_j say; dead latents and zero rows match nothing.
+
+    `latent[i]` and `cosine[i]` are feature i's partner in the one-to-one match and their C (-1 and 0 without
+    one), `nearest_latent[i]` and `nearest_cosine[i]` its closest latent, which features may share (-1 and 0
+    if none is alive), and `best_feature[j]` = argmax_i |C_ij| for every latent, dead ones included.
+    """
+
+    latent: Int[Tensor, " n_features"]
+    cosine: Float[Tensor, " n_features"]
+    nearest_latent: Int[Tensor, " n_features"]
+    nearest_cosine: Float[Tensor, " n_features"]
+    best_feature: Int[Tensor, " d_sae"]
+    alive: Bool[Tensor, " d_sae"]
+    unsigned_mean: float
+    """Mean |C| over the match that maximises the sum of |C| (`mcc_saelens`)."""
+
+    @property
+    def has_latent(self) -> Bool[Tensor, " n_features"]:
+        """Which features have a partner."""
+        return self.latent >= 0
+
+
+def match_dictionary(W_dec: Matrix, truth: Matrix, alive: Mask | None = None) -> Matching:
+    """Matches features and alive latents one to one so that the signed sum of C is as large as can be.
+
+    All min(n, n_alive) pairs are made: a pair with C < 0 occurs where nothing better is left, and counts as
+    it is. Rows may have any norm. `alive` None: every nonzero row is.
+
+    Raises:
+        ValueError: the dictionaries live in different spaces, one is empty, or `alive` has another length.
+    """
+    if W_dec.shape[1] != truth.shape[1]:
+        raise ValueError(
+            f"W_dec and truth must share their columns, got W_dec {list(W_dec.shape)} and truth "
+            f"{list(truth.shape)}; pass [d_sae, d] and [n_features, d]"
+        )
+    if len(truth) == 0:
+        raise ValueError("truth holds no feature, so there is nothing to recover; pass [n_features, d]")
+    if alive is not None and len(alive) != len(W_dec):
+        raise ValueError(f"alive must have one entry for each of the {len(W_dec)} latents, got {len(alive)}")
+    learned, norms = directions(W_dec)
+    features = directions(truth)[0].to(learned.device)
+    usable = norms > 0
+    alive = usable if alive is None else torch.as_tensor(alive, device=norms.device) & usable
+
+    C = features @ learned.T
+    latents = alive.nonzero().squeeze(1)
+    latent = torch.full((len(C),), -1, device=C.device)
+    cosine = C.new_zeros(len(C))
+    nearest_latent, nearest_cosine, unsigned_mean = latent.clone(), cosine.clone(), 0.0
+    if len(latents):
+        usable_C = C[:, latents]
+        rows, columns = _assign(usable_C)
+        latent[rows], cosine[rows] = latents[columns], usable_C[rows, columns]
+        nearest_cosine, nearest = usable_C.max(dim=1)
+        nearest_latent = latents[nearest]
+        unsigned_mean = float(usable_C.abs()[_assign(usable_C.abs())].mean())
+    best_feature = C.abs().argmax(dim=0)
+    return Matching(latent, cosine, nearest_latent, nearest_cosine, best_feature, alive, unsigned_mean)
+
+
+def dictionary_recovery(W_dec: Matrix, truth: Matrix, alive: Mask | None = None) -> dict[str, float]:
+    """How well the rows of W_dec [d_sae, d] recover those of truth [n, d], without chance: fast.
+
+        C_ij               d_i . w_j, rows of norm 1, j alive
+        mmcs               mean_i max_j C_ij                                        (Sharkey et al. 2022)
+        mcc                sum of C over the match that maximises it, / n; unmatched features count 0
+        coverage_t         share of features with matched C > t, t = .7, .8, .9, .95
+        uniqueness         number of distinct argmax_i |C_ij| / n_alive
+        mcc_saelens        mean |C| over the min(n, n_alive) pairs that maximise its sum
+        uniqueness_saelens the same number of distinct features / d_sae
+        n_alive            alive latents with a nonzero row
+
+    Evaluation set: none, or the one behind `alive`. `alive` None: every nonzero row is. All dead: 0.
+    """
+    return dictionary_scores(match_dictionary(W_dec, truth, alive))
+
+
+def dictionary_scores(matching: Matching) -> dict[str, float]:
+    """The scores of `dictionary_recovery` from a finished match."""
+    n_alive = int(matching.alive.sum())
+    n_distinct = len(matching.best_feature[matching.alive].unique())
+    scores = {
+        "mmcs": float(matching.nearest_cosine.mean()),
+        "mcc": float(matching.cosine.mean()),
+        "uniqueness": n_distinct / n_alive if n_alive else 0.0,
+        "mcc_saelens": matching.unsigned_mean,
+        "uniqueness_saelens": n_distinct / len(matching.alive) if n_alive else 0.0,
+        "n_alive": float(n_alive),
+    }
+    return scores | {
+        f"coverage_{t}": float((matching.cosine > t).double().mean()) for t in COVERAGE_THRESHOLDS
+    }
+
+
+def dictionary_chance(
+    truth: Matrix, n_alive: int, d_sae: int | None = None, seed: int = 0
+) -> list[dict[str, float]]:
+    """The scores of independent random dictionaries: `n_alive` directions, uniform on the sphere.
+
+    Chance grows with the number of latents, hence `n_alive`; `d_sae` (default n_alive) is what
+    uniqueness_saelens divides by. Training changes only n_alive: a log may keep the result between its lines.
+    """
+    d_sae = n_alive if d_sae is None else d_sae
+    rows, alive = torch.zeros(d_sae, truth.shape[1], dtype=torch.float64), torch.arange(d_sae) < n_alive
+    scores = []
+    for draw in range(N_RANDOM_DICTIONARIES):
+        stream = generator(seed, "metrics", "random dictionary", draw)
+        rows[:n_alive] = torch.randn(n_alive, truth.shape[1], generator=stream, dtype=torch.float64)
+        scores.append(dictionary_recovery(rows, truth, alive))
+    return scores
+
+
+def dictionary_limit(truth: Matrix, d_sae: int) -> dict[str, float]:
+    """The scores of the true dictionary: 1, or those of its first d_sae features if fewer than n fit."""
+    return dictionary_recovery(truth[:d_sae], truth)
+
+
+def _assign(value: Float[Tensor, "rows columns"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """The one-to-one pairs (row, column) with the largest sum of values (Hungarian method)."""
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
+
+    rows, columns = linear_sum_assignment(value.cpu().numpy(), maximize=True)
+    return torch.from_numpy(rows).to(value.device), torch.from_numpy(columns).to(value.device)

@@ -1,0 +1,87 @@
+"""How a dictionary fills its space: `toymodels.geometry` on one matrix, or on W_dec beside the truth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import isfinite
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.metrics.chance import beside_chance
+from sae.metrics.inputs import Mask, Matrix, as_tensor, directions
+from toymodels import geometry
+from toymodels.streams import generator
+
+N_RANDOM_MATRICES = 4
+
+
+def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
+    """The geometry of rows W [n, m], norms included, for instance of a toy model's features.
+
+        feature_dimensionality   mean_i D_i, D_i = |W_i|² / Σ_j (Ŵ_i · W_j)²      (Elhage et al. 2022)
+        dimensions_per_feature   D* = m / |W|_F²
+        interference             mean_i Σ_{j≠i} (Ŵ_i · W_j)²
+        capacity                 Σ_i D_i                                          (Scherlis et al. 2022)
+        effective_rank           exp of the entropy of the normalised singular values
+        participation_ratio      (Σλ)² / Σλ² of the squared singular values
+        coherence_over_welch     max_{i≠j} |Ŵ_i · Ŵ_j| / √((n − m) / (m (n − 1)))
+        rms_over_welch           the root mean square of the same cosines over the same bound
+        polytope_<kind>          how many connected components of |Ŵ_i · Ŵ_j| > .1 have that shape
+
+    Beside each stand `<name>_chance` and `<name>_chance_sd`, of random directions with these norms.
+    What is undefined (the Welch ratios for n <= m, D* of zeros) is left out. `seed` drives chance alone.
+    """
+    rows = as_tensor(W).double()
+    return beside_chance(
+        _geometry(rows), [_geometry(random) for random in _random_directions(rows, seed)], {}
+    )
+
+
+def dimensionality_against_truth(
+    W_dec: Matrix, truth: Matrix, *, alive: Mask | None = None, seed: int = 0
+) -> dict[str, float]:
+    """The geometry of a learned dictionary's alive rows beside that of the true features, both as unit rows.
+
+    Names as in `dimensionality`, for W_dec; `<name>_truth` is the truth's value, `<name>_difference` the
+    learned minus the true one, chance that of as many random directions as are alive. All dead: empty.
+    """
+    learned, norms = directions(W_dec)
+    usable = norms > 0
+    learned = learned[usable if alive is None else torch.as_tensor(alive, device=usable.device) & usable]
+    scores, true = _geometry(learned), _geometry(directions(truth)[0])
+    draws = [_geometry(random) for random in _random_directions(learned, seed)]
+    both = {name: scores[name] - true[name] for name in scores if name in true}
+    return beside_chance(scores, draws, true) | {f"{name}_difference": value for name, value in both.items()}
+
+
+def _geometry(W: Float[Tensor, "n_features d_hidden"]) -> dict[str, float]:
+    """The values that are defined."""
+    if not len(W):
+        return {}
+    values = {
+        "feature_dimensionality": geometry.feature_dimensionality(W).mean(),
+        "dimensions_per_feature": geometry.dimensions_per_feature(W),
+        "interference": geometry.interference(W).mean(),
+        "capacity": geometry.capacity(W),
+        "effective_rank": geometry.effective_rank(W),
+        "participation_ratio": geometry.participation_ratio(W),
+        "coherence_over_welch": geometry.coherence_over_welch(W),
+        "rms_over_welch": geometry.rms_over_welch(W),
+    }
+    kinds = Counter(polytope.kind for polytope in geometry.polytopes(W))
+    counts = {
+        f"polytope_{kind.replace(' ', '_')}": float(kinds[kind]) for kind in (*geometry.POLYTOPES, "other")
+    }
+    return {name: float(value) for name, value in values.items() if isfinite(value)} | counts
+
+
+def _random_directions(W: Float[Tensor, "n d"], seed: int) -> list[Float[Tensor, "n d"]]:
+    """Rows of the same norms in independent directions, uniform on the sphere."""
+    draws = []
+    for draw in range(N_RANDOM_MATRICES):
+        stream = generator(seed, "metrics", "random directions", draw)
+        random = torch.randn(W.shape, generator=stream, dtype=torch.float64).to(W.device)
+        draws.append(geometry.unit_rows(random) * geometry.norms(W)[:, None])
+    return draws

@@ -1,0 +1,150 @@
+"""What the metrics accept, brought to one form: float64 rows, sparse codes, sparse true activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.codes import SparseCodes
+from toymodels import geometry
+from toymodels.features import FeatureBatch
+
+Matrix = Float[Tensor, "_rows _columns"] | Float[np.ndarray, "_rows _columns"]
+Mask = Bool[Tensor, " _rows"] | Bool[np.ndarray, " _rows"]
+
+# Samples that a metric reads at once; its value does not depend on this.
+SAMPLES_AT_ONCE = 4096
+# A latent fires when z exceeds this share of the input's scale.
+FIRING_SHARE = 1e-6
+
+
+def as_tensor(x: Matrix) -> Float[Tensor, "_rows _columns"]:
+    """x without its gradient, in float32 at least; a numpy array is copied."""
+    x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+    return x.float() if x.itemsize < 4 else x
+
+
+def directions(W: Matrix) -> tuple[Float[Tensor, "_rows _columns"], Float[Tensor, " _rows"]]:
+    """Rows of norm 1 in float64, and the norms they had; a zero row stays zero.
+
+    Raises:
+        ValueError: a row holds nan or inf.
+    """
+    rows = as_tensor(W).double()
+    if len(bad := (~rows.isfinite().all(dim=1)).nonzero()):
+        raise ValueError(f"rows must be finite directions, row {int(bad[0])} holds nan or inf; drop that row")
+    return geometry.unit_rows(rows), geometry.norms(rows)
+
+
+def scale_threshold(x: Matrix) -> float:
+    """Above what a latent fires: 1e-6 of the input's scale sqrt(E|x - mean(x)|^2)."""
+    return FIRING_SHARE * float(as_tensor(x).double().var(dim=0, correction=0).sum().sqrt())
+
+
+def slices(n_samples: int) -> Iterator[slice]:
+    """Consecutive slices that cover the samples."""
+    for start in range(0, n_samples, SAMPLES_AT_ONCE):
+        yield slice(start, min(start + SAMPLES_AT_ONCE, n_samples))
+
+
+# True activations
+
+
+def as_acts(acts: FeatureBatch | Matrix) -> FeatureBatch:
+    """Dense true activations become their non-zero entries.
+
+    Raises:
+        ValueError: a batch with more leading axes than one.
+    """
+    if not isinstance(acts, FeatureBatch):
+        return FeatureBatch.from_dense(as_tensor(acts))
+    if len(acts.shape) != 2:
+        raise ValueError(
+            f"true activations must be [samples, n_features], got {list(acts.shape)}; pass one instance"
+        )
+    return acts
+
+
+def rows_of(acts: FeatureBatch) -> Int[Tensor, " nnz"]:
+    """The sample that each entry belongs to."""
+    samples = torch.arange(len(acts), device=acts.indices.device)
+    return samples.repeat_interleave(acts.offsets.diff(), output_size=len(acts.indices))
+
+
+def permuted(acts: FeatureBatch, order: Int[Tensor, " samples"]) -> FeatureBatch:
+    """The samples in another order."""
+    order = order.to(acts.indices.device)
+    counts = acts.offsets.diff()[order]
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    moved = (acts.offsets[order] - offsets[:-1]).repeat_interleave(counts, output_size=len(acts.indices))
+    source = moved + torch.arange(len(acts.indices), device=order.device)
+    return FeatureBatch(acts.indices[source], acts.values[source], offsets, acts.shape)
+
+
+# Codes
+
+
+def as_codes(z: SparseCodes | Matrix) -> SparseCodes:
+    """Dense units become codes in the full layout, signs kept."""
+    if isinstance(z, SparseCodes):
+        return SparseCodes(as_tensor(z.values), z.indices, z.d_sae)
+    z = as_tensor(z)
+    return SparseCodes(z, None, z.shape[1])
+
+
+def true_codes(acts: FeatureBatch, n_latents: int) -> SparseCodes:
+    """The true activations as codes: latent j is feature j, for the first `n_latents` features."""
+    kept = acts.indices < n_latents
+    return padded(rows_of(acts)[kept], acts.indices[kept], acts.values[kept], (len(acts), n_latents))
+
+
+def entries(
+    z: SparseCodes, threshold: float
+) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"], Float[Tensor, " entries"]]:
+    """Sample, latent and value of each z above the threshold, in order of samples."""
+    row, slot = (z.values > threshold).nonzero().unbind(dim=1)
+    return row, slot if z.indices is None else z.indices[row, slot], z.values[row, slot]
+
+
+def padded(
+    row: Int[Tensor, " entries"],
+    latent: Int[Tensor, " entries"],
+    z: Float[Tensor, " entries"],
+    shape: tuple[int, int],
+) -> SparseCodes:
+    """Codes [samples, d_sae] in the padded layout, from entries in order of samples."""
+    counts = row.bincount(minlength=shape[0])
+    slot = torch.arange(len(row), device=row.device) - F.pad(counts.cumsum(0), (1, 0))[row]
+    k_cap = max(int(counts.max()), 1) if len(counts) else 1
+    values, indices = z.new_zeros(shape[0], k_cap), latent.new_zeros(shape[0], k_cap)
+    values[row, slot], indices[row, slot] = z, latent
+    return SparseCodes(values, indices, shape[1])
+
+
+def packed(z: SparseCodes) -> SparseCodes:
+    """The same codes z >= 0, in the padded layout where that is the smaller one."""
+    if z.indices is not None:
+        return z
+    small = padded(*entries(z, 0.0), (len(z), z.d_sae))
+    return small if small.values.shape[1] <= z.d_sae // 4 else z
+
+
+def column_sums(z: SparseCodes) -> Float[Tensor, " d_sae"]:
+    """Σ z over the samples, in float64."""
+    if z.indices is None:
+        return z.values.sum(dim=0, dtype=torch.float64)
+    total = torch.zeros(z.d_sae, dtype=torch.float64, device=z.values.device)
+    return total.index_add_(
+        0, rearrange(z.indices, "b k -> (b k)"), rearrange(z.values.double(), "b k -> (b k)")
+    )
+
+
+def firing_counts(z: SparseCodes, threshold: float) -> Float[Tensor, " d_sae"]:
+    """In how many samples each latent fires, z > threshold."""
+    return column_sums(SparseCodes((z.values > threshold).float(), z.indices, z.d_sae))

@@ -1,0 +1,163 @@
+"""The sparse autoencoder. There is one class; what differs between architectures is the sparsifier passed in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sae.codes import SparseCodes
+from sae.config import SAEConfig, explain
+from sae.errors import UsageError
+from sae.sparse_ops import encode_decode
+
+FORMAT_VERSION = 1
+WEIGHTS, MANIFEST = "sae.safetensors", "sae.json"
+
+
+class SAE(nn.Module):
+    """A dictionary W_dec of d_sae directions, and an encoder that finds which few of them explain x.
+
+        pre   = (x - b_dec) W_enc + b_enc          [batch, d_sae]
+        z     = sparsifier(pre)                    [batch, d_sae], sparse, z >= 0
+        x_hat = z W_dec + b_dec                    [batch, d_in]
+
+    W_enc [d_in, d_sae] is a view of `encoder` [d_sae, d_in]: a latent is a row on both sides.
+    """
+
+    def __init__(self, d_in: int, config: SAEConfig) -> None:
+        super().__init__()
+        self.d_in, self.d_sae, self.config = d_in, config.d_sae, config
+        self.encoder = nn.Parameter(torch.zeros(config.d_sae, d_in))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.sparsifier = config.build()
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        return self.encoder.T
+
+    def pre_latents(
+        self, x: Float[Tensor, "batch d_in"], latents: Int[Tensor, " some"] | None = None
+    ) -> Float[Tensor, "batch d_sae"] | Float[Tensor, "batch some"]:
+        """(x - b_dec) W_enc + b_enc, of all latents or of some.
+
+        b_dec is folded into the bias: its gradient then costs no product of the batch's size.
+        """
+        encoder, b_enc = self.encoder, self.b_enc
+        if latents is not None:
+            encoder, b_enc = encoder[latents], b_enc[latents]
+        return torch.addmm(b_enc - encoder @ self.b_dec, x, encoder.T)
+
+    def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_in"]:
+        """z W_dec + b_dec."""
+        return codes.decode(self.W_dec) + self.b_dec
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+        """The latents that fire for each row of x, as inference selects them: rows do not influence each other."""
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(
+                f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; flatten the leading axes first"
+            )
+        return self.sparsifier.select(self.pre_latents(x.to(self.encoder.dtype)))
+
+    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> tuple[SparseCodes, Float[Tensor, "batch d_in"]]:
+        """Codes and x_hat for training, differentiable; sparsely so when the sparsifier passes pre-latents on."""
+        if not self.sparsifier.passes_pre_latents:
+            codes = self.sparsifier(self.pre_latents(x))
+            return codes, self.decode(codes)
+        with torch.no_grad():
+            codes = self.sparsifier(self.pre_latents(x))
+        bias = self.b_enc - self.encoder @ self.b_dec
+        codes, decoded = encode_decode(x, codes, self.encoder, bias, self.W_dec)
+        return codes, decoded + self.b_dec
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """x_hat, as inference gives it."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def initialise_(self, b_dec: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
+        """Random unit decoder rows, b_enc = 0, and the encoder tied to the decoder (or random as well)."""
+        self.W_dec.copy_(_unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator)))
+        other = self.W_dec if self.config.tied_init else _unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator))
+        self.encoder.copy_(other)
+        self.b_enc.zero_()
+        self.b_dec.copy_(b_dec)
+
+    @torch.no_grad()
+    def rescale_(self, scale: float) -> None:
+        """Makes an SAE of x into the SAE of scale * x that fires alike: z and x_hat grow by `scale`, weights stay.
+
+        Every selection here commutes with a positive factor, so only what has the units of x moves: biases and
+        thresholds.
+        """
+        self.b_enc.mul_(scale)
+        self.b_dec.mul_(scale)
+        self.sparsifier.rescale_(scale)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `sae.safetensors` (W_enc, W_dec, b_enc, b_dec, and the sparsifier's buffers) and `sae.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        tensors |= self.sparsifier.state_dict()
+        partial = folder / f"{WEIGHTS}.partial"
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "d_in": self.d_in,
+            "sae": self.config.model_dump(mode="json"),
+            "sha256": _sha256(partial),
+        }
+        os.replace(partial, folder / WEIGHTS)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
+    """The SAE saved in a run directory, ready for inference. Loading runs no code and checks the weights' checksum.
+
+    Raises:
+        UsageError: nothing is saved there, the files do not belong together, or they are damaged.
+    """
+    folder = Path(folder)
+    for name in (MANIFEST, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} holds no SAE: {name} is missing; give a run directory that finished training")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, d_in, options = manifest["format_version"], manifest["d_in"], manifest["sae"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / MANIFEST} is damaged: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise UsageError(f"{folder / MANIFEST} has format {version}, this version reads {FORMAT_VERSION}")
+    if _sha256(folder / WEIGHTS) != manifest.get("sha256"):
+        raise UsageError(f"{folder / WEIGHTS} does not match its checksum in {MANIFEST}; copy both files again")
+    try:
+        config = SAEConfig.of_kind(options)
+        tensors = load_file(folder / WEIGHTS, device=str(device))
+    except (ValueError, SafetensorError) as error:
+        reason = explain(error, SAEConfig) if hasattr(error, "errors") else str(error)
+        raise UsageError(f"{folder} cannot be loaded: {reason}") from error
+    sae = SAE(d_in, config).to(device)
+    tensors["encoder"] = tensors.pop("W_enc").T
+    own = ("encoder", "W_dec", "b_enc", "b_dec")
+    sae.load_state_dict({name if name in own else f"sparsifier.{name}": t for name, t in tensors.items()})
+    return sae.eval().requires_grad_(False)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unit_rows(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+    return rows / rows.norm(dim=1, keepdim=True)

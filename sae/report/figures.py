@@ -1,0 +1,251 @@
+"""The figures, each a plain plotly figure. Colours are names from palette.py, filled in by the page."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sae.report import palette
+from sae.report.data import Collection, Run
+from sae.report.html import Figure
+
+# Rows and columns of a map that can be told apart on a screen; points of a scatter that stay quick.
+MAX_FEATURES = 256
+MAX_POINTS = 2000
+BINS_PER_DECADE = 16
+Cosines = Float[np.ndarray, "rows columns"]
+
+
+def unit(rows: Cosines) -> Cosines:
+    """Rows of norm 1; a zero row stays zero."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1.0)
+
+
+def shown_features(run: Run) -> Int[np.ndarray, " shown"]:
+    """Features from frequent to rare; of very many, some at even distances in that order."""
+    order = np.argsort(-run.feature("frequency"), kind="stable")
+    return order[_spread(len(order), MAX_FEATURES)]
+
+
+def latents_in_order(run: Run, features: Int[np.ndarray, " shown"]) -> Int[np.ndarray, " ordered"]:
+    """The matched latents in the order of their features, then the unmatched ones."""
+    matched = run.feature("matched_latent").astype(int)
+    rest = np.setdiff1d(np.arange(len(run.W_dec)), matched)
+    own = matched[features]
+    return np.concatenate([own[own >= 0], rest[_spread(len(rest), MAX_FEATURES)]])
+
+
+def neuron_map(run: Run) -> Figure:
+    """Before: cosines of the features with the axes of the activation space, d_i . e_k."""
+    assert run.truth is not None
+    features = shown_features(run)
+    neurons = _spread(run.truth.shape[1], 2 * MAX_FEATURES)
+    cosines = unit(run.truth)[features][:, neurons]
+    return _map(cosines, features, neurons, "neuron")
+
+
+def latent_map(run: Run) -> Figure:
+    """After: cosines of the features with the latents, columns in the order of the match."""
+    assert run.truth is not None
+    features = shown_features(run)
+    latents = latents_in_order(run, features)
+    cosines = unit(run.truth)[features] @ unit(run.W_dec)[latents].T
+    return _map(cosines, features, latents, "latent")
+
+
+def frequency(collection: Collection, column: str, name: str) -> Figure:
+    """A point a feature: its firing frequency, and how well it was recovered."""
+    traces = []
+    for run in (run for run in collection.shown if run.truth is not None):
+        keep = _spread(len(run.feature(column)), MAX_POINTS)
+        order = np.argsort(run.feature("frequency"), kind="stable")[keep]
+        colour, _ = _series(collection, run)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": run.name,
+                "x": _short(run.feature("frequency")[order]),
+                "y": _short(run.feature(column)[order]),
+                "marker": {"color": colour, "size": 5, "opacity": 0.65},
+                "customdata": order.tolist(),
+                "hovertemplate": f"feature %{{customdata}}<br>frequency %{{x:.2%}}<br>{name} %{{y:.3f}}",
+            }
+        )
+    fired = np.concatenate([run.feature("frequency") for run in collection.shown if run.truth is not None])
+    wide = fired.max() > 5 * max(fired.min(), 1e-9)
+    axis = {"type": "log", "tickformat": "~g"} if wide else {"tickformat": ".1%"}
+    return _figure(traces, xaxis=_axis("firing frequency of the feature", **axis), yaxis=_axis(name, range=[-0.03, 1.04]))
+
+
+def curves(collection: Collection, key: str, name: str, log: bool, chance: float | None = None) -> Figure:
+    """One line a run against the training step."""
+    traces = []
+    for run in collection.runs:
+        steps, values = run.curve(key)
+        kept = _spread(len(steps), MAX_POINTS // 4)
+        colour, dash = _series(collection, run)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": run.name,
+                "x": [steps[i] for i in kept],
+                "y": _short(values[i] for i in kept),
+                "line": {"color": colour, "dash": dash, "width": 1.6},
+                "hovertemplate": f"step %{{x}}<br>{name} %{{y:.4g}}",
+            }
+        )
+    axis = _log_axis(traces) if log else {"range": [-0.03, 1.04]}
+    layout: dict[str, Any] = {"xaxis": _axis("step", rangemode="tozero"), "yaxis": _axis("", **axis)}
+    if chance is not None:
+        layout["shapes"] = [_level(chance)]
+        layout["annotations"] = [_note("chance", chance)]
+    return _figure(traces, **layout)
+
+
+def density(collection: Collection) -> Figure:
+    """How many latents fire how often, on a logarithmic scale; latents that never fire have no place on it."""
+    logs = {
+        run.name: np.log10(run.tables["latent/frequency"][run.tables["latent/frequency"] > 0]) for run in collection.shown
+    }
+    everything = np.concatenate([*logs.values(), [-3.0, 0.0]])
+    edges = np.linspace(np.floor(everything.min()), 0.0, BINS_PER_DECADE * int(-np.floor(everything.min())) + 1)
+    traces = []
+    for number, run in enumerate(collection.shown):
+        counts, _ = np.histogram(logs[run.name], bins=edges)
+        colour, dash = _series(collection, run)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": run.name,
+                "x": _short(np.repeat(edges, 2)[1:-1]),
+                "y": np.repeat(counts, 2).tolist(),
+                "line": {"color": colour, "dash": dash, "width": 1.6},
+                "fill": "tozeroy" if number == 0 else "none",
+                "fillcolor": "var(--fill)",
+                "hovertemplate": "frequency 10^%{x:.2f}<br>%{y} latents",
+            }
+        )
+    ticks = list(range(int(edges[0]), 1))
+    axis = _axis("firing frequency of the latent", tickvals=ticks, ticktext=[f"10<sup>{t}</sup>" if t else "1" for t in ticks])
+    return _figure(traces, xaxis=axis, yaxis=_axis("latents", rangemode="tozero"))
+
+
+def plane(run: Run) -> Figure:
+    """The plane of a two-dimensional space: true features and decoder rows as arrows from the origin."""
+    truth = [] if run.truth is None else [_arrows(unit(run.truth), "var(--muted)", 5.0, "true feature")]
+    latents = _arrows(unit(run.W_dec), "var(--series-0)", 1.8, "latent")
+    axis = {"range": [-1.15, 1.15], "zeroline": True}
+    return _figure(
+        [*truth, latents],
+        xaxis=_axis("neuron 0", **axis),
+        yaxis=_axis("neuron 1", scaleanchor="x", **axis),
+        showlegend=bool(truth),
+    )
+
+
+def _map(
+    cosines: Cosines,
+    features: Int[np.ndarray, " rows"],
+    units: Int[np.ndarray, " columns"],
+    kind: str,
+) -> Figure:
+    """Cosines in steps of 1/127: a byte each, which page.js unpacks."""
+    bytes_ = np.rint(np.clip(cosines, -1, 1) * 127).astype(np.int8).tobytes()
+    trace = {
+        "type": "heatmap",
+        "z": {"cosines": b64encode(bytes_).decode(), "columns": cosines.shape[1]},
+        "x": [f"{kind} {j}" for j in units.tolist()],
+        "y": [f"feature {i}" for i in features.tolist()],
+        "zmin": -1,
+        "zmax": 1,
+        "colorscale": palette.diverging_scale(),
+        "showscale": False,
+        "hovertemplate": "%{y}, %{x}<br>cosine %{z:.2f}<extra></extra>",
+    }
+    none = {"type": "category", "showticklabels": False, "showgrid": False, "ticks": ""}
+    return _figure(
+        [trace],
+        xaxis=_axis(f"{len(units)} {kind}s", **none),
+        yaxis=_axis(f"{len(features)} features", autorange="reversed", **none),
+        margin={"l": 28, "r": 2, "t": 2, "b": 28},
+    )
+
+
+def _figure(data: list[dict[str, Any]], **layout: Any) -> Figure:
+    base = {
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 52, "r": 12, "t": 8, "b": 44},
+        "showlegend": False,
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "var(--muted)", "activecolor": "var(--ink)"},
+        "hoverlabel": {
+            "bgcolor": "var(--paper)",
+            "bordercolor": "var(--rule)",
+            "font": {"color": "var(--ink)", "family": "system-ui, sans-serif", "size": 12},
+        },
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    }
+    return {"data": data, "layout": base | layout}
+
+
+def _axis(title: str, **options: Any) -> dict[str, Any]:
+    base = {"title": {"text": title, "standoff": 8}, "gridcolor": "var(--rule)", "zeroline": False}
+    return base | {"zerolinecolor": "var(--rule)", "linecolor": "var(--rule)"} | options
+
+
+def _arrows(rows: Cosines, colour: str, width: float, name: str) -> dict[str, Any]:
+    """Lines from the origin, parted by gaps, with a head at each tip."""
+    tips = [[0.0, float(value), None] for axis in (0, 1) for value in rows[:, axis]]
+    x, y = (sum(tips[: len(rows)], []), sum(tips[len(rows) :], []))
+    sizes = [0, 5 + 2 * width, 0] * len(rows)
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": x,
+        "y": y,
+        "line": {"color": colour, "width": width},
+        "marker": {"symbol": "arrow", "angleref": "previous", "size": sizes, "color": colour, "opacity": 1},
+        "hovertemplate": f"{name}<br>(%{{x:.2f}}, %{{y:.2f}})",
+    }
+
+
+def _level(y: float) -> dict[str, Any]:
+    line = {"color": "var(--muted)", "width": 1, "dash": "dot"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
+
+
+def _note(words: str, y: float) -> dict[str, Any]:
+    return {"text": words, "xref": "paper", "x": 1, "xanchor": "right", "y": y, "yanchor": "bottom", "showarrow": False}
+
+
+def _series(collection: Collection, run: Run) -> tuple[str, str]:
+    return palette.series(collection.methods.index(run.method))
+
+
+def _log_axis(traces: list[dict[str, Any]]) -> dict[str, Any]:
+    """A logarithmic axis with plain numbers at 1, 2, 5, ...; at powers of ten where that would be too many."""
+    values = [value for trace in traces for value in trace["y"] if value > 0] or [1.0]
+    low, high = np.log10(min(values)), np.log10(max(values))
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    ticks = [step * 10.0**power for power in range(int(np.floor(low)) - 1, int(high) + 2) for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+
+
+def _short(values: Iterable[float]) -> list[float | None]:
+    """Five digits are more than a screen shows; what is not finite is a gap."""
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]
+
+
+def _spread(n: int, most: int) -> Int[np.ndarray, " kept"]:
+    """0..n-1, or `most` of them at even distances."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(int)

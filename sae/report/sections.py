@@ -1,0 +1,239 @@
+"""What the report says, in order. A section that does not apply is left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sae.report import figures, palette, tables
+from sae.report.data import MAX_SHOWN, Collection, Run
+from sae.report.html import Html, folded, grid, join, plot, section, tag, text
+
+FOUND = 0.9
+
+
+def contents(collection: Collection) -> Html:
+    """Every section of the report."""
+    known = [run for run in collection.shown if run.truth is not None]
+    first = collection.given[0]
+    parts: list[Html | None] = [headline(collection), metrics(collection)]
+    if known:
+        parts += [maps(collection, known), frequency(collection)]
+    parts += [curves(collection), density(collection)]
+    if first.W_dec.shape[1] == 2:
+        parts.append(plane(first))
+    if first.truth is not None:
+        parts.append(missed(collection, first))
+    parts += [polysemanticity(first), dimensionality(first), configuration(collection)]
+    return join(part for part in parts if part is not None)
+
+
+def title(collection: Collection) -> str:
+    if len(collection.given) > 1:
+        return f"{len(collection.given)} dictionaries compared"
+    run = collection.given[0]
+    d_sae, d_in = run.W_dec.shape
+    return f"{tables.method_name(run.config['sae']['kind'])}: {d_sae:,} latents in {d_in:,} dimensions"
+
+
+def headline(collection: Collection) -> Html:
+    """What was trained, and whether it found the truth."""
+    run = collection.given[0]
+    if len(collection.given) == 1:
+        measure = scale(run) if run.truth is not None else ""
+        parts = [tag("p", trained(run), class_="reading"), tag("p", verdict(run), class_="verdict"), measure]
+    else:
+        parts = [
+            tag("p", tag("strong", each.name), ": ", trained(each), " ", verdict(each)) for each in collection.given
+        ]
+    return tag("header", tag("h1", title(collection)), *parts)
+
+
+def trained(run: Run) -> str:
+    """One sentence from the configuration."""
+    sae, train, source = run.config["sae"], run.config.get("train") or {}, run.config.get("source") or {}
+    setting = "".join(f", {key.replace('_', ' ')} {sae[key]:g}" for key in ("k", "l1_coefficient") if key in sae)
+    origin = {
+        "toy": f"a toy model that keeps {source.get('n_features')} features in {source.get('d_hidden')} dimensions",
+        "array": str(source.get("path")),
+    }.get(str(source.get("kind")), f"a source of kind {source['kind']}" if source else "a source passed from Python")
+    amount = f"; {train['n_samples']:,} activations, seed {train.get('seed', 0)}" if "n_samples" in train else ""
+    name = tables.method_name(sae["kind"])
+    return f"{name} with {len(run.W_dec):,} latents{setting}, trained on activations of {origin}{amount}."
+
+
+def verdict(run: Run) -> Html:
+    """Did it find the truth?"""
+    rest = f"It leaves {run.result[tables.FVU]:.1%} of the variance unexplained with {run.result[tables.L0]:.2f} latents firing at a time."
+    if run.truth is None:
+        return text(
+            "The true features of these activations are not known: the report shows reconstruction and sparsity, "
+            f"and says nothing about recovery. {rest}"
+        )
+    n, found = len(run.truth), int((run.feature("matched_cosine") > FOUND).sum())
+    mcc, chance = run.result[tables.MCC], run.result[f"{tables.MCC}_chance"]
+    return join(
+        [
+            tag("strong", f"{found:,} of {n:,} true features have a latent of their own"),
+            f"(cosine above {FOUND}). The mean matched cosine (MCC) is {mcc:.3f}, where a random dictionary with as many "
+            f"latents scores {chance:.3f}. {rest}",
+        ]
+    )
+
+
+def scale(run: Run) -> Html:
+    """MCC from 0 to 1, with chance and the truth marked."""
+    mcc, chance = run.result[tables.MCC], run.result[f"{tables.MCC}_chance"]
+    limit = run.result.get(f"{tables.MCC}_truth", 1.0)
+    marks = [
+        _mark(chance, f"chance {chance:.3f}", ""),
+        _mark(limit, f"the truth {limit:.3f}", "end"),
+        _mark(mcc, f"MCC {mcc:.3f}", "run" if mcc < 0.95 else "run end"),
+    ]
+    bar = tag("div", class_="reach", style=f"width:{100 * min(max(mcc, 0), 1):.1f}%")
+    return tag("div", tag("div", class_="track"), bar, *marks, class_="scale", role="img", aria_label=f"MCC {mcc:.3f}, chance {chance:.3f}")
+
+
+def metrics(collection: Collection) -> Html:
+    """Methods over seeds where there is a summary, the given runs beside each other, or one run in words."""
+    parts: list[Html] = []
+    for summary in collection.summaries:
+        parts.append(tables.comparison_table(tables.by_method(summary), "Methods"))
+    if len(collection.given) > 1:
+        rows = [(run.name, [run.result]) for run in collection.given]
+        parts.append(tables.comparison_table(rows, "Runs"))
+    elif not collection.summaries:
+        parts.append(tables.score_table(collection.given[0]))
+    first = collection.given[0]
+    several = "Each row is a method, mean ± standard deviation over its seeds." if collection.summaries else (
+        "Each row is a run." if len(collection.given) > 1 else "Measured on held-out activations."
+    )
+    reading = (
+        f"{several} A score of recovery says something only above its chance value, which random dictionaries of the "
+        "same shape reach." if first.truth is not None else several
+    )
+    every = [folded(f"Every metric of {run.name}", tables.every_metric(run)) for run in collection.given]
+    return section("Final metrics", reading, *parts, *every)
+
+
+def maps(collection: Collection, known: list[Run]) -> Html:
+    """Features against neurons, and against the latents of each run."""
+    first = known[0]
+    reading = (
+        "Each row is a true feature, each column a unit, each cell their cosine. Neurons mix many features; a "
+        "dictionary that found the truth shows one diagonal, a latent for each feature, once its latents are put in "
+        "the order of the match."
+    )
+    shown = len(figures.shown_features(first))
+    n = len(first.feature("frequency"))
+    thinned = f" {shown:,} of {n:,} features are drawn, at even distances in frequency." if shown < n else ""
+    order = tag("p", "Rows go from frequent features to rare ones; unmatched latents stand at the right.", thinned, class_="note")
+    before = plot(figures.neuron_map(first), "Before: features × neurons", "Every column is a mixture", "square")
+    after = [
+        plot(
+            figures.latent_map(run),
+            f"After: features × latents of {_label(collection, run)} (MCC {run.result[tables.MCC]:.3f})",
+            f"Cosines after matching, MCC {run.result[tables.MCC]:.3f}",
+            "square",
+        )
+        for run in known
+    ]
+    if len(after) == 2:
+        pictures = [grid(before, *after, columns=3)]
+    else:
+        pictures = [grid(before, after[0], columns=2), grid(*after[1:], columns=3)]
+    return section("Before and after", reading, _ramp(), *pictures, order, _left_out(collection))
+
+
+def frequency(collection: Collection) -> Html:
+    reading = "Each point is a true feature; a dictionary that sees frequent features only falls off to the left."
+    pictures = [
+        plot(figures.frequency(collection, "matched_cosine", "matched cosine"), "Direction", "Matched cosine against frequency"),
+        plot(figures.frequency(collection, "f1", "F1"), "Firing", "F1 against frequency"),
+    ]
+    return section("Recovery against frequency", reading, _key(collection), grid(*pictures, columns=2))
+
+
+def curves(collection: Collection) -> Html:
+    """Loss, L0 and, where the truth is known, MCC."""
+    first = collection.given[0]
+    reading = "One line a run, over the steps of training; the loss includes the sparsity penalty, so compare it within a method only."
+    pictures = [
+        plot(figures.curves(collection, "losses/overall_loss", "loss", log=True), "Loss", "Loss over training"),
+        plot(figures.curves(collection, "metrics/l0", "L0", log=True), "L0: latents firing at a time", "L0 over training"),
+    ]
+    if any(run.truth is not None for run in collection.runs):
+        chance = first.result.get(f"{tables.MCC}_chance")
+        figure = figures.curves(collection, "recovery/mcc", "MCC", log=False, chance=chance)
+        pictures.append(plot(figure, "MCC: recovery of the truth", "MCC over training"))
+    return section("Training", reading, _key(collection), grid(*pictures, columns=len(pictures)))
+
+
+def density(collection: Collection) -> Html:
+    reading = "How many latents fire how often: a bump near the features' own frequency is healthy, mass at the right is dense, at the far left nearly dead."
+    never = [f"{_label(collection, run)}: {int((run.tables['latent/frequency'] == 0).sum())} of {len(run.W_dec):,}" for run in collection.shown]
+    note = tag("p", "Latents that never fire have no place on this axis: ", "; ".join(never), ".", class_="note")
+    return section("Firing density", reading, _key(collection), plot(figures.density(collection), "", "Histogram of firing frequencies"), note)
+
+
+def plane(run: Run) -> Html:
+    reading = "Two dimensions can be drawn as they are: where a thin arrow lies on a thick one, a latent found a feature."
+    return section("Geometry", reading, plot(figures.plane(run), "", "Arrows of features and latents", "square"))
+
+
+def missed(collection: Collection, run: Run) -> Html:
+    several = f" They are those of {run.name}." if len(collection.runs) > 1 else ""
+    reading = f"Features without a latent of their own (cosine above {FOUND}), and what lies near them.{several}"
+    return section("Missed features", reading, tables.missed_table(run))
+
+
+def polysemanticity(run: Run) -> Html | None:
+    found = tables.unit_table(run)
+    reading = (
+        "How many features one unit stands for, measured alike for the neurons that the dictionary reads and for its "
+        "latents. Purity by chance is high, as noise passes for one or two features: read it with selectivity."
+    )
+    return None if found is None else section("Polysemanticity, before and after", reading, found)
+
+
+def dimensionality(run: Run) -> Html | None:
+    found = tables.geometry_table(run)
+    reading = "How directions share the space: a dictionary that found the truth has the truth's geometry."
+    return None if found is None else section("Dimensionality", reading, found)
+
+
+def configuration(collection: Collection) -> Html:
+    reading = join(["Everything that a run depends on, defaults included: saved as a file,", tag("code", "sae train FILE"), "repeats it."])
+    runs = dict.fromkeys([*collection.given, *collection.shown])
+    return section("Configuration", reading, *(folded(run.name, tag("pre", run.config_text)) for run in runs))
+
+
+def _mark(place: float, words: str, kind: str) -> Html:
+    return tag("div", tag("span", words), class_=f"mark {kind}", style=f"left:{100 * min(max(place, 0), 1):.1f}%")
+
+
+def _label(collection: Collection, run: Run) -> str:
+    return tables.method_name(run.method) if collection.siblings else run.name
+
+
+def _key(collection: Collection) -> Html:
+    """Which line is which; the dash tells what the colour may not."""
+    if len(collection.methods) == 1:
+        return Html("")
+    dashes = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
+    entries = []
+    for place, method in enumerate(collection.methods):
+        colour, dash = palette.series(place)
+        line = f'<line x1="0" y1="5" x2="30" y2="5" style="stroke:{colour};stroke-width:2.5" stroke-dasharray="{dashes[dash]}"/>'
+        entries.append(tag("li", Html(f'<svg viewBox="0 0 30 10" aria-hidden="true">{line}</svg>'), tables.method_name(method)))
+    return tag("ul", *entries, class_="key")
+
+
+def _ramp() -> Html:
+    return tag("div", "cosine −1", tag("i"), "1", class_="ramp", role="img", aria_label="Colours of cosines, −1 to 1")
+
+
+def _left_out(collection: Collection) -> Html:
+    more = len(collection.methods) - MAX_SHOWN
+    return tag("p", f"{more} more runs are in the tables and curves only.", class_="note") if more > 0 else Html("")

@@ -1,0 +1,275 @@
+"""One training run from configuration to result, and the directory that holds it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from sae import checkpoint, losses
+from sae.config import TrainConfig, parse_config, read_yaml
+from sae.errors import UsageError
+from sae.evaluation import Evaluation, evaluate, live_recovery
+from sae.log import LINES, RunLog, require_wandb
+from sae.model import MANIFEST, SAE, WEIGHTS, load
+from sae.sources import HeldOut, Source, as_source
+from sae.trainer import Trainer
+from toymodels.streams import generator
+
+logger = logging.getLogger("sae")
+
+CONFIG, RESULT, TABLES, REPORT, CHECKPOINTS = (
+    "config.yaml",
+    "result.json",
+    "evaluation.safetensors",
+    "report.html",
+    "checkpoints",
+)
+OnLine = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: the SAE in the units of the data, its metrics on held-out activations, its directory."""
+
+    sae: SAE
+    metrics: dict[str, float]
+    out: Path
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and can go on
+    """A signal stopped the run after its state was saved."""
+
+
+def train(
+    config: TrainConfig,
+    source: object = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_line: OnLine | None = None,
+) -> Result:
+    """Trains one SAE and writes its run directory.
+
+    `source` (a tensor, an array, an iterable of batches, a `Source`) takes the place of the configuration's own.
+    `on_line(step, values)` hears of each logged line.
+
+    Raises:
+        UsageError: the source is bad, or `config.out` holds a run and neither resume nor overwrite was asked for.
+        Interrupted: a signal came; a checkpoint was written first.
+    """
+    require_wandb(config)
+    _check_device(config)
+    if source is None and config.source is None:
+        raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
+    check_out(config.out, resume, overwrite)
+    activations = as_source(source if source is not None else config.source.open() if config.source else None)
+    state = claim_out(config, resume, overwrite)
+    if resume and (config.out / RESULT).exists():
+        logger.info("%s is complete; nothing to resume", config.out)
+        return Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
+
+    calibration = activations.held_out("calibration", config.evaluation.n_samples)
+    trainer, unit = start(config, activations, calibration)
+    if state is not None:
+        tensors, values = checkpoint.load(state)
+        unit = values.pop("unit")
+        trainer.load_state(tensors, values)
+    log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
+    try:
+        _loop(trainer, activations, unit, log, on_line)
+        sae = finished(trainer.sae, unit, calibration)
+        evaluation = evaluate(sae, activations.held_out("evaluation", config.evaluation.n_samples), activations.truth)
+        save_result(config.out, sae, evaluation)
+        report = write_report_if_installed(config.out)
+        log.finish(trainer.n_steps_done, evaluation.metrics, evaluation.tables["latent/frequency"], report)
+    finally:
+        log.close()
+    return Result(sae, evaluation.metrics, config.out)
+
+
+def start(config: TrainConfig, source: Source, calibration: HeldOut) -> tuple[Trainer, float]:
+    """A trainer at step 0, and the unit sqrt(s) that activations are divided by."""
+    unit = math.sqrt(losses.total_variance(calibration.x))
+    if not unit > 0:
+        raise UsageError("the activations have no variance: all held-out rows are the same")
+    sae = SAE(source.d_in, config.sae)
+    centres = {
+        "mean": lambda x: x.mean(dim=0),
+        "geometric_median": losses.geometric_median,
+        "zero": lambda x: torch.zeros(x.shape[1]),
+    }
+    sae.initialise_(centres[config.sae.decoder_bias](calibration.x / unit), generator(config.train.seed, "sae"))
+    offset = float(calibration.x.mean(dim=0).norm()) / unit
+    logger.info("activations: d_in %d, sqrt(total variance) %.4g, |mean| / that %.2f", source.d_in, unit, offset)
+    return Trainer(sae.to(config.train.device), config), unit
+
+
+def finished(sae: SAE, unit: float, calibration: HeldOut) -> SAE:
+    """A copy for inference in the units of the data, thresholds calibrated on held-out activations."""
+    final = copy.deepcopy(sae).cpu().eval().requires_grad_(False)
+    final.sparsifier.calibrate_(final.pre_latents(calibration.x / unit))
+    final.rescale_(unit)
+    return final
+
+
+def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: OnLine | None) -> None:
+    config = trainer.config
+    device = torch.device(config.train.device)
+    probe = source.held_out("calibration", 1024)
+    batches = source.batches(config.train.batch_size, config.train.seed, start=trainer.n_steps_done)
+    since, since_samples = time.perf_counter(), 0
+    with _stop_requested() as stop:
+        try:
+            while trainer.n_steps_done < config.n_steps:
+                x = next(batches, None)
+                if x is None:
+                    logger.warning("the source ended after %d of %d steps", trainer.n_steps_done, config.n_steps)
+                    break
+                trainer.refresh_dead()
+                trainer.step(x.to(device, non_blocking=True) / unit)
+                since_samples += len(x)
+                step = trainer.n_steps_done
+                if step % config.log.every == 0 or step == config.n_steps:
+                    values, fired = trainer.take_window()
+                    if not math.isfinite(values["losses/overall_loss"]):
+                        raise UsageError(f"the loss is not finite at step {step}; lower train.lr={config.lr:g}")
+                    values |= live_recovery(trainer.sae, fired, source.truth, probe, unit)
+                    now = time.perf_counter()
+                    values["details/samples_per_second"] = since_samples / (now - since)
+                    since, since_samples = now, 0
+                    log.line(step, values)
+                    if on_line is not None:
+                        on_line(step, values)
+                if step % config.checkpoint.every_steps == 0 and step < config.n_steps:
+                    save_checkpoint(trainer, unit)
+                if stop.is_set():
+                    raise Interrupted(f"stopped at step {step}; continue with --resume")
+        except (UsageError, Interrupted):
+            save_checkpoint(trainer, unit)
+            raise
+
+
+def save_checkpoint(trainer: Trainer, unit: float) -> None:
+    """Everything that the next step depends on."""
+    tensors, values = trainer.state()
+    config = trainer.config
+    checkpoint.save(
+        config.out / CHECKPOINTS, trainer.n_steps_done, tensors, values | {"unit": unit}, config.checkpoint.keep
+    )
+
+
+@contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set a flag that is looked at between steps, so that what is saved is whole."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def set_flag(number: int, frame: FrameType | None) -> None:
+        event.set()
+
+    previous = {number: signal.signal(number, set_flag) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses a directory that holds a run, unless it is to be resumed or overwritten."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a directory as --out")
+    if resume and overwrite:
+        raise UsageError("--resume continues a run and --overwrite discards it; give one of them")
+    if (out / CONFIG).exists() and not (resume or overwrite):
+        raise UsageError(f"{out} already holds a run; continue it with --resume, discard it with --overwrite")
+
+
+def claim_out(config: TrainConfig, resume: bool, overwrite: bool) -> Path | None:
+    """Makes `config.out` this run's directory; returns the checkpoint to resume from, if there is one."""
+    out = config.out
+    check_out(out, resume, overwrite)
+    if resume and (out / CONFIG).exists():
+        _require_same_run(config)
+        return checkpoint.latest(out / CHECKPOINTS)
+    try:
+        for name in (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST):
+            (out / name).unlink(missing_ok=True)
+        for name in (CHECKPOINTS, "wandb"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror}") from error
+    return None
+
+
+def _require_same_run(config: TrainConfig) -> None:
+    saved = parse_config(read_yaml(config.out / CONFIG), where=str(config.out / CONFIG))
+    for name in ("source", "sae", "train"):
+        ours, theirs = getattr(config, name), getattr(saved, name)
+        if ours != theirs:
+            was, now = (yaml.safe_dump(v.model_dump(mode="json") if v else None, default_flow_style=True) for v in (theirs, ours))
+            raise UsageError(
+                f"{config.out} was started with {name}: {' '.join(was.split())}, cannot resume with {' '.join(now.split())}; "
+                "use the same values, or another --out"
+            )
+
+
+def save_result(out: Path, sae: SAE, evaluation: Evaluation) -> None:
+    """Weights, final metrics, and the tables that the report is drawn from."""
+    sae.save(out)
+    save_file({name: tensor.contiguous() for name, tensor in evaluation.tables.items()}, out / TABLES)
+    (out / RESULT).write_text(json.dumps(evaluation.metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate_run(out: Path) -> Evaluation:
+    """Measures a finished run again, on its own source's held-out activations, and writes the result.
+
+    Raises:
+        UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again.
+    """
+    sae = load(out)
+    config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
+    if config.source is None:
+        raise UsageError(f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate there")
+    source = config.source.open()
+    evaluation = evaluate(sae, source.held_out("evaluation", config.evaluation.n_samples), source.truth)
+    save_result(out, sae, evaluation)
+    return evaluation
+
+
+def write_report_if_installed(out: Path) -> Path | None:
+    """The run's report.html; without the `report` extra a line says what is missing."""
+    if importlib.util.find_spec("plotly") is None:
+        logger.info("no report.html: pip install 'sae[report]', then `sae report %s`", out)
+        return None
+    from sae.report import write_report  # noqa: PLC0415 - an extra, and slow to import
+
+    return write_report([out])
+
+
+def _check_device(config: TrainConfig) -> None:
+    try:
+        torch.zeros(0, device=config.train.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"train.device {config.train.device!r} cannot be used ({reason}); try cpu") from error

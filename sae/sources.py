@@ -1,0 +1,281 @@
+"""Where activations come from.
+
+A source is a function from a step's number to that step's batch (given a seed), so a run resumes anywhere by
+asking for the next number. It also holds rows back that training never sees, and knows the true features when
+there are any.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from sae.arrays import Rows, as_tensor, open_rows
+from sae.config import SourceConfig
+from sae.errors import UsageError
+from toymodels.features import FeatureBatch, Features
+from toymodels.models import ToyModel
+from toymodels.streams import generator
+from toymodels.training import train as train_toy
+
+Purpose = Literal["calibration", "evaluation"]
+
+# Up to this size a set is shuffled row by row; above it, in windows made of random blocks.
+EXACT_SHUFFLE_BYTES = 2**30
+WINDOW_BYTES = 2**27
+BLOCK_BYTES = 2**20
+HELD_OUT_FRACTION = 0.05
+HELD_OUT_ROWS = 40_000
+
+
+class HeldOut(NamedTuple):
+    """Rows that training does not see, and the true features' activations in them when these are known."""
+
+    x: Float[Tensor, "rows d_in"]
+    acts: FeatureBatch | None = None
+
+
+class Source(ABC):
+    """Activations [*, d_in] to train on."""
+
+    d_in: int
+    truth: Float[Tensor, "n_features d_in"] | None = None
+    """Directions of the true features, when known."""
+
+    @abstractmethod
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Batches number `start`, `start` + 1, ... in float32."""
+
+    @abstractmethod
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        """Up to n rows for one purpose: always the same ones, disjoint from training and from the other purpose."""
+
+
+class ToySource(Source):
+    """The hidden activations of a toy model: an endless stream with known features."""
+
+    def __init__(self, model: ToyModel, features: Features, seed: int = 0) -> None:
+        self.model, self.features, self.seed = model, features, seed
+        self.truth = model.W.detach()[0]
+        self.d_in = self.truth.shape[1]
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+        step = start
+        while True:
+            yield self._sample(batch_size, generator(self.seed, "training", seed, step)).x
+            step += 1
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        return self._sample(n, generator(self.seed, purpose))
+
+    def _sample(self, n: int, stream: torch.Generator) -> HeldOut:
+        acts = self.features.sample(n, stream)
+        assert self.truth is not None
+        return HeldOut(acts.embed(self.truth), acts)
+
+
+class ArraySource(Source):
+    """Rows in memory or on disk, visited in a new order each epoch.
+
+    A set up to EXACT_SHUFFLE_BYTES is permuted row by row. A larger one is read in blocks of about BLOCK_BYTES:
+    the blocks are permuted, and the rows inside a window of about WINDOW_BYTES of them are permuted exactly.
+    Either way an epoch visits each row once, and memory does not grow with the set: files stay mapped.
+    """
+
+    def __init__(self, rows: Rows, truth: Float[Tensor, "n_features d_in"] | None = None) -> None:
+        if len(rows) < 20:
+            raise UsageError(f"{rows.names[0]} has {len(rows)} rows; at least 20 are needed to hold some out")
+        if truth is not None and truth.shape[1] != rows.d_in:
+            raise UsageError(f"true features have d_in={truth.shape[1]}, activations have d_in={rows.d_in}")
+        self.rows, self.d_in, self.truth = rows, rows.d_in, truth
+        self.exact = len(rows) * rows.row_bytes <= EXACT_SHUFFLE_BYTES
+        self.block_rows = 1 if self.exact else max(1, BLOCK_BYTES // rows.row_bytes)
+        if self.exact:
+            rows.check_all()
+        blocks = torch.randperm(-(-len(rows) // self.block_rows), generator=generator(0, "held-out"))
+        held_rows = min(int(HELD_OUT_FRACTION * len(rows)), HELD_OUT_ROWS)
+        half = max(1, held_rows // 2 // self.block_rows)
+        self.held_blocks = {"calibration": blocks[:half], "evaluation": blocks[half : 2 * half]}
+        self.training_blocks = blocks[2 * half :]
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """A batch that begins in one epoch may end in the next."""
+        epoch, skip = divmod(start * batch_size, self.n_training_rows)
+
+        def pieces() -> Iterator[Tensor]:
+            yield from self._epoch(seed, epoch, skip, batch_size)
+            for later in count(epoch + 1):
+                yield from self._epoch(seed, later, 0, batch_size)
+
+        return rebatch(pieces(), batch_size)
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        return HeldOut(self.rows.take(self._rows_of(self.held_blocks[purpose])[:n]))
+
+    @cached_property
+    def n_training_rows(self) -> int:
+        return sum(stop - start for start, stop in map(self._span, self.training_blocks.tolist()))
+
+    def _span(self, block: int) -> tuple[int, int]:
+        return block * self.block_rows, min((block + 1) * self.block_rows, len(self.rows))
+
+    def _rows_of(self, blocks: Tensor) -> Tensor:
+        return torch.cat([torch.arange(*self._span(block)) for block in blocks.tolist()])
+
+    def _epoch(self, seed: int, epoch: int, skip: int, batch_size: int) -> Iterator[Tensor]:
+        """One epoch's rows in pieces of at most batch_size, without the first `skip`."""
+        stream = generator(seed, "epoch", epoch)
+        order = self.training_blocks[torch.randperm(len(self.training_blocks), generator=stream)]
+        if self.exact:
+            for piece in order[skip:].split(batch_size):
+                yield self.rows.take(piece)
+            return
+        for number, window in enumerate(order.split(max(1, WINDOW_BYTES // BLOCK_BYTES))):
+            spans = [self._span(block) for block in window.tolist()]
+            n = sum(stop - start for start, stop in spans)
+            if skip >= n:
+                skip -= n
+                continue
+            rows = torch.cat([self.rows.read(*span) for span in spans])
+            within = torch.randperm(n, generator=generator(seed, "epoch", epoch, "window", number))
+            for piece in within[skip:].split(batch_size):
+                yield rows[piece].float()
+            skip = 0
+
+
+class IterableSource(Source):
+    """Any iterable of batches [*, d_in], in its own order; its first rows are held out.
+
+    An iterable that can be read again (a data loader) gives further epochs; one that cannot (a generator) ends
+    the run when it ends.
+    """
+
+    N_HELD_OUT = 8192
+
+    def __init__(self, batches: Iterable[Tensor | np.ndarray]) -> None:
+        self.iterable = batches
+        self.stream = self._rows()
+        held = torch.zeros(0)
+        while len(held) < self.N_HELD_OUT:
+            rows = next(self.stream, None)
+            if rows is None:
+                raise UsageError(
+                    f"the source ended after {len(held)} rows, and the first {self.N_HELD_OUT} are held out; "
+                    "pass small sets as one tensor"
+                )
+            held = torch.cat([held, rows]) if len(held) else rows
+        self.d_in = held.shape[1]
+        half = self.N_HELD_OUT // 2
+        self.held = {"calibration": held[:half], "evaluation": held[half : 2 * half]}
+        self.unread = held[2 * half :]
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """The stream can be followed once; the seed changes nothing, as the order is the iterable's own."""
+        return islice(rebatch(self._training_rows(), batch_size), start, None)
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        return HeldOut(self.held[purpose][:n])
+
+    def _training_rows(self) -> Iterator[Tensor]:
+        yield self.unread
+        yield from self.stream
+        while iter(self.iterable) is not self.iterable:
+            skip = self.N_HELD_OUT
+            for rows in self._rows():
+                yield rows[skip:]
+                skip = max(skip - len(rows), 0)
+
+    def _rows(self) -> Iterator[Tensor]:
+        for number, batch in enumerate(self.iterable):
+            name = f"batch {number}"
+            tensor = as_tensor(batch, name) if isinstance(batch, np.ndarray) else batch.detach()
+            yield Rows([tensor], [name]).read(0, len(tensor)).float()
+
+
+def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """The same rows in batches of exactly batch_size; a last part that fills no batch is dropped."""
+    waiting: list[Tensor] = []
+    n_waiting = 0
+    for piece in pieces:
+        waiting.append(piece)
+        n_waiting += len(piece)
+        if n_waiting < batch_size:
+            continue
+        rows = torch.cat(waiting) if len(waiting) > 1 else piece
+        *full, rest = rows.split(batch_size) if n_waiting % batch_size else (*rows.split(batch_size), rows[:0])
+        yield from full
+        waiting, n_waiting = [rest], len(rest)
+
+
+def as_source(data: object) -> Source:
+    """A source from what a user has at hand: a tensor, an array, a list of them, or any iterable of batches.
+
+    Raises:
+        UsageError: it is none of these, or its rows are not activations.
+    """
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, Tensor | np.ndarray):
+        data = [data]
+    if isinstance(data, list | tuple):
+        names = [f"part {number} of the source" if len(data) > 1 else "the source" for number in range(len(data))]
+        parts = [as_tensor(part, name) if isinstance(part, np.ndarray) else part for part, name in zip(data, names, strict=True)]
+        if parts and all(isinstance(part, Tensor) for part in parts):
+            return ArraySource(Rows([part.detach() for part in parts], names))
+    elif isinstance(data, Iterable):
+        return IterableSource(data)
+    raise UsageError(f"cannot train on {type(data).__name__}; pass a tensor, an array, or an iterable of batches")
+
+
+class ToySourceConfig(SourceConfig):
+    """The hidden activations of a toy model that is trained on the spot (Elhage et al. 2022)."""
+
+    kind: Literal["toy"] = "toy"
+    n_features: int = Field(default=256, gt=0)
+    d_hidden: int = Field(default=64, gt=0)
+    feature_prob: float = Field(default=0.01, gt=0, le=1)
+    """Probability that a feature fires: 1 - sparsity."""
+    n_steps: int = Field(default=3000, gt=0)
+    """Steps that the toy model trains for."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the toy model and its features; `train.seed` decides the SAE."""
+    weights: Path | None = None
+    """A toy model trained before, to load instead of training."""
+
+    def open(self) -> ToySource:
+        features = Features(self.n_features, self.feature_prob)
+        if self.weights is not None:
+            return ToySource(ToyModel.load(self.weights), features, self.seed)
+        stream = generator(self.seed, "toy", "weights")
+        model = ToyModel(self.n_features, self.d_hidden, generator=stream)
+        train_toy(model, features, self.n_steps, generator=generator(self.seed, "toy", "training"))
+        return ToySource(model, features, self.seed)
+
+
+class ArraySourceConfig(SourceConfig):
+    """Activations stored in .npy, .npz or .safetensors files."""
+
+    kind: Literal["array"] = "array"
+    path: Path
+    """A file, or a glob of files."""
+    key: str | None = None
+    """Name of the array inside .npz and .safetensors files."""
+    truth: Path | None = None
+    """A file with the true features [n_features, d_in], when they are known."""
+
+    def open(self) -> ArraySource:
+        truth = None
+        if self.truth is not None:
+            rows = open_rows(self.truth)
+            truth = rows.read(0, len(rows)).float()
+        return ArraySource(open_rows(self.path, self.key), truth)
