@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,8 +50,3 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
         for name in names
     ]
     print_table("held-out activations", ["metric", "measured", "chance", "true dictionary"], rows)
-
-
-def silence() -> None:
-    """Information lines off: the demo speaks through its bar and its table."""
-    logging.getLogger("sae").setLevel(logging.WARNING)

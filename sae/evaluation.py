@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +24,7 @@ from toymodels.features import FeatureBatch
 CHUNK_ROWS = 4096
 
 
+@runtime_checkable
 class Coder(Protocol):
     """What the metrics need of a method."""
 

@@ -62,12 +62,13 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    report: bool = True,
     on_line: OnLine | None = None,
 ) -> Result:
     """Trains one SAE and writes its run directory.
 
     `source` (a tensor, an array, an iterable of batches, a `Source`) takes the place of the configuration's own.
-    `on_line(step, values)` hears of each logged line.
+    `on_line(step, values)` hears of each logged line; `report` writes report.html when its extra is installed.
 
     Raises:
         UsageError: the source is bad, or `config.out` holds a run and neither resume nor overwrite was asked for.
@@ -96,8 +97,8 @@ def train(
         sae = finished(trainer.sae, unit, calibration)
         evaluation = evaluate(sae, activations.held_out("evaluation", config.evaluation.n_samples), activations.truth)
         save_result(config.out, sae, evaluation)
-        report = write_report_if_installed(config.out)
-        log.finish(trainer.n_steps_done, evaluation.metrics, evaluation.tables["latent/frequency"], report)
+        page = write_report_if_installed(config.out) if report else None
+        log.finish(trainer.n_steps_done, evaluation.metrics, evaluation.tables["latent/frequency"], page)
     finally:
         log.close()
     return Result(sae, evaluation.metrics, config.out)
@@ -255,6 +256,12 @@ def evaluate_run(out: Path) -> Evaluation:
     evaluation = evaluate(sae, source.held_out("evaluation", config.evaluation.n_samples), source.truth)
     save_result(out, sae, evaluation)
     return evaluation
+
+
+def require_report() -> None:
+    """Names the remedy when the extra is missing."""
+    if importlib.util.find_spec("plotly") is None or importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("plotly and matplotlib are not installed; pip install 'sae[report]' (the demo: 'sae[demo]')")
 
 
 def write_report_if_installed(out: Path) -> Path | None:

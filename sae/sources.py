@@ -8,7 +8,7 @@ there are any.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -253,13 +253,24 @@ class ToySourceConfig(SourceConfig):
     """A toy model trained before, to load instead of training."""
 
     def open(self) -> ToySource:
-        features = Features(self.n_features, self.feature_prob)
-        if self.weights is not None:
-            return ToySource(ToyModel.load(self.weights), features, self.seed)
-        stream = generator(self.seed, "toy", "weights")
-        model = ToyModel(self.n_features, self.d_hidden, generator=stream)
-        train_toy(model, features, self.n_steps, generator=generator(self.seed, "toy", "training"))
-        return ToySource(model, features, self.seed)
+        model = ToyModel.load(self.weights) if self.weights is not None else self.trained_model()
+        return ToySource(model, self.features, self.seed)
+
+    @property
+    def features(self) -> Features:
+        return Features(self.n_features, self.feature_prob)
+
+    def trained_model(self, on_step: Callable[[], object] | None = None) -> ToyModel:
+        """The toy model, trained afresh; `on_step` is called after each step."""
+        model = ToyModel(self.n_features, self.d_hidden, generator=generator(self.seed, "toy", "weights"))
+        train_toy(
+            model,
+            self.features,
+            self.n_steps,
+            generator=generator(self.seed, "toy", "training"),
+            progress=None if on_step is None else lambda step, losses: on_step(),
+        )
+        return model
 
 
 class ArraySourceConfig(SourceConfig):

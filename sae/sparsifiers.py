@@ -6,7 +6,7 @@ has one). `docs/sparsifiers.md` walks through an example.
 
 from __future__ import annotations
 
-from typing import Literal, Self, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -83,8 +83,9 @@ class TopKConfig(SAEConfig):
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
 
     @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        return _require_k_fits(self, self.k)
+    def _k_fits(self) -> TopKConfig:
+        require_k_fits(self.k, self.d_sae)
+        return self
 
     def build(self) -> TopK:
         return TopK(self.k)
@@ -114,8 +115,9 @@ class BatchTopKConfig(SAEConfig):
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
 
     @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        return _require_k_fits(self, self.k)
+    def _k_fits(self) -> BatchTopKConfig:
+        require_k_fits(self.k, self.d_sae)
+        return self
 
     def build(self) -> BatchTopK:
         return BatchTopK(self.k)
@@ -168,10 +170,7 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
     return values.topk(k, sorted=False).values.min()
 
 
-_Config = TypeVar("_Config", bound=SAEConfig)
-
-
-def _require_k_fits(config: _Config, k: float) -> _Config:
-    if k > config.d_sae:
-        raise ValueError(f"k must lie in 1..d_sae={config.d_sae}, got {k}; lower k or raise d_sae")
-    return config
+def require_k_fits(k: int | float, d_sae: int) -> None:
+    """Refuses to select more latents than there are."""
+    if k > d_sae:
+        raise ValueError(f"k must lie in 1..d_sae={d_sae}, got {k}; lower k or raise d_sae")

@@ -72,6 +72,13 @@ def test_dead_rows_are_dropped_before_matching() -> None:
     assert scores["uniqueness"] == 1
 
 
+def test_zero_rows_match_nothing_even_when_called_alive() -> None:
+    half = TRUTH * (torch.arange(48) < 24)[:, None]
+    matching = match_dictionary(half, TRUTH, torch.ones(48, dtype=torch.bool))
+    assert matching.latent.tolist() == [*range(24), *[-1] * 24]
+    assert dictionary_recovery(half, TRUTH, torch.ones(48, dtype=torch.bool))["uniqueness"] == 1
+
+
 def test_chance_is_computed_at_the_number_alive() -> None:
     alive = torch.arange(48) < 12
     few, all_of_them = recovery(TRUTH, TRUTH, alive=alive), recovery(TRUTH, TRUTH)

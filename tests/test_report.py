@@ -1,127 +1,276 @@
-"""The report: what it says of made-up runs, that it loads nothing, and that a browser draws it without complaint."""
+"""The report of made-up runs: what it says, that it loads nothing, and that a browser draws it."""
 
 from __future__ import annotations
 
-import builtins
 import json
 import re
 import shutil
 import subprocess
+import sys
+from base64 import b64decode
+from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from fabricated_runs import fabricate, fabricate_demo
+from safetensors.torch import load_file, save_file
 
-import sae.sources
-import sae.sparsifiers
-from sae.config import TrainConfig
 from sae.errors import UsageError
-from sae.log import RunLog
-from sae.metrics.dictionary_recovery import dictionary_scores, match_dictionary
-from sae.model import SAE
 from sae.report import html, write_report
 
 pytest.importorskip("plotly")
 CHROMIUM = shutil.which("chromium")
-N_STEPS = 600
 
 
-def fabricate(
-    out: Path,
-    *,
-    sae: dict[str, Any] | None = None,
-    source: dict[str, Any] | None = None,
-    n_features: int = 64,
-    d_in: int = 16,
-    n_missed: int = 3,
-    noise: float = 0.02,
-    known: bool = True,
-    seed: int = 0,
-) -> Path:
-    """A run directory as `sae train` leaves it, its dictionary the truth with noise and a few features missed."""
-    stream = torch.Generator().manual_seed(seed)
-    truth = torch.nn.functional.normalize(torch.randn(n_features, d_in, generator=torch.Generator().manual_seed(9)), dim=1)
-    config = TrainConfig(
-        source=source or {"kind": "toy", "n_features": n_features, "d_hidden": d_in},
-        sae=sae or {"kind": "topk", "d_sae": n_features, "k": 3},
-        train={"n_samples": N_STEPS * 2048, "seed": seed},
-        out=out,
+class Page(HTMLParser):
+    """What tests ask of a page: its headings, its text, its attributes, its figures."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.figures: list[dict[str, Any]] = []
+        self.inside: list[tuple[str, str | None]] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in ("meta", "link"):
+            self.inside.append((tag, dict(attrs).get("type")))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.inside.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        tag, kind = self.inside[-1] if self.inside else ("", None)
+        if tag in ("h1", "h2"):
+            self.headings.append(data)
+        if kind == "application/json":
+            self.figures.append(json.loads(data))
+        elif tag not in ("script", "style"):
+            self.words.append(data)
+
+    def maps(self) -> list[np.ndarray]:
+        """The matrices of cosines, as the page unpacks them."""
+        packed = [
+            trace["z"] for figure in self.figures for trace in figure["data"] if trace["type"] == "heatmap"
+        ]
+        rows = [np.frombuffer(b64decode(z["cosines"]), np.int8).reshape(-1, z["columns"]) for z in packed]
+        return [matrix / 127 for matrix in rows]
+
+
+KNOWN = ["Final metrics", "Before and after", "Recovery against frequency", "Training", "Firing density"]
+
+
+def test_one_run_has_every_section_in_order(tmp_path: Path) -> None:
+    path = write_report([fabricate(tmp_path / "mine")])
+    page = Page(path)
+    assert path == tmp_path / "mine" / "report.html"
+    assert page.headings == [
+        "TopK: 64 latents in 16 dimensions",
+        *KNOWN,
+        "Missed features",
+        "Polysemanticity, before and after",
+        "Configuration",
+    ]
+    assert path.stat().st_size < 6e6
+
+
+def test_headline_tells_what_was_found_against_chance(tmp_path: Path) -> None:
+    run = fabricate(tmp_path, n_missed=5)
+    found = int((load_file(run / "evaluation.safetensors")["feature/matched_cosine"] > 0.9).sum())
+    mcc = json.loads((run / "result.json").read_text())["recovery/mcc"]
+    text = Page(write_report([run])).text
+    assert f"{found} of 64 true features have a latent of their own" in text
+    assert f"(MCC) is {mcc:.3f}, where a random dictionary with as many latents scores 0.329" in text
+    assert f"{64 - found} of 64 features are missed." in text
+
+
+def test_map_of_latents_is_a_diagonal_in_the_order_of_the_match(tmp_path: Path) -> None:
+    run = fabricate(tmp_path, n_missed=0)
+    tables = load_file(run / "evaluation.safetensors")
+    before, after = Page(write_report([run])).maps()
+    order = tables["feature/frequency"].argsort(descending=True, stable=True).numpy()
+    matched = tables["feature/matched_latent"].numpy()[order] >= 0
+    cosine = tables["feature/matched_cosine"].numpy()[order]
+    rows = np.arange(64)[matched]
+    assert np.allclose(after[rows, np.arange(len(rows))], cosine[matched], atol=1 / 127)
+    assert np.allclose(before, tables["truth"].numpy()[order], atol=1 / 127)
+
+
+def test_nothing_missed_is_said(tmp_path: Path) -> None:
+    run = fabricate(tmp_path)
+    tables = load_file(run / "evaluation.safetensors")
+    save_file(tables | {"feature/found": torch.ones(64, dtype=torch.bool)}, run / "evaluation.safetensors")
+    assert "None is missed: each of the 64 features has a latent" in Page(write_report([run])).text
+
+
+def test_demo_summarises_methods_and_draws_their_runs(tmp_path: Path) -> None:
+    run = fabricate_demo(tmp_path)
+    rows = json.loads((run / "summary.json").read_text())
+    page = Page(write_report([run]))
+    mcc = [row["recovery/mcc"] for row in rows if row["method"] == "l1"]
+    assert f"L1 2 {fmean(mcc):.3f} ± {stdev(mcc):.3f} 0.329" in page.text
+    assert "ICA 1 0.420 0.329" in page.text
+    lines = [[trace.get("name") for trace in figure["data"]] for figure in page.figures]
+    every = [f"{method}-{seed}" for method in ("topk", "batchtopk", "l1", "l1_low") for seed in (0, 1)]
+    assert lines.count(every) == 3  # loss, L0, MCC
+    assert len(page.maps()) == 5  # the neurons, and one seed of each method
+
+
+def test_runs_are_compared_and_unlike_ones_too(tmp_path: Path) -> None:
+    known, other = fabricate(tmp_path / "a"), fabricate(tmp_path / "b", known=False, seed=1)
+    page = Page(write_report([known, other], tmp_path / "both.html"))
+    assert page.headings[:6] == ["2 dictionaries compared", *KNOWN]
+    assert "a: TopK with 64 latents, k = 3" in page.text
+    assert len(page.maps()) == 2
+    assert [len(figure["data"]) for figure in page.figures if len(figure["data"]) == 2] == [2, 2, 2, 2]
+
+
+def test_unknown_truth_leaves_recovery_out(tmp_path: Path) -> None:
+    run = fabricate(tmp_path, known=False, source={"kind": "array", "path": "acts.npy"})
+    page = Page(write_report([run]))
+    assert page.headings[1:] == ["Final metrics", "Training", "Firing density", "Configuration"]
+    assert "The true features of these activations are not known" in page.text
+    assert "MCC" not in page.text
+
+
+def test_known_directions_without_activations_are_matched(tmp_path: Path) -> None:
+    run = fabricate(tmp_path)
+    tables = load_file(run / "evaluation.safetensors")
+    kept = {name: tensor for name, tensor in tables.items() if not name.startswith("feature/")}
+    save_file(kept, run / "evaluation.safetensors")
+    page = Page(write_report([run]))
+    assert "Recovery against frequency" not in page.headings
+    assert "magnitude" not in page.text
+    found = int((tables["feature/matched_cosine"] > 0.9).sum())
+    assert f"{found} of 64 true features have a latent of their own" in page.text
+
+
+def test_two_dimensions_are_drawn(tmp_path: Path) -> None:
+    run = fabricate(tmp_path, n_features=5, d_in=2, n_missed=0)
+    page = Page(write_report([run]))
+    assert "Geometry" in page.headings
+    [arrows] = [figure for figure in page.figures if figure["data"][0].get("name") == "true feature"]
+    tips = torch.tensor([arrows["data"][0][axis][1::3] for axis in "xy"]).T
+    assert torch.allclose(tips, load_file(run / "evaluation.safetensors")["truth"])
+
+
+def test_what_is_not_finite_is_a_gap(tmp_path: Path) -> None:
+    run = fabricate(tmp_path)
+    tables = load_file(run / "evaluation.safetensors")
+    save_file(tables | {"feature/f1": torch.full((64,), torch.nan)}, run / "evaluation.safetensors")
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps({"step": 650, "losses/overall_loss": float("nan")}) + "\n")
+    assert len(Page(write_report([run])).figures) == 8
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    attack = "</script><script>alert(1)</script><b>&"
+    run = fabricate(tmp_path / "<b>&amp;", source={"kind": "array", "path": attack})
+    rows = [{"method": attack, "seed": 0, "recovery/mcc": 0.5}]
+    (run / "summary.json").write_text(json.dumps(rows), encoding="utf-8")
+    page = Page(write_report([run]))
+    assert "<script>alert" not in page.source
+    assert "<b>" not in page.source.split("plotly.js v")[0]
+    assert attack in page.text
+
+
+def test_nothing_is_loaded(tmp_path: Path) -> None:
+    page = Page(write_report([fabricate_demo(tmp_path, n_seeds=1)]))
+    loading = {
+        value for _, name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")
+    }
+    assert loading == {"data:,"}
+    own = page.source.replace(html.plotly_js(), "")
+    assert not re.search(r"https?:|@import|url\(", own)
+    assert "default-src 'none'" in own
+
+
+def test_missing_extra_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    html.plotly_js.cache_clear()
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(UsageError, match=r"pip install 'sae\[report\]'"):
+        write_report([fabricate(tmp_path)])
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("lost", ["result.json", "sae.safetensors", "metrics.jsonl"])
+def test_unfinished_run_is_refused(tmp_path: Path, lost: str) -> None:
+    (fabricate(tmp_path) / lost).unlink()
+    with pytest.raises(UsageError, match=f"{lost} is missing"):
+        write_report([tmp_path])
+
+
+def test_nothing_to_report_is_refused() -> None:
+    with pytest.raises(UsageError, match="got none"):
+        write_report([])
+
+
+def test_import_is_light() -> None:
+    code = "import sys, sae.report; assert not {'plotly', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_browser_draws_every_figure_without_complaint(tmp_path: Path) -> None:
+    path = write_report([fabricate_demo(tmp_path, n_seeds=1)])
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-
-    model = SAE(d_in, config.sae)
-    model.initialise_(torch.zeros(d_in), stream)
-    order = torch.randperm(config.sae.d_sae, generator=stream)[: n_features - n_missed]
-    with torch.no_grad():
-        model.W_dec[order] = truth[: len(order)] + noise * torch.randn(len(order), d_in, generator=stream)
-    if hasattr(model.sparsifier, "threshold"):
-        model.sparsifier.threshold.fill_(0.1)
-    model.save(out)
-
-    frequency = torch.rand(config.sae.d_sae, generator=stream) * 0.004 + 0.008
-    frequency[-2:] = 0
-    matching = match_dictionary(model.W_dec.detach(), truth, frequency > 0)
-    scores = dictionary_scores(matching)
-    tables = {"latent/frequency": frequency, "latent/purity": torch.rand(config.sae.d_sae, generator=stream)}
-    result = {"metrics/fvu": 0.07, "metrics/l0": 2.57, "metrics/dead": 2 / config.sae.d_sae}
-    result |= {"polysemanticity/latents/purity": 0.97, "polysemanticity/neurons/purity": 0.08}
-    if known:
-        tables |= _feature_tables(truth, matching.latent, matching.cosine, stream) | {
-            "feature/nearest_latent": matching.nearest_latent,
-            "feature/nearest_latent_cosine": matching.nearest_cosine.float(),
-        }
-        result |= {f"recovery/{name}": value for name, value in scores.items()}
-        result |= {"recovery/mcc_chance": 0.329, "recovery/mcc_chance_sd": 0.003, "recovery/mcc_truth": 1.0}
-        result |= {"recovery/f1": 0.78}
-    save_file({name: tensor.contiguous() for name, tensor in tables.items()}, out / "evaluation.safetensors")
-    (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
-
-    log = RunLog(out, config)
-    for step in range(50, N_STEPS + 1, 50):
-        share = 1 - 0.985 ** (step / 10)
-        line = {"losses/overall_loss": 1.05 - share, "metrics/l0": 2 + 60 * (1 - share), "metrics/fvu": 1.05 - share}
-        log.line(step, line | ({"recovery/mcc": 0.33 + (scores["mcc"] - 0.33) * share} if known else {}))
-    log.close()
-    return out
+    flags += (
+        " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=9000"
+    )
+    command = [
+        str(CHROMIUM),
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        path.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    n_plots = len(re.findall(r'class="plot (?:wide|square)', done.stdout))
+    assert n_plots == len(Page(path).figures)
+    assert done.stdout.count('class="plot-container plotly') == n_plots
+    assert len(re.findall(r'<image [^>]*href="data:image/png', done.stdout)) == 5
 
 
-def _feature_tables(truth: Tensor, latent: Tensor, cosine: Tensor, stream: torch.Generator) -> dict[str, Tensor]:
-    n = len(truth)
-    cosines = (truth @ truth.T).fill_diagonal_(-2)
-    f1 = (cosine.float() - 0.2 + 0.05 * torch.randn(n, generator=stream)).clamp(0, 1)
-    return {
-        "truth": truth,
-        "feature/frequency": torch.rand(n, generator=stream) * 0.004 + 0.008,
-        "feature/magnitude": torch.rand(n, generator=stream) * 0.1 + 0.5,
-        "feature/matched_latent": latent,
-        "feature/matched_cosine": cosine.float(),
-        **{f"feature/{name}": f1.clone() for name in ("precision", "recall", "f1", "auroc", "r2")},
-        "feature/nearest_feature": cosines.argmax(dim=1),
-        "feature/nearest_feature_cosine": cosines.max(dim=1).values,
-        "feature/found": cosine > 0.9,
-    }
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Steps this small spend their time at the barriers between threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
-def fabricate_demo(out: Path, *, n_seeds: int = 2, **options: Any) -> Path:
-    """The directory of a demo: the first TopK, its siblings, and the summary of all methods."""
-    d_sae = options.get("n_features", 64)
-    kinds = {
-        "topk": ({"kind": "topk", "d_sae": d_sae, "k": 3}, 0.02),
-        "batchtopk": ({"kind": "batchtopk", "d_sae": d_sae, "k": 2.56}, 0.06),
-        "l1": ({"kind": "relu", "d_sae": d_sae, "l1_coefficient": 0.15}, 0.04),
-        "l1_low": ({"kind": "relu", "d_sae": d_sae, "l1_coefficient": 0.05}, 0.15),
-    }
-    rows = []
-    for method, (sae, noise) in kinds.items():
-        for seed in range(n_seeds):
-            folder = out if (method, seed) == ("topk", 0) else out / f"{method}-{seed}"
-            fabricate(folder, sae=sae, noise=noise, seed=seed, **options)
-            rows.append({"method": method, "seed": seed, **json.loads((folder / "result.json").read_text()), "seconds": 9.1 + seed})
-    for method, mcc in {"random": 0.328, "oracle": 1.0, "pca": 0.24, "ica": 0.42}.items():
-        rows.append({"method": method, "seed": 0, "recovery/mcc": mcc, "recovery/mcc_chance": 0.329, "seconds": 0.4})
-    (out / "summary.json").write_text(json.dumps(rows), encoding="utf-8")
-    return out
+@pytest.mark.usefixtures("one_thread")
+def test_overview_is_a_picture_of_the_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    from sae.report.overview import HEIGHT, LEFT_OF_LATENTS, MAP, TOP, WIDTH, draw_overview
+
+    draw_overview(fabricate(tmp_path / "mine", n_missed=0), tmp_path / "overview.png")
+    picture = imread(tmp_path / "overview.png")[..., :3]
+    assert picture.shape == (HEIGHT, WIDTH, 3)
+    after = picture[TOP : TOP + MAP, LEFT_OF_LATENTS : LEFT_OF_LATENTS + MAP].mean(axis=2)
+    cells = after.reshape(64, MAP // 64, 64, MAP // 64).mean(axis=(1, 3))
+    assert (np.diff(cells.argmin(axis=1)) == 1).mean() > 0.9  # the darkest cells are a diagonal
+
+
+def test_overview_needs_the_truth(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from sae.report.overview import draw_overview
+
+    with pytest.raises(UsageError, match="not known"):
+        draw_overview(fabricate(tmp_path, known=False), tmp_path / "overview.png")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from toymodels.features import FeatureBatch, Features
 from toymodels.streams import generator
 
-N = 200_000
+N = 60_000
 PROBS = {
     "sparse": 0.01,
     "medium": 0.2,
@@ -76,6 +76,13 @@ def test_a_batch_is_one_layout_of_the_same_entries(p):
     assert torch.equal(batch.dense().reshape(99, 5), x)
     rebuilt = FeatureBatch(batch.indices, batch.values, batch.offsets, batch.shape)
     assert torch.equal(rebuilt.positions, batch.positions)
+
+
+@pytest.mark.parametrize("p", [0.2, (0.02, 0.3, 0.0, 0.1, 0.05)])
+def test_entries_fire_in_increasing_order_whatever_the_layout(p):
+    positions = Features(5, p)._fire(3, 400, generator(1))
+    assert len(positions) > 200
+    assert (positions.diff() > 0).all()
 
 
 def test_dense_samples_keep_each_feature_contiguous_and_reuse_memory():

@@ -160,8 +160,7 @@ def polytopes(
 
 def _kind(gram: Float[Tensor, "n n"], tolerance: float) -> str:
     """The shape whose vertices all see these cosines."""
-    # Each vertex's cosine with itself, the largest of its row, comes last.
-    seen = gram.fill_diagonal_(2).sort(dim=1).values[:, :-1]
+    seen = gram.sort(dim=1).values[:, :-1]  # the last is the vertex itself, at cosine 1
     for kind, cosines_of_vertex in POLYTOPES.items():
         if len(cosines_of_vertex) == seen.shape[1]:
             difference = (seen - torch.tensor(cosines_of_vertex, dtype=seen.dtype)).abs()

@@ -75,7 +75,7 @@ class ToyModel(nn.Module):
         self, x: FeatureBatch | Float[Tensor, "n_instances batch n_features"]
     ) -> Float[Tensor, "n_instances batch d_hidden"]:
         """h = x W, for sparse or dense x."""
-        if tuple(x.shape[::2]) != (self.n_instances, self.n_features) or len(x.shape) != 3:
+        if (x.shape[0], *x.shape[2:]) != (self.n_instances, self.n_features):
             raise ValueError(
                 f"x must have shape [n_instances={self.n_instances}, batch, n_features={self.n_features}], "
                 f"got {list(x.shape)}; draw it with features.sample(batch_size, generator, n_instances)"

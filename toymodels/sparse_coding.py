@@ -16,6 +16,9 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+# Atoms that a row may add in one step: larger supports are found in fewer steps.
+AT_ONCE = 4
+
 
 def sparse_code(
     x: Float[Tensor, "batch d"],
@@ -30,7 +33,7 @@ def sparse_code(
 
     With `k`, the k largest codes of that solution are kept, and refitted without a penalty: NNLS on them.
 
-    Each row adds the atom that violates the Karush-Kuhn-Tucker conditions most, solves for the codes of its
+    Each row adds the atoms that violate the Karush-Kuhn-Tucker conditions most, solves for the codes of its
     support exactly, dropping those that would turn negative, and is done when no atom has
     (x − zD)·D_j > penalty + tolerance · |x| · max_j |D_j|. Cost follows the size of the supports.
     Source: Lawson & Hanson 1974, chapter 23, batched over rows and with a penalty.
@@ -38,7 +41,7 @@ def sparse_code(
     Raises:
         ValueError: a negative penalty, k outside 1..n, or x and dictionary of different widths.
     Warns:
-        UserWarning: rows left undone after `n_steps` atoms, by default 2 · (n + d).
+        UserWarning: rows left undone after `n_steps`, by default 2 · (n + d).
     """
     n, d = dictionary.shape
     if x.shape[1] != d:
@@ -68,6 +71,7 @@ def _active_set(
 ) -> Float[Tensor, "batch n"]:
     """The minimiser, whose support may be restricted to the allowed atoms."""
     z = x.new_zeros(len(x), len(D))
+    n_candidates = min(AT_ONCE, len(D))
     slack = tolerance * torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(D, dim=1).amax()
     # The rows that are not done, the atoms in their slots and those atoms' codes; a free slot has code 0.
     rows = torch.arange(len(x), device=x.device)
@@ -77,19 +81,20 @@ def _active_set(
         violation = residual @ D.mT
         if allowed is not None:
             violation.masked_fill_(~allowed[rows], -torch.inf)
-        violation, atom = violation.max(dim=1)
-        open_ = violation > penalty + slack[rows]
+        violation, candidates = (violation - penalty).topk(n_candidates, dim=1)
+        open_ = violation[:, 0] > slack[rows]
         z[rows[~open_]] = z[rows[~open_]].scatter_add_(1, atoms[~open_], codes[~open_])
         if not open_.any():
             return z
-        rows, atom = rows[open_], atom[open_]
+        rows, candidates, violation = rows[open_], candidates[open_], violation[open_]
+        n_added = (violation > violation[:, :1] / 2).sum(dim=1, keepdim=True)
         codes, order = codes[open_].sort(dim=1, descending=True)
         atoms = atoms[open_].gather(1, order)
         used = (codes > 0).sum(dim=1, keepdim=True)
-        width = int(used.max()) + 1
-        codes, atoms = (F.pad(slots, (0, 1))[:, :width] for slots in (codes, atoms))
-        atoms = atoms.scatter(1, used, atom[:, None])
-        on = torch.arange(width, device=x.device) <= used
+        width = int(used.max()) + n_candidates
+        codes, atoms = (F.pad(slots, (0, n_candidates))[:, :width] for slots in (codes, atoms))
+        atoms = atoms.scatter(1, used + torch.arange(n_candidates, device=x.device), candidates)
+        on = torch.arange(width, device=x.device) < used + n_added
         directions = D[atoms]
         gram = directions @ directions.mT
         target = einsum(x[rows], directions, "b d, b s d -> b s") - penalty
@@ -119,8 +124,8 @@ def _solve_on_support(
         system = gram[undone] * both + torch.diag_embed(ridge[undone].where(live, 1))
         factor = torch.linalg.cholesky(system)
         aim = torch.cholesky_solve(rearrange(target[undone] * live, "b s -> b s 1"), factor).squeeze(2)
-        negative = live & (aim <= 0)
-        reach = torch.where(negative, start / (start - aim).where(start > 0, 1), 1)
+        negative = live & (aim < 0)
+        reach = torch.where(negative, start / (start - aim), 1)
         step = reach.amin(dim=1, keepdim=True)
         dropped = negative & (reach <= step)
         codes[undone] = (start + step * (aim - start)).masked_fill_(dropped, 0)

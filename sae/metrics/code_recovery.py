@@ -225,7 +225,7 @@ def best_threshold(
 
     n_fires = torch.arange(1, len(own) + 1, device=own.device) - start
     n_hits = hits.cumsum(0) - (hits.cumsum(0) - hits)[start]
-    f1 = torch.where(n_active[own] > 0, 2 * n_hits / (n_fires + n_active[own]), 0.0)
+    f1 = 2 * n_hits / (n_fires + n_active[own])
     gain = torch.empty_like(f1)
     gain[by_column] = f1 - torch.where(starts, 0.0, f1.roll(1))
 

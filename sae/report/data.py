@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from sae.config import read_yaml
 from sae.errors import UsageError
+from sae.metrics.dictionary_recovery import match_dictionary
 
 CONFIG, LINES, RESULT, TABLES, WEIGHTS = FILES = (
     "config.yaml",
@@ -24,6 +26,8 @@ CONFIG, LINES, RESULT, TABLES, WEIGHTS = FILES = (
     "sae.safetensors",
 )
 SUMMARY = "summary.json"
+# A feature is found when its own latent has a cosine above this.
+FOUND = 0.9
 # Runs of which maps, densities and frequencies are drawn: more would not be told apart.
 MAX_SHOWN = 6
 
@@ -32,14 +36,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One finished run. `method` is what runs that differ in their seed alone share; it decides the colour."""
+    """One finished run. Runs of one `method` differ in their seed alone, and share a colour."""
 
     name: str
     method: str
     config: dict[str, Any]
     config_text: str
-    lines: list[dict[str, float]]
-    result: dict[str, float]
+    lines: list[dict[str, Any]]
+    result: dict[str, Any]
     tables: dict[str, np.ndarray]
     W_dec: Float[np.ndarray, "d_sae d_in"]
 
@@ -48,11 +52,23 @@ class Run:
         """Directions of the true features, when known."""
         return self.tables.get("truth")
 
+    @property
+    def knows_activations(self) -> bool:
+        """Whether it is known when each true feature fires, and not only its direction."""
+        return "feature/frequency" in self.tables
+
+    @property
+    def order(self) -> Int[np.ndarray, " n_features"]:
+        """The true features from frequent to rare, or in their own order where that is not known."""
+        if not self.knows_activations:
+            return np.arange(len(self.tables["truth"]))
+        return np.argsort(-self.feature("frequency"), kind="stable")
+
     def feature(self, name: str) -> np.ndarray:
         """One column of the table of true features."""
         return self.tables[f"feature/{name}"]
 
-    def curve(self, key: str) -> tuple[list[float], list[float]]:
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of the logged lines that have a key."""
         points = [(line["step"], line[key]) for line in self.lines if isfinite(line.get(key, nan))]
         return [step for step, _ in points], [value for _, value in points]
@@ -92,18 +108,23 @@ def collect(paths: Sequence[Path]) -> Collection:
         UsageError: there is no directory, or one holds no finished run or a damaged file.
     """
     if not paths:
-        raise UsageError("a report needs at least one run directory, got none; give one, as in `sae report runs/demo`")
+        raise UsageError("a report needs a run directory, got none; give one, as in `sae report runs/demo`")
     given, siblings, summaries = [], [], []
     for path, name in zip(paths, _names(paths), strict=True):
         run = read_run(path, name, name)
         if (path / SUMMARY).is_file():
             rows = _read_json(path / SUMMARY)
             summaries.append(rows)
-            own = [row for row in rows if not (path / _name(row)).is_dir() and row["method"] == run.config["sae"]["kind"]]
-            if own:
-                run = read_run(path, _name(own[0]), own[0]["method"])
+            folders = [path / _name(row) for row in rows]
+            # The directory itself is the run of its kind that has no directory of its own.
+            for row, folder in zip(rows, folders, strict=True):
+                if row["method"] == run.config["sae"]["kind"] and not folder.is_dir():
+                    run = replace(run, name=_name(row), method=row["method"])
+                    break
             siblings += [
-                read_run(path / _name(row), _name(row), row["method"]) for row in rows if _is_run(path / _name(row))
+                read_run(folder, folder.name, row["method"])
+                for row, folder in zip(rows, folders, strict=True)
+                if all((folder / file).is_file() for file in FILES)
             ]
         given.append(run)
     return Collection(given, siblings, summaries)
@@ -114,10 +135,11 @@ def read_run(path: Path, name: str, method: str) -> Run:
     missing = [file for file in FILES if not (path / file).is_file()]
     if missing:
         raise UsageError(
-            f"{path} holds no finished run: {missing[0]} is missing; train it to the end (`sae train --resume` continues)"
+            f"{path} holds no finished run: {missing[0]} is missing; train it to the end, with --resume"
         )
     lines = (path / LINES).read_text(encoding="utf-8").splitlines()
     try:
+        W_dec = load_file(path / WEIGHTS)["W_dec"].astype(np.float32)
         return Run(
             name=name,
             method=method,
@@ -125,15 +147,29 @@ def read_run(path: Path, name: str, method: str) -> Run:
             config_text=(path / CONFIG).read_text(encoding="utf-8"),
             lines=[json.loads(line) for line in lines if line.strip()],
             result=_read_json(path / RESULT),
-            tables=load_file(path / TABLES),
-            W_dec=load_file(path / WEIGHTS)["W_dec"].astype(np.float32),
+            tables=_with_matching(load_file(path / TABLES), W_dec),
+            W_dec=W_dec,
         )
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read: {error}; run `sae eval {path}` to write its results again") from error
+    except (ValueError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read: {error}; train the run again") from error
 
 
-def _is_run(path: Path) -> bool:
-    return all((path / file).is_file() for file in FILES)
+def _with_matching(
+    tables: dict[str, np.ndarray], W_dec: Float[np.ndarray, "d_sae d_in"]
+) -> dict[str, np.ndarray]:
+    """Where the features' directions are known but not their activations, the match alone is known too."""
+    truth = tables.get("truth")
+    if truth is None or "feature/matched_latent" in tables:
+        return tables
+    matching = match_dictionary(W_dec, truth, tables["latent/frequency"] > 0)
+    columns = {
+        "matched_latent": matching.latent,
+        "matched_cosine": matching.cosine,
+        "found": matching.cosine > FOUND,
+        "nearest_latent": matching.nearest_latent,
+        "nearest_latent_cosine": matching.nearest_cosine,
+    }
+    return tables | {f"feature/{name}": column.numpy() for name, column in columns.items()}
 
 
 def _name(row: Row) -> str:
@@ -150,4 +186,6 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON: {error}; run the command that wrote it again") from error
+        raise UsageError(
+            f"{path} is not valid JSON ({error}); run the command that wrote it again"
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,8 @@ def unit(rows: Cosines) -> Cosines:
 
 
 def shown_features(run: Run) -> Int[np.ndarray, " shown"]:
-    """Features from frequent to rare; of very many, some at even distances in that order."""
-    order = np.argsort(-run.feature("frequency"), kind="stable")
-    return order[_spread(len(order), MAX_FEATURES)]
+    """The features in order; of very many, some at even distances."""
+    return run.order[_spread(len(run.order), MAX_FEATURES)]
 
 
 def latents_in_order(run: Run, features: Int[np.ndarray, " shown"]) -> Int[np.ndarray, " ordered"]:
@@ -61,9 +60,9 @@ def latent_map(run: Run) -> Figure:
 def frequency(collection: Collection, column: str, name: str) -> Figure:
     """A point a feature: its firing frequency, and how well it was recovered."""
     traces = []
-    for run in (run for run in collection.shown if run.truth is not None):
-        keep = _spread(len(run.feature(column)), MAX_POINTS)
-        order = np.argsort(run.feature("frequency"), kind="stable")[keep]
+    runs = [run for run in collection.shown if run.knows_activations]
+    for run in runs:
+        order = run.order[_spread(len(run.order), MAX_POINTS)]
         colour, _ = _series(collection, run)
         traces.append(
             {
@@ -77,10 +76,12 @@ def frequency(collection: Collection, column: str, name: str) -> Figure:
                 "hovertemplate": f"feature %{{customdata}}<br>frequency %{{x:.2%}}<br>{name} %{{y:.3f}}",
             }
         )
-    fired = np.concatenate([run.feature("frequency") for run in collection.shown if run.truth is not None])
+    fired = np.concatenate([run.feature("frequency") for run in runs])
     wide = fired.max() > 5 * max(fired.min(), 1e-9)
-    axis = {"type": "log", "tickformat": "~g"} if wide else {"tickformat": ".1%"}
-    return _figure(traces, xaxis=_axis("firing frequency of the feature", **axis), yaxis=_axis(name, range=[-0.03, 1.04]))
+    axis = {"type": "log", "tickformat": "~g"} if wide else {"tickformat": ".2~%"}
+    lowest = min([0.0, *(value for trace in traces for value in trace["y"] if value is not None)])
+    x = _axis("firing frequency of the feature", **axis)
+    return _figure(traces, xaxis=x, yaxis=_axis(name, range=[lowest - 0.03, 1.04]))
 
 
 def curves(collection: Collection, key: str, name: str, log: bool, chance: float | None = None) -> Figure:
@@ -95,8 +96,8 @@ def curves(collection: Collection, key: str, name: str, log: bool, chance: float
                 "type": "scatter",
                 "mode": "lines",
                 "name": run.name,
-                "x": [steps[i] for i in kept],
-                "y": _short(values[i] for i in kept),
+                "x": np.array(steps)[kept].tolist(),
+                "y": _short(np.array(values)[kept]),
                 "line": {"color": colour, "dash": dash, "width": 1.6},
                 "hovertemplate": f"step %{{x}}<br>{name} %{{y:.4g}}",
             }
@@ -110,12 +111,11 @@ def curves(collection: Collection, key: str, name: str, log: bool, chance: float
 
 
 def density(collection: Collection) -> Figure:
-    """How many latents fire how often, on a logarithmic scale; latents that never fire have no place on it."""
-    logs = {
-        run.name: np.log10(run.tables["latent/frequency"][run.tables["latent/frequency"] > 0]) for run in collection.shown
-    }
-    everything = np.concatenate([*logs.values(), [-3.0, 0.0]])
-    edges = np.linspace(np.floor(everything.min()), 0.0, BINS_PER_DECADE * int(-np.floor(everything.min())) + 1)
+    """How many latents fire how often, on a logarithmic scale; those that never fire have no place on it."""
+    fired = {run.name: run.tables["latent/frequency"] for run in collection.shown}
+    logs = {name: np.log10(frequency[frequency > 0]) for name, frequency in fired.items()}
+    decades = int(-np.floor(min([-3.0, *(values.min() for values in logs.values() if len(values))])))
+    edges = np.linspace(-decades, 0.0, BINS_PER_DECADE * decades + 1)
     traces = []
     for number, run in enumerate(collection.shown):
         counts, _ = np.histogram(logs[run.name], bins=edges)
@@ -129,19 +129,19 @@ def density(collection: Collection) -> Figure:
                 "y": np.repeat(counts, 2).tolist(),
                 "line": {"color": colour, "dash": dash, "width": 1.6},
                 "fill": "tozeroy" if number == 0 else "none",
-                "fillcolor": "var(--fill)",
                 "hovertemplate": "frequency 10^%{x:.2f}<br>%{y} latents",
             }
         )
-    ticks = list(range(int(edges[0]), 1))
-    axis = _axis("firing frequency of the latent", tickvals=ticks, ticktext=[f"10<sup>{t}</sup>" if t else "1" for t in ticks])
+    ticks = list(range(-decades, 1))
+    words = [f"10<sup>{tick}</sup>".replace("-", "−") if tick else "1" for tick in ticks]
+    axis = _axis("firing frequency of the latent", tickvals=ticks, ticktext=words)
     return _figure(traces, xaxis=axis, yaxis=_axis("latents", rangemode="tozero"))
 
 
 def plane(run: Run) -> Figure:
     """The plane of a two-dimensional space: true features and decoder rows as arrows from the origin."""
-    truth = [] if run.truth is None else [_arrows(unit(run.truth), "var(--muted)", 5.0, "true feature")]
-    latents = _arrows(unit(run.W_dec), "var(--series-0)", 1.8, "latent")
+    truth = [] if run.truth is None else [_arrows(unit(run.truth), "var(--rule)", 9.0, "true feature")]
+    latents = _arrows(unit(run.W_dec), "var(--series-0)", 2.0, "latent")
     axis = {"range": [-1.15, 1.15], "zeroline": True}
     return _figure(
         [*truth, latents],
@@ -204,9 +204,8 @@ def _axis(title: str, **options: Any) -> dict[str, Any]:
 
 def _arrows(rows: Cosines, colour: str, width: float, name: str) -> dict[str, Any]:
     """Lines from the origin, parted by gaps, with a head at each tip."""
-    tips = [[0.0, float(value), None] for axis in (0, 1) for value in rows[:, axis]]
-    x, y = (sum(tips[: len(rows)], []), sum(tips[len(rows) :], []))
-    sizes = [0, 5 + 2 * width, 0] * len(rows)
+    x, y = ([value for tip in rows[:, axis] for value in (0.0, float(tip), None)] for axis in (0, 1))
+    sizes = [0, 9 + 1.5 * width, 0] * len(rows)
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -214,7 +213,14 @@ def _arrows(rows: Cosines, colour: str, width: float, name: str) -> dict[str, An
         "x": x,
         "y": y,
         "line": {"color": colour, "width": width},
-        "marker": {"symbol": "arrow", "angleref": "previous", "size": sizes, "color": colour, "opacity": 1},
+        "marker": {
+            "symbol": "arrow",
+            "angleref": "previous",
+            "opacity": 1,
+            "line": {"width": 0},
+            "size": sizes,
+            "color": colour,
+        },
         "hovertemplate": f"{name}<br>(%{{x:.2f}}, %{{y:.2f}})",
     }
 
@@ -225,7 +231,8 @@ def _level(y: float) -> dict[str, Any]:
 
 
 def _note(words: str, y: float) -> dict[str, Any]:
-    return {"text": words, "xref": "paper", "x": 1, "xanchor": "right", "y": y, "yanchor": "bottom", "showarrow": False}
+    place = {"xref": "paper", "x": 1, "xanchor": "right", "y": y, "yanchor": "bottom"}
+    return {"text": words, "showarrow": False, **place}
 
 
 def _series(collection: Collection, run: Run) -> tuple[str, str]:
@@ -233,17 +240,17 @@ def _series(collection: Collection, run: Run) -> tuple[str, str]:
 
 
 def _log_axis(traces: list[dict[str, Any]]) -> dict[str, Any]:
-    """A logarithmic axis with plain numbers at 1, 2, 5, ...; at powers of ten where that would be too many."""
-    values = [value for trace in traces for value in trace["y"] if value > 0] or [1.0]
+    """A logarithmic axis with plain numbers, at fewer places the more decades it spans."""
+    values = [value for trace in traces for value in trace["y"] if value and value > 0] or [1.0]
     low, high = np.log10(min(values)), np.log10(max(values))
-    steps = (1, 2, 5) if high - low < 3 else (1,)
+    steps = (1, 1.5, 2, 3, 4, 5, 7) if high - low < 0.7 else (1, 2, 5) if high - low < 3 else (1,)
     ticks = [step * 10.0**power for power in range(int(np.floor(low)) - 1, int(high) + 2) for step in steps]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
-def _short(values: Iterable[float]) -> list[float | None]:
+def _short(values: np.ndarray) -> list[float | None]:
     """Five digits are more than a screen shows; what is not finite is a gap."""
-    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]
+    return [float(f"{value:.5g}") if isfinite(value) else None for value in values.tolist()]
 
 
 def _spread(n: int, most: int) -> Int[np.ndarray, " kept"]:

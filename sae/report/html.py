@@ -35,7 +35,8 @@ def join(parts: Iterable[object]) -> Html:
 def tag(name: str, *content: object, **attributes: object) -> Html:
     """One element; `class_` and `data_x` are written as class and data-x."""
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items()
+        f' {key.removesuffix("_").replace("_", "-")}="{escape(str(value))}"'
+        for key, value in attributes.items()
     )
     return Html(f"<{name}{written}>{''.join(text(part) for part in content)}</{name}>")
 
@@ -97,7 +98,7 @@ def plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise UsageError("a report needs plotly, which is not installed; pip install 'sae[report]'") from error
+        raise UsageError("plotly is not installed; pip install 'sae[report]'") from error
     return get_plotlyjs()
 
 

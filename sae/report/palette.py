@@ -1,8 +1,8 @@
 """Colours, once: for the page in light and dark, and for pictures.
 
 Series are Okabe & Ito's colours, moved until each has a contrast of 3 : 1 to the page. Signed cosines have
-diverging maps from orange (-) to blue (+) in equal steps of Oklab, in which zero is the page itself: what is not
-there is not seen.
+diverging maps from orange (-) to blue (+) in equal steps of Oklab, in which zero is the page itself: what is
+not there is not seen.
 """
 
 from __future__ import annotations

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
 from sae.report import figures, palette, tables
-from sae.report.data import MAX_SHOWN, Collection, Run
+from sae.report.data import FOUND, MAX_SHOWN, Collection, Run
 from sae.report.html import Html, folded, grid, join, plot, section, tag, text
 
-FOUND = 0.9
+DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
 
 
 def contents(collection: Collection) -> Html:
@@ -19,7 +15,9 @@ def contents(collection: Collection) -> Html:
     first = collection.given[0]
     parts: list[Html | None] = [headline(collection), metrics(collection)]
     if known:
-        parts += [maps(collection, known), frequency(collection)]
+        parts.append(maps(collection, known))
+    if any(run.knows_activations for run in known):
+        parts.append(frequency(collection))
     parts += [curves(collection), density(collection)]
     if first.W_dec.shape[1] == 2:
         parts.append(plane(first))
@@ -44,40 +42,44 @@ def headline(collection: Collection) -> Html:
         measure = scale(run) if run.truth is not None else ""
         parts = [tag("p", trained(run), class_="reading"), tag("p", verdict(run), class_="verdict"), measure]
     else:
-        parts = [
-            tag("p", tag("strong", each.name), ": ", trained(each), " ", verdict(each)) for each in collection.given
-        ]
+        names = [tag("strong", each.name, ": ") for each in collection.given]
+        said = [(trained(each), " ", verdict(each)) for each in collection.given]
+        parts = [tag("p", name, *words) for name, words in zip(names, said, strict=True)]
     return tag("header", tag("h1", title(collection)), *parts)
 
 
 def trained(run: Run) -> str:
     """One sentence from the configuration."""
-    sae, train, source = run.config["sae"], run.config.get("train") or {}, run.config.get("source") or {}
-    setting = "".join(f", {key.replace('_', ' ')} {sae[key]:g}" for key in ("k", "l1_coefficient") if key in sae)
-    origin = {
-        "toy": f"a toy model that keeps {source.get('n_features')} features in {source.get('d_hidden')} dimensions",
-        "array": str(source.get("path")),
-    }.get(str(source.get("kind")), f"a source of kind {source['kind']}" if source else "a source passed from Python")
-    amount = f"; {train['n_samples']:,} activations, seed {train.get('seed', 0)}" if "n_samples" in train else ""
-    name = tables.method_name(sae["kind"])
-    return f"{name} with {len(run.W_dec):,} latents{setting}, trained on activations of {origin}{amount}."
+    sae, train, source = (run.config.get(name) or {} for name in ("sae", "train", "source"))
+    setting = "".join(
+        f", {key.replace('_', ' ')} = {sae[key]:g}" for key in ("k", "l1_coefficient") if key in sae
+    )
+    size = f"{source.get('n_features')} features in {source.get('d_hidden')} dimensions"
+    origin = {"toy": f"a toy model that keeps {size}", "array": str(source.get("path")), "None": "the caller"}
+    kind = str(source.get("kind"))
+    amount = f"; {train['n_samples']:,} activations, seed {train['seed']}" if "n_samples" in train else ""
+    name = f"{tables.method_name(sae['kind'])} with {len(run.W_dec):,} latents{setting}"
+    return f"{name}, trained on activations of {origin.get(kind, kind)}{amount}."
 
 
 def verdict(run: Run) -> Html:
     """Did it find the truth?"""
-    rest = f"It leaves {run.result[tables.FVU]:.1%} of the variance unexplained with {run.result[tables.L0]:.2f} latents firing at a time."
+    rest = (
+        f"It leaves {run.result[tables.FVU]:.1%} of the variance unexplained, with "
+        f"{run.result[tables.L0]:.2f} latents firing at a time."
+    )
     if run.truth is None:
         return text(
-            "The true features of these activations are not known: the report shows reconstruction and sparsity, "
-            f"and says nothing about recovery. {rest}"
+            "The true features of these activations are not known: the report shows reconstruction and "
+            f"sparsity only. {rest}"
         )
     n, found = len(run.truth), int((run.feature("matched_cosine") > FOUND).sum())
     mcc, chance = run.result[tables.MCC], run.result[f"{tables.MCC}_chance"]
     return join(
         [
             tag("strong", f"{found:,} of {n:,} true features have a latent of their own"),
-            f"(cosine above {FOUND}). The mean matched cosine (MCC) is {mcc:.3f}, where a random dictionary with as many "
-            f"latents scores {chance:.3f}. {rest}",
+            f"(cosine above {FOUND}). The mean matched cosine (MCC) is {mcc:.3f}, where a random dictionary "
+            f"with as many latents scores {chance:.3f}. {rest}",
         ]
     )
 
@@ -92,7 +94,8 @@ def scale(run: Run) -> Html:
         _mark(mcc, f"MCC {mcc:.3f}", "run" if mcc < 0.95 else "run end"),
     ]
     bar = tag("div", class_="reach", style=f"width:{100 * min(max(mcc, 0), 1):.1f}%")
-    return tag("div", tag("div", class_="track"), bar, *marks, class_="scale", role="img", aria_label=f"MCC {mcc:.3f}, chance {chance:.3f}")
+    label = f"MCC {mcc:.3f}, chance {chance:.3f}"
+    return tag("div", tag("div", class_="track"), bar, *marks, class_="scale", role="img", aria_label=label)
 
 
 def metrics(collection: Collection) -> Html:
@@ -105,14 +108,17 @@ def metrics(collection: Collection) -> Html:
         parts.append(tables.comparison_table(rows, "Runs"))
     elif not collection.summaries:
         parts.append(tables.score_table(collection.given[0]))
-    first = collection.given[0]
-    several = "Each row is a method, mean ± standard deviation over its seeds." if collection.summaries else (
-        "Each row is a run." if len(collection.given) > 1 else "Measured on held-out activations."
-    )
-    reading = (
-        f"{several} A score of recovery says something only above its chance value, which random dictionaries of the "
-        "same shape reach." if first.truth is not None else several
-    )
+    if collection.summaries:
+        reading = "Each row is a method, mean ± standard deviation over its seeds."
+    elif len(collection.given) > 1:
+        reading = "Each row is a run."
+    else:
+        reading = "Measured on held-out activations."
+    if collection.given[0].truth is not None:
+        reading += (
+            " A score of recovery means something only above its chance value, which random dictionaries "
+            "with as many latents reach."
+        )
     every = [folded(f"Every metric of {run.name}", tables.every_metric(run)) for run in collection.given]
     return section("Final metrics", reading, *parts, *every)
 
@@ -121,15 +127,18 @@ def maps(collection: Collection, known: list[Run]) -> Html:
     """Features against neurons, and against the latents of each run."""
     first = known[0]
     reading = (
-        "Each row is a true feature, each column a unit, each cell their cosine. Neurons mix many features; a "
-        "dictionary that found the truth shows one diagonal, a latent for each feature, once its latents are put in "
-        "the order of the match."
+        "Each row is a true feature, each column a unit, each cell their cosine. Neurons mix many features; "
+        "a dictionary that found the truth shows one diagonal, a latent for each feature, once its latents "
+        "are put in the order of the match."
     )
     shown = len(figures.shown_features(first))
-    n = len(first.feature("frequency"))
-    thinned = f" {shown:,} of {n:,} features are drawn, at even distances in frequency." if shown < n else ""
-    order = tag("p", "Rows go from frequent features to rare ones; unmatched latents stand at the right.", thinned, class_="note")
-    before = plot(figures.neuron_map(first), "Before: features × neurons", "Every column is a mixture", "square")
+    n = len(first.order)
+    thinned = f" {shown:,} of {n:,} features are drawn, at even distances." if shown < n else ""
+    words = "Rows go from frequent features to rare ones; unmatched latents stand at the right."
+    order = tag("p", words, thinned, class_="note")
+    before = plot(
+        figures.neuron_map(first), "Before: features × neurons", "Every column is a mixture", "square"
+    )
     after = [
         plot(
             figures.latent_map(run),
@@ -142,15 +151,20 @@ def maps(collection: Collection, known: list[Run]) -> Html:
     if len(after) == 2:
         pictures = [grid(before, *after, columns=3)]
     else:
-        pictures = [grid(before, after[0], columns=2), grid(*after[1:], columns=3)]
+        pictures = [grid(before, after[0], columns=2)]
+        pictures += [grid(*after[1:], columns=3)] if after[1:] else []
     return section("Before and after", reading, _ramp(), *pictures, order, _left_out(collection))
 
 
 def frequency(collection: Collection) -> Html:
-    reading = "Each point is a true feature; a dictionary that sees frequent features only falls off to the left."
+    reading = (
+        "Each point is a true feature; a dictionary that sees frequent features only falls off to the left."
+    )
+    cosine = figures.frequency(collection, "matched_cosine", "matched cosine")
+    f1 = figures.frequency(collection, "f1", "F1")
     pictures = [
-        plot(figures.frequency(collection, "matched_cosine", "matched cosine"), "Direction", "Matched cosine against frequency"),
-        plot(figures.frequency(collection, "f1", "F1"), "Firing", "F1 against frequency"),
+        plot(cosine, "Direction", "Matched cosine against frequency"),
+        plot(f1, "Firing", "F1 against frequency"),
     ]
     return section("Recovery against frequency", reading, _key(collection), grid(*pictures, columns=2))
 
@@ -158,10 +172,15 @@ def frequency(collection: Collection) -> Html:
 def curves(collection: Collection) -> Html:
     """Loss, L0 and, where the truth is known, MCC."""
     first = collection.given[0]
-    reading = "One line a run, over the steps of training; the loss includes the sparsity penalty, so compare it within a method only."
+    reading = (
+        "One line a run, over the steps of training. The loss includes the sparsity penalty: compare it "
+        "within a method only."
+    )
+    loss = figures.curves(collection, "losses/overall_loss", "loss", log=True)
+    l0 = figures.curves(collection, "metrics/l0", "L0", log=True)
     pictures = [
-        plot(figures.curves(collection, "losses/overall_loss", "loss", log=True), "Loss", "Loss over training"),
-        plot(figures.curves(collection, "metrics/l0", "L0", log=True), "L0: latents firing at a time", "L0 over training"),
+        plot(loss, "Loss", "Loss over training"),
+        plot(l0, "L0: latents firing at a time", "L0 over training"),
     ]
     if any(run.truth is not None for run in collection.runs):
         chance = first.result.get(f"{tables.MCC}_chance")
@@ -171,28 +190,37 @@ def curves(collection: Collection) -> Html:
 
 
 def density(collection: Collection) -> Html:
-    reading = "How many latents fire how often: a bump near the features' own frequency is healthy, mass at the right is dense, at the far left nearly dead."
-    never = [f"{_label(collection, run)}: {int((run.tables['latent/frequency'] == 0).sum())} of {len(run.W_dec):,}" for run in collection.shown]
-    note = tag("p", "Latents that never fire have no place on this axis: ", "; ".join(never), ".", class_="note")
-    return section("Firing density", reading, _key(collection), plot(figures.density(collection), "", "Histogram of firing frequencies"), note)
+    reading = (
+        "How many latents fire how often: a bump near the features' own frequency is healthy, mass at the "
+        "right is dense, at the far left nearly dead."
+    )
+    never = [(_label(collection, run), run.tables["latent/frequency"]) for run in collection.shown]
+    counts = "; ".join(f"{name}: {int((fired == 0).sum()):,} of {len(fired):,}" for name, fired in never)
+    note = tag("p", f"Latents that never fire have no place on this axis: {counts}.", class_="note")
+    picture = plot(figures.density(collection), "", "Histogram of firing frequencies")
+    return section("Firing density", reading, _key(collection), picture, note)
 
 
 def plane(run: Run) -> Html:
-    reading = "Two dimensions can be drawn as they are: where a thin arrow lies on a thick one, a latent found a feature."
-    return section("Geometry", reading, plot(figures.plane(run), "", "Arrows of features and latents", "square"))
+    reading = "Directions at length 1: where a thin arrow (a latent) lies on a thick one, it found a feature."
+    picture = plot(figures.plane(run), "", "Arrows of features and latents", "square")
+    return section("Geometry", reading, picture)
 
 
 def missed(collection: Collection, run: Run) -> Html:
     several = f" They are those of {run.name}." if len(collection.runs) > 1 else ""
-    reading = f"Features without a latent of their own (cosine above {FOUND}), and what lies near them.{several}"
+    reading = (
+        f"Features without a latent of their own (cosine above {FOUND}), and what lies near them.{several}"
+    )
     return section("Missed features", reading, tables.missed_table(run))
 
 
 def polysemanticity(run: Run) -> Html | None:
     found = tables.unit_table(run)
     reading = (
-        "How many features one unit stands for, measured alike for the neurons that the dictionary reads and for its "
-        "latents. Purity by chance is high, as noise passes for one or two features: read it with selectivity."
+        "How many features one unit stands for, measured alike for the neurons that the dictionary reads and "
+        "for its latents. Purity by chance is high, as noise passes for one or two features: read it with "
+        "selectivity."
     )
     return None if found is None else section("Polysemanticity, before and after", reading, found)
 
@@ -204,13 +232,17 @@ def dimensionality(run: Run) -> Html | None:
 
 
 def configuration(collection: Collection) -> Html:
-    reading = join(["Everything that a run depends on, defaults included: saved as a file,", tag("code", "sae train FILE"), "repeats it."])
+    command = tag("code", "sae train FILE")
+    reading = join(["What a run depends on, defaults included: saved as a file,", command, "repeats it."])
     runs = dict.fromkeys([*collection.given, *collection.shown])
-    return section("Configuration", reading, *(folded(run.name, tag("pre", run.config_text)) for run in runs))
+    parts = [folded(run.name, tag("pre", run.config_text)) for run in runs]
+    return section("Configuration", reading, *parts)
 
 
 def _mark(place: float, words: str, kind: str) -> Html:
-    return tag("div", tag("span", words), class_=f"mark {kind}", style=f"left:{100 * min(max(place, 0), 1):.1f}%")
+    return tag(
+        "div", tag("span", words), class_=f"mark {kind}", style=f"left:{100 * min(max(place, 0), 1):.1f}%"
+    )
 
 
 def _label(collection: Collection, run: Run) -> str:
@@ -221,19 +253,21 @@ def _key(collection: Collection) -> Html:
     """Which line is which; the dash tells what the colour may not."""
     if len(collection.methods) == 1:
         return Html("")
-    dashes = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
     entries = []
     for place, method in enumerate(collection.methods):
         colour, dash = palette.series(place)
-        line = f'<line x1="0" y1="5" x2="30" y2="5" style="stroke:{colour};stroke-width:2.5" stroke-dasharray="{dashes[dash]}"/>'
-        entries.append(tag("li", Html(f'<svg viewBox="0 0 30 10" aria-hidden="true">{line}</svg>'), tables.method_name(method)))
+        line = tag("line", x1=0, y1=5, x2=30, y2=5, stroke_dasharray=DASHES[dash], style=f"stroke:{colour}")
+        picture = tag("svg", line, viewBox="0 0 30 10", aria_hidden="true")
+        entries.append(tag("li", picture, tables.method_name(method)))
     return tag("ul", *entries, class_="key")
 
 
 def _ramp() -> Html:
-    return tag("div", "cosine −1", tag("i"), "1", class_="ramp", role="img", aria_label="Colours of cosines, −1 to 1")
+    ends = ("cosine −1", tag("i"), "1")
+    return tag("div", *ends, class_="ramp", role="img", aria_label="Colours of cosines from −1 to 1")
 
 
 def _left_out(collection: Collection) -> Html:
     more = len(collection.methods) - MAX_SHOWN
-    return tag("p", f"{more} more runs are in the tables and curves only.", class_="note") if more > 0 else Html("")
+    words = f"{more} further methods are in the tables and curves only."
+    return tag("p", words, class_="note") if more > 0 else Html("")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from math import isfinite
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sae.report.data import Row, Run
-from sae.report.html import Html, join, table, tag
+from sae.report.data import FOUND, Row, Run
+from sae.report.html import Html, join, table, tag, text
 
 MAX_MISSED = 30
 
@@ -23,7 +24,12 @@ MCC, FVU, L0, DEAD = "recovery/mcc", "metrics/fvu", "metrics/l0", "metrics/dead"
 SCORES = (
     Score(MCC, "MCC", ".3f", "mean cosine of a feature with its own latent, matched one to one"),
     Score("recovery/mmcs", "MMCS", ".3f", "mean cosine of a feature with its nearest latent"),
-    Score("recovery/coverage_0.9", "coverage", ".3f", "share of features whose own latent has a cosine above 0.9"),
+    Score(
+        "recovery/coverage_0.9",
+        "coverage",
+        ".3f",
+        "share of features with a cosine above 0.9 to their own latent",
+    ),
     Score("recovery/f1", "F1", ".3f", "agreement on when a feature fires, mean over features"),
     Score(FVU, "FVU", ".4f", "share of the variance that the reconstruction misses"),
     Score(L0, "L0", ".2f", "latents that fire for one activation, on average"),
@@ -33,7 +39,7 @@ SCORES = (
 METHODS = {
     "topk": "TopK",
     "batchtopk": "BatchTopK",
-    "relu": "ReLU, L1 penalty",
+    "relu": "ReLU",
     "l1": "L1",
     "l1_low": "L1, penalty too low",
     "jumprelu": "JumpReLU",
@@ -42,6 +48,7 @@ METHODS = {
     "random": "random dictionary",
     "oracle": "oracle: true dictionary",
     "oracle_k": "oracle, same k",
+    "topk_oracle": "TopK's dictionary, sparse coding",
     "pca": "PCA",
     "ica": "ICA",
     "nmf": "NMF",
@@ -49,14 +56,32 @@ METHODS = {
 }
 
 
+MISSED_COLUMNS = (
+    ("frequency", "frequency", ".2%"),
+    ("magnitude", "magnitude", ".3f"),
+    ("matched_cosine", "matched cosine", ".3f"),
+    ("nearest_feature", "nearest other feature", None),
+    ("nearest_latent", "nearest latent", None),
+)
 UNIT_MEASURES = {
-    "purity": ("purity", "largest share that one feature has in a unit; 1 is monosemantic"),
-    "features_per_unit": ("features per unit", "effective number of features in a unit; 1 is monosemantic"),
-    "selectivity": ("selectivity", "how much of a unit's firing its best feature explains; 1 is all of it"),
+    "purity": ("purity", ".3f", "largest share that one feature has in a unit; 1 is monosemantic"),
+    "features_per_unit": (
+        "features per unit",
+        ".2f",
+        "effective number of features in a unit; 1 is monosemantic",
+    ),
+    "selectivity": (
+        "selectivity",
+        ".3f",
+        "how much of a unit's firing its best feature explains; 1 is all of it",
+    ),
 }
 GEOMETRY_MEASURES = {
-    "feature_dimensionality": ("feature dimensionality", "dimensions that a direction has to itself, on average"),
-    "dimensions_per_feature": ("dimensions per feature", "width of the space over the squared norm of the dictionary"),
+    "feature_dimensionality": ("feature dimensionality", "dimensions that a direction has to itself"),
+    "dimensions_per_feature": (
+        "dimensions per feature",
+        "width of the space over the dictionary's squared norm",
+    ),
     "interference": ("interference", "squared overlap of a direction with all the others"),
     "capacity": ("capacity", "sum of the feature dimensionalities; at most the width of the space"),
     "effective_rank": ("effective rank", "dimensions in use, by the entropy of the spectrum"),
@@ -73,18 +98,22 @@ def method_name(method: str) -> str:
 
 def score_table(run: Run) -> Html:
     """One run: each score beside its value by chance, its limit, and its meaning."""
-    rows = []
-    for score in SCORES:
-        if score.key in run.result:
-            chance = _value(run.result, f"{score.key}_chance", score.form, run.result.get(f"{score.key}_chance_sd"))
-            limit = _value(run.result, f"{score.key}_truth", score.form)
-            meaning = tag("span", score.meaning, class_="meaning")
-            rows.append([score.name, _value(run.result, score.key, score.form), chance, limit, meaning])
-    return table(["", "this run", "by chance", "the truth", ""], rows, "Final metrics")
+    beside = {"": "this run", "_chance": "by chance", "_truth": "the truth"}
+    scores = [score for score in SCORES if score.key in run.result]
+    columns = [what for what in beside if any(f"{score.key}{what}" in run.result for score in scores)]
+    rows = [
+        [
+            score.name,
+            *(_value(run, f"{score.key}{what}", score.form) for what in columns),
+            _meaning(score.meaning),
+        ]
+        for score in scores
+    ]
+    return table(["", *(beside[what] for what in columns), ""], rows, "Final metrics")
 
 
 def comparison_table(rows: Sequence[tuple[str, Sequence[Row]]], label: str) -> Html:
-    """A row a method: mean ± sd over its seeds, the chance value of MCC, and MCC as a bar on which chance is a tick."""
+    """A row a method: mean ± sd over its seeds; chance stands beside MCC, and is a tick on its bar."""
     scores = [score for score in SCORES if any(score.key in row for _, group in rows for row in group)]
     seeds = any(len(group) > 1 for _, group in rows)
     header = ["", *(["seeds"] if seeds else [])]
@@ -112,26 +141,20 @@ def by_method(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 def missed_table(run: Run) -> Html:
     """The features that no latent stands for, from frequent to rare."""
-    missed = [i for i, found in enumerate(run.feature("found").tolist()) if not found]
-    missed.sort(key=lambda i: -run.feature("frequency")[i])
+    n, found = len(run.order), run.feature("found")
+    missed = [i for i in run.order.tolist() if not found[i]]
     if not missed:
-        n = len(run.feature("found"))
-        return tag("p", f"None is missed: each of the {n} features has a latent of its own with a cosine above 0.9.")
+        return tag(
+            "p", f"None is missed: each of the {n:,} features has a latent with a cosine above {FOUND}."
+        )
+    columns = [column for column in MISSED_COLUMNS if f"feature/{column[0]}" in run.tables]
     rows = [
-        [
-            f"feature {i}",
-            f"{run.feature('frequency')[i]:.2%}",
-            f"{run.feature('magnitude')[i]:.3f}",
-            _number(run.feature("matched_cosine")[i], ".3f"),
-            _neighbour(run, i, "nearest_feature"),
-            _neighbour(run, i, "nearest_latent"),
-        ]
+        [f"feature {i}", *(_of_feature(run, i, name, form) for name, _, form in columns)]
         for i in missed[:MAX_MISSED]
     ]
-    header = ["", "frequency", "magnitude", "matched cosine", "nearest other feature", "nearest latent"]
-    count = f"{len(missed)} of {len(run.feature('found'))} features are missed"
-    count += f"; the {MAX_MISSED} most frequent of them are listed." if len(missed) > MAX_MISSED else "."
-    return join([tag("p", count), table(header, rows, "Missed features")])
+    count = f"{len(missed):,} of {n:,} features are missed"
+    count += f"; the first {MAX_MISSED} are listed." if len(missed) > MAX_MISSED else "."
+    return join([tag("p", count), table(["", *(title for _, title, _ in columns)], rows, "Missed features")])
 
 
 def every_metric(run: Run) -> Html:
@@ -140,9 +163,39 @@ def every_metric(run: Run) -> Html:
     return table(["", "value"], rows, "Every metric")
 
 
-def _neighbour(run: Run, i: int, name: str) -> str:
+def unit_table(run: Run) -> Html | None:
+    """Polysemanticity before and after: `polysemanticity/<unit>_<measure>`; None when it was not measured."""
+    prefix = "polysemanticity"
+    if f"{prefix}/latent_purity" not in run.result:
+        return None
+    rows = []
+    for measure, (name, form, meaning) in UNIT_MEASURES.items():
+        keys = (f"neuron_{measure}", *(f"latent_{measure}{what}" for what in ("", "_chance", "_truth")))
+        cells = [_value(run, f"{prefix}/{key}", form) for key in keys]
+        rows.append([name, *cells, _meaning(meaning)])
+    header = ["", "neurons (before)", "latents (after)", "by chance", "the truth", ""]
+    return table(header, rows, "Polysemanticity before and after")
+
+
+def geometry_table(run: Run) -> Html | None:
+    """The geometry of W_dec beside that of the truth: `dimensionality/<measure>`; None when not measured."""
+    beside = {"": "latents", "_truth": "the truth", "_difference": "difference", "_chance": "by chance"}
+    measured = {f"dimensionality/{measure}": words for measure, words in GEOMETRY_MEASURES.items()}
+    measured = {key: words for key, words in measured.items() if key in run.result}
+    columns = [what for what in beside if any(f"{key}{what}" in run.result for key in measured)]
+    rows = [
+        [name, *(_value(run, f"{key}{what}", ".3f") for what in columns), _meaning(meaning)]
+        for key, (name, meaning) in measured.items()
+    ]
+    return table(["", *(beside[what] for what in columns), ""], rows, "Dimensionality") if rows else None
+
+
+def _of_feature(run: Run, i: int, name: str, form: str | None) -> str:
+    """A value of feature i, or (form None) its nearest other direction and their cosine."""
+    if form is not None:
+        return _number(float(run.feature(name)[i]), form)
     index = int(run.feature(name)[i])
-    return "–" if index < 0 else f"{index}, cosine {run.feature(f'{name}_cosine')[i]:.3f}"
+    return "none" if index < 0 else f"{index}, cosine {run.feature(f'{name}_cosine')[i]:.3f}"
 
 
 def _mean(group: Sequence[Row], key: str) -> float | None:
@@ -155,15 +208,16 @@ def _spread(group: Sequence[Row], score: Score) -> Html:
     return _number(fmean(values) if values else None, score.form, stdev(values) if len(values) > 1 else None)
 
 
-def _value(result: Mapping[str, Any], key: str, form: str, sd: float | None = None) -> Html:
-    return _number(result.get(key), form, sd)
+def _value(run: Run, key: str, form: str) -> Html:
+    """A final metric, with its standard deviation where that is recorded."""
+    return _number(run.result.get(key), form, run.result.get(f"{key}_sd"))
 
 
 def _number(value: float | None, form: str, sd: float | None = None) -> Html:
     if value is None:
         return Html("")
-    spread = "" if sd is None else tag("span", f" ± {sd:{form}}", class_="sd")
-    return Html(f"{value:{form}}{spread}".replace("-", "−"))
+    number = f"{value:z{form}}".replace("-", "−") if isfinite(value) else "undefined"
+    return text(number) if sd is None else Html(number + tag("span", f" ± {sd:{form}}", class_="sd"))
 
 
 def _bar(value: float | None, chance: float | None) -> Html:
@@ -174,31 +228,5 @@ def _bar(value: float | None, chance: float | None) -> Html:
     return tag("span", reach, tick, class_="bar", aria_hidden="true")
 
 
-def unit_table(run: Run) -> Html | None:
-    """Polysemanticity before and after: `polysemanticity/<units>/<measure>`; None when nothing was measured."""
-    columns = {"neurons": "neurons (before)", "hidden": "hidden units (before)", "latents": "latents (after)"}
-    prefix = "polysemanticity"
-    units = [name for name in columns if any(key.startswith(f"{prefix}/{name}/") for key in run.result)]
-    if not units:
-        return None
-    rows = []
-    for measure, (name, meaning) in UNIT_MEASURES.items():
-        cells = [_value(run.result, f"{prefix}/{unit}/{measure}", ".3g") for unit in units]
-        beside = [_value(run.result, f"{prefix}/{units[-1]}/{measure}_{what}", ".3g") for what in ("chance", "truth")]
-        rows.append([name, *cells, *beside, tag("span", meaning, class_="meaning")])
-    header = ["", *(columns[unit] for unit in units), "by chance", "the truth", ""]
-    return table(header, rows, "Polysemanticity before and after")
-
-
-def geometry_table(run: Run) -> Html | None:
-    """The geometry of W_dec beside that of the truth: `dimensionality/<measure>`."""
-    prefix = "dimensionality"
-    rows = []
-    for measure, (name, meaning) in GEOMETRY_MEASURES.items():
-        key = f"{prefix}/{measure}"
-        if key in run.result:
-            cells = [_value(run.result, f"{key}{what}", ".4g") for what in ("", "_truth", "_difference", "_chance")]
-            rows.append([name, *cells, tag("span", meaning, class_="meaning")])
-    if not rows:
-        return None
-    return table(["", "latents", "the truth", "difference", "by chance", ""], rows, "Dimensionality")
+def _meaning(words: str) -> Html:
+    return tag("span", words, class_="meaning")

@@ -1,0 +1,68 @@
+import pytest
+
+from sae import UsageError, load_config
+from sae.config import TrainConfig, parse_config
+
+SMALLEST = {"source": {"kind": "array", "path": "acts.npy"}, "sae": {"kind": "topk", "d_sae": 256, "k": 3}}
+
+
+def test_the_smallest_configuration_is_enough():
+    config = parse_config(SMALLEST)
+    assert config.lr == 3e-3
+    assert config.n_steps == -(-config.train.n_samples // config.train.batch_size)
+
+
+def test_flags_override_the_file_and_kind_changes_the_family(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("source: {kind: toy}\nsae: {kind: topk, d_sae: 64, k: 3}\ntrain: {lr: 1e-3}\n")
+    words = ["--sae.kind", "relu", "--sae.l1_coefficient", "0.2", "--train.n_samples=1_000", "--train.batch-size", "10"]
+    config = load_config(path, words)
+    assert config.sae.kind == "relu"
+    assert config.sae.l1_coefficient == 0.2
+    assert config.sae.d_sae == 64
+    assert (config.train.lr, config.train.n_samples, config.train.batch_size) == (1e-3, 1000, 10)
+    assert load_config(path, ["--sae.kind", "batchtopk"]).sae.k == 3
+
+
+def test_what_is_written_reads_back_equal(tmp_path):
+    config = parse_config(SMALLEST, ["--sae.kind", "batchtopk", "--sae.k", "2.56"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sae.kk", "3"], r"unknown key 'kk' for kind 'topk'; did you mean 'k'\?"),
+        (["--train.batchsize", "3"], r"unknown key 'train.batchsize'; did you mean 'batch_size'\?"),
+        (["--trian.lr", "3"], r"unknown key 'trian'; did you mean 'train'\?"),
+        (["--sae.kind", "topkk"], r"unknown kind 'topkk'; did you mean 'topk'\?"),
+        (["--sae.k", "1000"], r"k must lie in 1..d_sae=256, got 1000; lower k or raise d_sae"),
+        (["--sae.k", "0"], r"sae.k: Input should be greater than 0, got 0"),
+        (["--train.lr", "fast"], r"train.lr: .*got 'fast'"),
+        (["--log.wandb", "yes"], r"log.wandb: .*'disabled', 'offline' or 'online'"),
+        (["--train.lr"], r"--train.lr needs a value"),
+        (["lr", "3"], r"expected a flag such as --sae.k 3, got 'lr'"),
+        (["--sae", "3"], r"sae: "),
+    ],
+)
+def test_faults_are_named_in_one_line(words, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_config(SMALLEST, words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\xff"])
+def test_files_that_are_no_configuration(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"bad\.yaml"):
+        load_config(path)
+    with pytest.raises(UsageError, match="cannot read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_configurations_cannot_be_changed():
+    config = TrainConfig.model_validate(SMALLEST)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.lr = 1.0

@@ -1,0 +1,118 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from sae import UsageError, sources
+from sae.arrays import Rows
+from sae.sources import ArraySource, IterableSource, ToySourceConfig, as_source, rebatch
+
+
+def numbered(n: int, d: int = 3) -> torch.Tensor:
+    """Rows that say which they are."""
+    return torch.arange(n, dtype=torch.float32)[:, None].expand(n, d).contiguous()
+
+
+def small_blocks(monkeypatch, rows: int, window_blocks: int) -> None:
+    """As if a set of a few rows were too large for memory."""
+    monkeypatch.setattr(sources, "EXACT_SHUFFLE_BYTES", 0)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", rows * 12)
+    monkeypatch.setattr(sources, "WINDOW_BYTES", rows * 12 * window_blocks)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_an_epoch_visits_each_training_row_once(monkeypatch, blocks):
+    if blocks:
+        small_blocks(monkeypatch, rows=7, window_blocks=5)
+    source = ArraySource(Rows([numbered(400)], ["x"]))
+    n = source.n_training_rows
+    epochs = torch.cat(list(islice(source.batches(20, seed=0), 2 * n // 20 + 1)))[:, 0].int().tolist()
+    first, second = epochs[:n], epochs[n : 2 * n]
+    held = [source.held_out(purpose, 400).x[:, 0].int().tolist() for purpose in ("calibration", "evaluation")]
+    assert sorted(first + held[0] + held[1]) == list(range(400))
+    assert sorted(first) == sorted(second)
+    assert first != second != sorted(second)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_batch_depends_on_seed_and_number_alone(monkeypatch, blocks):
+    if blocks:
+        small_blocks(monkeypatch, rows=7, window_blocks=3)
+    source = ArraySource(Rows([numbered(300)], ["x"]))
+    whole = list(islice(source.batches(32, seed=1), 40))
+    for start in (0, 1, 8, 25):
+        for ours, theirs in zip(source.batches(32, seed=1, start=start), whole[start : start + 5], strict=False):
+            assert torch.equal(ours, theirs)
+    assert not torch.equal(next(source.batches(32, seed=2)), whole[0])
+
+
+def test_blocks_mix_rows_from_far_apart(monkeypatch):
+    small_blocks(monkeypatch, rows=10, window_blocks=8)
+    source = ArraySource(Rows([numbered(4000)], ["x"]))
+    batch = next(source.batches(64, seed=0))[:, 0]
+    assert batch.std() > 500  # a run of neighbours would have about 18, all rows together 1155
+
+
+def test_bad_rows_far_into_a_large_file_are_named_when_they_come(monkeypatch):
+    small_blocks(monkeypatch, rows=10, window_blocks=2)
+    x = numbered(400)
+    x[333, 1] = torch.nan
+    source = ArraySource(Rows([x], ["acts.npy"]))
+    with pytest.raises(UsageError, match=r"acts\.npy row 333 holds NaN"):
+        list(islice(source.batches(10, seed=0), 40))
+
+
+def test_a_toy_is_an_endless_stream_with_known_features():
+    config = ToySourceConfig(n_features=12, d_hidden=5, feature_prob=0.1, n_steps=50)
+    source = config.open()
+    x, acts = source.held_out("evaluation", 100)
+    torch.testing.assert_close(x, acts.dense() @ source.truth)
+    again = config.open()
+    assert torch.equal(again.truth, source.truth)
+    assert torch.equal(next(again.batches(8, seed=3, start=7)), next(islice(source.batches(8, seed=3), 7, None)))
+    assert not torch.equal(next(source.batches(8, seed=3)), next(source.batches(8, seed=4)))
+    assert not torch.equal(source.held_out("calibration", 100).x, x)
+
+
+@pytest.mark.parametrize("n_pieces", [1, 3, 50])
+def test_rebatch_keeps_rows_and_order(n_pieces):
+    x = numbered(100)
+    batches = list(rebatch(x.tensor_split(n_pieces), 16))
+    assert [len(batch) for batch in batches] == [16] * 6
+    assert torch.equal(torch.cat(batches), x[:96])
+
+
+def test_an_iterable_holds_its_first_rows_out_and_starts_again(monkeypatch):
+    monkeypatch.setattr(IterableSource, "N_HELD_OUT", 20)
+
+    class Loader:
+        def __iter__(self):
+            return iter(numbered(50).numpy().reshape(5, 10, 3))
+
+    source = as_source(Loader())
+    assert source.held_out("calibration", 99).x[:, 0].tolist() == list(range(10))
+    assert source.held_out("evaluation", 99).x[:, 0].tolist() == list(range(10, 20))
+    seen = torch.cat(list(islice(source.batches(12, seed=0), 5)))[:, 0].tolist()
+    assert seen == [*range(20, 50), *range(20, 50)]
+    again = list(islice(as_source(Loader()).batches(12, seed=0, start=3), 2))
+    assert torch.cat(again)[:, 0].tolist() == seen[36:]
+
+
+def test_a_generator_ends(monkeypatch):
+    monkeypatch.setattr(IterableSource, "N_HELD_OUT", 10)
+    source = as_source(row for row in numbered(50).split(10))
+    assert len(list(source.batches(16, seed=0))) == 2
+
+
+def test_what_cannot_be_a_source():
+    with pytest.raises(UsageError, match="cannot train on int"):
+        as_source(3)
+    with pytest.raises(UsageError, match="pass small sets as one tensor"):
+        as_source(row for row in numbered(50).split(10))
+    with pytest.raises(UsageError, match="at least 20"):
+        as_source(numbered(5))
+    with pytest.raises(UsageError, match="holds torch.int64"):
+        as_source(np.zeros((40, 3), dtype=np.int64))
+    with pytest.raises(UsageError, match="true features have d_in=4"):
+        ArraySource(Rows([numbered(50)], ["x"]), torch.zeros(6, 4))

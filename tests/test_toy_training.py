@@ -1,0 +1,148 @@
+"""The hand-written gradients against autograd, and the phenomena that training must show."""
+
+from inspect import unwrap
+from math import cos, pi
+
+import pytest
+import torch
+
+from toymodels import geometry
+from toymodels.features import FeatureBatch, Features
+from toymodels.models import ToyModel
+from toymodels.streams import generator
+from toymodels.training import loss_and_gradients, train, weighted_error
+
+
+def trained(features, d_hidden, n_instances, n_steps, *, activation="relu", seed=0, **options):
+    model = ToyModel(
+        features.n_features, d_hidden, n_instances, activation, generator=generator(seed, "test", "init")
+    )
+    run = train(model, features, n_steps, 512, generator=generator(seed, "test", "batches"), **options)
+    return model.requires_grad_(False), run
+
+
+def test_weighted_error_is_its_equation():
+    x = torch.rand(2, 3, 4, generator=generator(0))
+    y = torch.rand(2, 3, 4, generator=generator(1))
+    importance = torch.tensor([1.0, 0.5, 0.0, 2.0])
+    error = weighted_error(x, y, importance)
+    for i in range(2):
+        total = sum(importance[f] * (x[i, b, f] - y[i, b, f]) ** 2 for b in range(3) for f in range(4))
+        torch.testing.assert_close(error[i], total / 3)
+
+
+@pytest.mark.parametrize("layout", ["sparse", "dense", "dense by features"])
+@pytest.mark.parametrize("activation", ["relu", "linear"])
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("n_instances", [1, 3])
+def test_gradients_are_those_of_autograd(n_instances, probability, activation, layout):
+    n, d, batch = 7, 3, 13
+    model = ToyModel(n, d, n_instances, activation, generator=generator(0)).double()
+    torch.nn.init.normal_(model.b, std=0.3, generator=generator(1))
+    importance = torch.rand(n, generator=generator(2), dtype=torch.float64)
+    x = Features(n, probability).sample(batch, generator(3), n_instances)
+    x = FeatureBatch(x.indices, x.values.double(), x.offsets, x.shape)
+    expected = weighted_error(x.dense(), model(x.dense()), importance)
+    dW, db = torch.autograd.grad(expected.sum(), (model.W, model.b))
+    if activation == "relu":  # both sides of the kink are among the inputs, active ones too
+        silent = model(x.dense()) == 0
+        assert silent.any()
+        assert (~silent).any()
+        assert probability == 0 or (silent & (x.dense() > 0)).any()
+    given = {"sparse": x, "dense": x.dense(), "dense by features": x.dense().mT.contiguous().mT}[layout]
+    loss, dW_by_hand, db_by_hand = loss_and_gradients(model, given, importance)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dW_by_hand, dW, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(db_by_hand, db, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("probability", [0.02, 0.1, 0.7])  # sparse, drawn sparsely but dense, dense
+def test_training_is_adamw_on_the_loss(probability, schedule):
+    n_steps, lr = 30, 5e-3  # the default beyond 12 features
+    features = Features(14, probability, [0.9**i for i in range(14)])
+    start = ToyModel(14, 4, 3, generator=generator(0))
+    reference = ToyModel(14, 4, 3, generator=generator(0))
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=lr, weight_decay=0.1)
+    batches, expected = generator(1), []
+    draw = features.sample if probability == 0.02 else features.sample_dense
+    for step in range(n_steps):
+        optimizer.param_groups[0]["lr"] = (
+            lr * (1 + cos(pi * step / n_steps)) / 2 if schedule == "cosine" else lr
+        )
+        x = draw(64, batches, 3)
+        dense = x if isinstance(x, torch.Tensor) else x.dense()
+        losses = weighted_error(dense, reference(x), features.importances)
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        expected.append(losses.detach())
+    seen = []
+    run = train(
+        start,
+        features,
+        n_steps,
+        64,
+        generator=generator(1),
+        weight_decay=0.1,
+        schedule=schedule,
+        progress=lambda step, losses: seen.append((step, losses.clone())),
+    )
+    torch.testing.assert_close(run.losses, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(start.W, reference.W, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(start.b, reference.b, rtol=1e-3, atol=1e-5)
+    assert [step for step, _ in seen] == list(range(n_steps))
+    assert torch.equal(torch.stack([losses for _, losses in seen]), run.losses)
+    assert start.W.grad is None
+
+
+def test_the_same_seed_trains_the_same_and_the_best_instance_is_the_lowest():
+    features = Features(6, 0.1)
+    model, run = trained(features, 2, 4, 60)
+    again, rerun = trained(features, 2, 4, 60)
+    assert torch.equal(model.W, again.W)
+    assert torch.equal(run.losses, rerun.losses)
+    assert run.losses.shape == (60, 4)
+    torch.testing.assert_close(run.final_losses, run.losses[-3:].mean(0))
+    assert run.best == int(run.final_losses.argmin())
+
+
+def test_two_features_share_one_dimension_as_an_antipodal_pair():
+    model, run = trained(Features(2, 0.1), 1, 20, 500)  # TOYMODELS.md, row 1
+    signed = model.W[:, :, 0]
+    assert signed[run.best].prod() < 0
+    assert (signed[run.best].abs() - 1).abs().max() < 0.1
+    succeeded = (signed.prod(1) < 0) & ((signed.abs() - 1).abs() < 0.1).all(1)
+    assert 0.2 < succeeded.float().mean() < 0.9
+
+
+def test_five_features_in_two_dimensions_make_a_pentagon():
+    model, _ = trained(Features(5, 0.05), 2, 16, 1000)  # row 2a
+    angles = torch.atan2(model.W[..., 1], model.W[..., 0]).sort(dim=1).values
+    gaps = torch.cat([angles.diff(dim=1), angles[:, :1] + 2 * pi - angles[:, -1:]], dim=1).rad2deg()
+    assert (gaps - 72).abs().max() < 6
+    assert (geometry.norms(model.W) - 1.13).abs().max() < 0.05
+    assert (geometry.feature_dimensionality(model.W) - 0.4).abs().max() < 0.01
+    assert (model.b + 0.245).abs().max() < 0.03
+    for W in model.W:
+        assert [shape.kind for shape in geometry.polytopes(W)] == ["pentagon"]
+
+
+def test_a_linear_model_keeps_the_most_important_features():
+    p, importance = 0.3, [0.7**i for i in range(5)]
+    features = Features(5, p, importance)
+    model, run = trained(features, 2, 4, 800, activation="linear")  # row 2c
+    assert (geometry.norms(model.W[run.best]) - torch.tensor([1.0, 1, 0, 0, 0])).abs().max() < 0.05
+    x = features.sample(100_000, generator(1, "test"), 4)
+    loss = weighted_error(x.dense(), model(x), features.importances)[run.best].item()
+    assert loss == pytest.approx(sum(importance[2:]) * (p / 3 - p**2 / 4), rel=0.02)
+
+
+def test_mistakes_are_named():
+    model = ToyModel(3, 2)
+    with pytest.raises(ValueError, match="the model reads n_features=3, the features are 4"):
+        train(model, Features(4, 0.1), 1, generator=generator(0))
+    with pytest.raises(ValueError, match="n_steps must be at least 1, got 0"):
+        train(model, Features(3, 0.1), 0, generator=generator(0))
+    with pytest.raises(ValueError, match="schedule must be 'cosine' or 'constant', got 'linear'"):
+        unwrap(train)(model, Features(3, 0.1), 1, generator=generator(0), schedule="linear")

@@ -1,0 +1,171 @@
+import json
+
+import pytest
+import torch
+
+import sae
+from sae import UsageError, checkpoint, run
+from sae.config import TrainConfig
+from sae.optim import normalise_rows_, project_gradient_
+from sae.schedules import learning_rate, warmup
+
+KINDS = [{"kind": "topk", "k": 3}, {"kind": "batchtopk", "k": 2.5}, {"kind": "relu", "l1_coefficient": 0.1}]
+
+
+def config(out, n_samples=1280, **sections) -> TrainConfig:
+    options = {"d_sae": 24} | sections.pop("sae", {"kind": "topk", "k": 3})
+    return TrainConfig.model_validate(
+        {
+            "source": {"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 100},
+            "sae": options,
+            "train": {"n_samples": n_samples, "batch_size": 64, "warmup_steps": 5} | sections.pop("train", {}),
+            "evaluation": {"n_samples": 500},
+            "log": {"every": 5},
+            "out": out,
+            **sections,
+        }
+    )
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path, options):
+    result = sae.train(config(tmp_path / "run", n_samples=19_200, sae=options), report=False)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["metrics/fvu"] < 0.5 * lines[0]["metrics/fvu"]
+    assert lines[-1]["step"] == 300
+    assert {"losses/overall_loss", "losses/mse_loss", "losses/auxiliary_reconstruction_loss"} < lines[0].keys()
+    assert {"recovery/mcc", "recovery/mmcs", "recovery/coverage_0.9", "recovery/f1"} < lines[0].keys()
+    assert result.metrics == json.loads((tmp_path / "run/result.json").read_text())
+    x = torch.randn(50, 6)
+    loaded = sae.load(tmp_path / "run")
+    ours, theirs = result.sae.encode(x), loaded.encode(x)
+    assert torch.equal(ours.values, theirs.values)
+    assert torch.equal(ours.indices, theirs.indices)
+    assert torch.equal(result.sae(x), loaded(x))
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(24))
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_resuming_continues_bit_for_bit(tmp_path, options, monkeypatch):
+    train = {"dead_after_samples": 128}
+    whole = config(tmp_path / "whole", sae=options, train=train)
+    expected = sae.train(whole, report=False)
+
+    parts = config(tmp_path / "parts", sae=options, train=train, checkpoint={"every_steps": 7, "keep": 1})
+    original = run.Trainer.step
+
+    def step_until_13(self, x):
+        if self.n_steps_done == 13:
+            raise KeyboardInterrupt
+        original(self, x)
+
+    monkeypatch.setattr(run.Trainer, "step", step_until_13)
+    with pytest.raises(KeyboardInterrupt):
+        sae.train(parts, report=False)
+    monkeypatch.setattr(run.Trainer, "step", original)
+    assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step-000000007"]
+    resumed = sae.train(parts, resume=True, report=False)
+
+    for name, tensor in expected.sae.state_dict().items():
+        assert torch.equal(tensor, resumed.sae.state_dict()[name]), name
+    assert resumed.metrics == expected.metrics
+    without_clock = [
+        [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "parts/metrics.jsonl")
+    ]
+    assert without_clock[0] == without_clock[1]
+
+
+def test_resuming_something_else_is_refused(tmp_path):
+    sae.train(config(tmp_path / "run"), report=False)
+    with pytest.raises(UsageError, match="already holds a run; continue it with --resume"):
+        sae.train(config(tmp_path / "run"), report=False)
+    with pytest.raises(UsageError, match="was started with train"):
+        sae.train(config(tmp_path / "run", train={"lr": 0.1}), resume=True, report=False)
+    before = (tmp_path / "run/sae.safetensors").read_bytes()
+    done = sae.train(config(tmp_path / "run"), resume=True, report=False)
+    assert done.metrics["metrics/fvu"] > 0
+    assert (tmp_path / "run/sae.safetensors").read_bytes() == before
+
+
+def test_overwriting_takes_the_run_and_nothing_else(tmp_path):
+    sae.train(config(tmp_path / "run"), report=False)
+    (tmp_path / "run/notes.txt").write_text("mine")
+    sae.train(config(tmp_path / "run", train={"seed": 1}), overwrite=True, report=False)
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    tensors = {"a": torch.arange(10.0)}
+    checkpoint.save(tmp_path, 3, tensors, {"n": 1}, keep=2)
+    path = checkpoint.latest(tmp_path)
+    assert torch.equal(checkpoint.load(path)[0]["a"], tensors["a"])
+    data = bytearray((path / "state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "state.safetensors").write_bytes(data)
+    with pytest.raises(UsageError, match="does not match its checksum"):
+        checkpoint.load(path)
+
+
+def test_bad_data_in_mid_run_saves_what_was_learnt(tmp_path):
+    def batches():
+        for number in range(1000):
+            x = torch.randn(256, 6)
+            x[3, 1] = torch.nan if number == 60 else 0.0
+            yield x
+
+    with pytest.raises(UsageError, match="batch 60 row 3 holds NaN"):
+        sae.train(config(tmp_path / "run", n_samples=64_000), batches(), report=False)
+    assert checkpoint.latest(tmp_path / "run/checkpoints").name == "step-000000112"
+
+
+def test_training_does_not_depend_on_the_scale_of_the_data(tmp_path):
+    x = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)).abs().pow(2)
+    small, large = (
+        sae.train(config(tmp_path / name, sae={"kind": "relu"}), x * scale, report=False)
+        for name, scale in (("small", 1.0), ("large", 1024.0))
+    )
+    torch.testing.assert_close(large.sae.W_dec, small.sae.W_dec)
+    torch.testing.assert_close(large.sae.b_enc, 1024 * small.sae.b_enc)
+    assert large.metrics["metrics/fvu"] == pytest.approx(small.metrics["metrics/fvu"], rel=1e-4)
+
+
+def test_constant_data_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no variance"):
+        sae.train(config(tmp_path / "run"), torch.ones(100, 6), report=False)
+
+
+def test_dead_latents_are_found_and_revived(tmp_path):
+    # From an untied start many latents never win; AuxK gives them what the winners leave over.
+    stream = torch.Generator().manual_seed(0)
+    truth = torch.nn.functional.normalize(torch.randn(48, 16, generator=stream), dim=1)
+    x = (torch.rand(40_000, 48, generator=stream) * (torch.rand(40_000, 48, generator=stream) < 0.04)) @ truth
+    dead = {}
+    for weight in (0.0, 1 / 32):
+        options = {"kind": "topk", "d_sae": 48, "k": 2, "tied_init": False, "aux_coefficient": weight}
+        train = {"dead_after_samples": 2560, "batch_size": 256}
+        made = config(tmp_path / f"{weight}", n_samples=153_600, sae=options, train=train)
+        dead[weight] = sae.train(made, x, report=False).metrics["metrics/dead"]
+    assert dead[0.0] > 0.1
+    assert dead[1 / 32] < 0.5 * dead[0.0]
+
+
+def test_schedules():
+    rates = [learning_rate(step, 100, 2.0, 10, 0.3) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9:70] == [2.0] * 61
+    assert rates[85] == pytest.approx(1.0)
+    assert 0 < rates[99] < 0.1
+    assert [warmup(step, 100, 0.1) for step in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
+    assert learning_rate(0, 10, 1.0, 0, 0.0) == 1.0
+
+
+def test_projection_and_normalisation():
+    rows = torch.randn(9, 4)
+    normalise_rows_(rows)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(9))
+    gradient = torch.randn(9, 4)
+    tangent = gradient.clone()
+    project_gradient_(tangent, rows)
+    torch.testing.assert_close((tangent * rows).sum(dim=1), torch.zeros(9), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient - tangent, (gradient * rows).sum(dim=1, keepdim=True) * rows)
