@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
-from sae.errors import UsageError
+from sae.errors import Interrupted, UsageError
 
 
 @dataclass
@@ -127,6 +127,9 @@ def main() -> None:
     except UsageError as error:
         print(f"sae: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stopped:
+        print(f"sae: {stopped}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:

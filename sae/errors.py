@@ -1,4 +1,4 @@
-"""The one error that a user can cause."""
+"""What a user can cause: a mistake, or a stop."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,7 @@ class UsageError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and can go on
+    """A signal stopped the run after its state was saved."""

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
-from sae.errors import UsageError
+from sae.errors import Interrupted, UsageError
 from sae.evaluation import Evaluation, evaluate, live_recovery
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
@@ -50,10 +50,6 @@ class Result:
     sae: SAE
     metrics: dict[str, float]
     out: Path
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and can go on
-    """A signal stopped the run after its state was saved."""
 
 
 def train(

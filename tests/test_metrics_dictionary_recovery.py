@@ -106,6 +106,12 @@ def test_random_dictionary_scores_the_reported_chance(d_sae: int) -> None:
     assert scores["mcc_adjusted_chance"] == pytest.approx(0, abs=1e-12)
 
 
+def test_counts_stand_alone() -> None:
+    scores = recovery(TRUTH, TRUTH)
+    assert scores["n_alive"] == 48
+    assert not {"n_alive_chance", "n_alive_chance_sd", "n_alive_truth"} & set(scores)
+
+
 def test_chance_draws_are_independent_and_follow_the_seed() -> None:
     one, again, other = (recovery(TRUTH, TRUTH, seed=seed) for seed in (0, 0, 1))
     assert one == again

@@ -112,6 +112,9 @@ def test_dead_and_zero_rows_are_left_out() -> None:
     assert some["dimensions_per_feature_chance"] == pytest.approx(8 / 20)
     assert some["dimensions_per_feature_difference"] == pytest.approx(8 / 20 - 8 / 40)
     assert dimensionality_against_truth(truth * alive[:, None], truth) == pytest.approx(some)
+    assert dimensionality_against_truth(truth * alive[:, None], truth, alive=alive | True) == pytest.approx(
+        some
+    )
     assert dimensionality_against_truth(truth, truth, alive=alive & False) == {}
     few = dimensionality_against_truth(truth[:5], truth)
     assert "rms_over_welch" not in few

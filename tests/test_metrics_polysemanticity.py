@@ -157,6 +157,13 @@ def test_means_run_over_alive_units_in_any_order_and_any_layout() -> None:
     assert polysemanticity(0 * latents, ACTS)["purity"] == 0
 
 
+def test_sparse_neurons_keep_their_sign() -> None:
+    neurons = torch.cat([-A[:, :1], torch.zeros(N, 7, dtype=torch.float64)], dim=1)
+    scores = polysemanticity(neurons, ACTS)
+    assert scores["n_alive"] == 1
+    assert scores["purity"] == pytest.approx(1, abs=0.01)
+
+
 def test_faint_latents_are_dead_below_the_threshold() -> None:
     latents = torch.stack([A[:, 0], 1e-9 * A[:, 1]], dim=1)
     assert polysemanticity(latents, ACTS)["n_alive"] == 2

@@ -147,4 +147,5 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="penalties must name at least one"):
         select_penalty(x, torch.ones(4, 5), D, penalties=[])
     with pytest.warns(UserWarning, match="stopped after 1 steps with"):
-        sparse_code(x, D, 0.0, n_steps=1)
+        unfinished = sparse_code(x, D, 0.0, n_steps=1)
+    assert (objective(x, D, unfinished, 0.0) < x.square().sum(1) / 2).all()

@@ -83,7 +83,7 @@ def _active_set(
             violation.masked_fill_(~allowed[rows], -torch.inf)
         violation, candidates = (violation - penalty).topk(n_candidates, dim=1)
         open_ = violation[:, 0] > slack[rows]
-        z[rows[~open_]] = z[rows[~open_]].scatter_add_(1, atoms[~open_], codes[~open_])
+        z.index_put_((rows[~open_, None], atoms[~open_]), codes[~open_], accumulate=True)
         if not open_.any():
             return z
         rows, candidates, violation = rows[open_], candidates[open_], violation[open_]
