@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -122,7 +121,9 @@ def main() -> None:
         if isinstance(command, Train):
             command.overrides = tuple(unknown)
         elif unknown:
-            raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
+            raise UsageError(
+                f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`"
+            )
         command.run()
     except UsageError as error:
         print(f"sae: error: {error}", file=sys.stderr)

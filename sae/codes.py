@@ -104,7 +104,9 @@ class SparseCodes:
         k_cap = max(part.values.shape[1] for part in parts)
         pad = [(0, k_cap - part.values.shape[1]) for part in parts]
         values = torch.cat([F.pad(part.values, p) for part, p in zip(parts, pad, strict=True)])
-        indices = torch.cat([F.pad(part.indices, p) for part, p in zip(parts, pad, strict=True) if part.indices is not None])
+        indices = torch.cat(
+            [F.pad(part.indices, p) for part, p in zip(parts, pad, strict=True) if part.indices is not None]
+        )
         return cls(values, indices, parts[0].d_sae)
 
 

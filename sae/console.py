@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -17,13 +18,18 @@ LIVE = {"fvu": "metrics/fvu", "L0": "metrics/l0", "dead": "sparsity/dead_feature
 def postfix(values: Mapping[str, float]) -> str:
     """The few numbers worth watching, e.g. `fvu 0.071  L0 2.6  dead 0  MCC 0.998`."""
     shown = {label: values[key] for label, key in LIVE.items() if key in values}
-    return "  ".join(f"{label} {value:.4g}" if label != "dead" else f"dead {value:.0f}" for label, value in shown.items())
+    return "  ".join(
+        f"{label} {value:.4g}" if label != "dead" else f"dead {value:.0f}" for label, value in shown.items()
+    )
 
 
 @contextmanager
 def progress(title: str, n_steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """One bar; the function that it yields takes each logged step and its values."""
-    with logging_redirect_tqdm(), tqdm(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit="step") as bar:
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit="step") as bar,
+    ):
 
         def on_line(step: int, values: Mapping[str, float]) -> None:
             bar.set_postfix_str(postfix(values), refresh=False)
@@ -32,21 +38,35 @@ def progress(title: str, n_steps: int) -> Iterator[Callable[[int, Mapping[str, f
         yield on_line
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
+) -> None:
     """A table; the first column is text, the others are numbers."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    # Written to a file or a pipe there is no width to keep to.
+    console.print(table, width=None if console.is_terminal else 200)
+    if caption:
+        console.print(caption, style="dim", highlight=False)
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """Final metrics, each beside its chance value and the true dictionary's where there are such."""
     names = [name for name in metrics if not name.endswith(("_chance", "_chance_sd", "_truth"))]
     rows = [
-        [name, *(f"{metrics[key]:.4g}" if key in metrics else "" for key in (name, f"{name}_chance", f"{name}_truth"))]
+        [
+            name,
+            *(
+                f"{metrics[key]:.4g}" if key in metrics else ""
+                for key in (name, f"{name}_chance", f"{name}_truth")
+            ),
+        ]
         for name in names
     ]
     print_table("held-out activations", ["metric", "measured", "chance", "true dictionary"], rows)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import Manager, get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,9 @@ from sae.baselines import Baseline, SparseCoding, require_sklearn
 from sae.config import EvaluationSection, TrainConfig
 from sae.console import postfix, print_table
 from sae.evaluation import evaluate
-from sae.model import SAE, load
+from sae.model import load
 from sae.run import check_out, require_report, train
-from sae.sources import ToySource, ToySourceConfig
+from sae.sources import ToySourceConfig
 
 N_SEEDS = 3
 K = 3
@@ -40,20 +44,36 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "l1": ({"kind": "relu", "d_sae": D_SAE, "l1_coefficient": 0.15}, N_SEEDS),
     "l1_low": ({"kind": "relu", "d_sae": D_SAE, "l1_coefficient": 0.04}, 1),
 }
+# Number of seeds of each baseline; only the random dictionary is a draw that matters.
+BASELINES = {
+    "random": N_SEEDS,
+    "oracle": 1,
+    "oracle_k": 1,
+    "topk_oracle": 1,
+    "pca": 1,
+    "ica": 1,
+    "dictionary_learning": 1,
+}
 TRAIN = {"n_samples": 6_144_000, "batch_size": 2048, "lr": 3.0e-3}
 
-COLUMNS = {
-    "MCC": "recovery/mcc",
-    "MMCS": "recovery/mmcs",
-    "coverage": "recovery/coverage_0.9",
-    "F1": "recovery/f1",
-    "FVU": "metrics/fvu",
-    "L0": "metrics/l0",
-    "dead": "sparsity/dead_features",
-    "seconds": "seconds",
+# glibc gives freed memory back at once, and a step of a few ms then pays for the pages again: let it keep them.
+CHILD_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
 }
 
-
+# Column -> where its values are, and how many digits they deserve.
+COLUMNS = {
+    "MCC": ("recovery/mcc", 3),
+    "MMCS": ("recovery/mmcs", 3),
+    "cov": ("recovery/coverage_0.9", 3),
+    "F1": ("recovery/f1", 3),
+    "FVU": ("metrics/fvu", 3),
+    "L0": ("metrics/l0", 2),
+    "dead": ("sparsity/dead_features", 0),
+    "s": ("seconds", 0),
+}
 
 
 def run(out: Path, seed: int, overwrite: bool) -> None:
@@ -61,80 +81,136 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     require_report()
     require_sklearn()
     check_out(out, resume=False, overwrite=overwrite)
-    logging.getLogger("sae").setLevel(logging.WARNING)  # the bar and the table say it all
     began = time.perf_counter()
     toy = ToySourceConfig(seed=seed, weights=out / TOY)
-    n_steps = TRAIN["n_samples"] // TRAIN["batch_size"]
-    n_runs = sum(n_seeds for _, n_seeds in METHODS.values())
-    with tqdm(total=toy.n_steps + n_runs * n_steps, unit="step", dynamic_ncols=True) as bar:
+    saes = [
+        (method, own_seed, sae_config(out, toy, method, own_seed, first=(method, own_seed) == ("topk", seed)))
+        for method, (_, n_seeds) in METHODS.items()
+        for own_seed in range(seed, seed + n_seeds)
+    ]
+    for _, _, config in saes:
+        check_out(config.out, resume=False, overwrite=overwrite)
+    n_steps = toy.n_steps + sum(config.n_steps for _, _, config in saes)
+    with tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar, one_thread_each() as pool:
         bar.set_description("toy model")
         model = toy.trained_model(on_step=lambda: bar.update())
         out.mkdir(parents=True, exist_ok=True)
         model.save(out / TOY)
-        source = toy.open()
-        rows = list(sae_rows(out, toy, source, seed, bar))
-        rows += baseline_rows(source, load(out), seed, bar)
+        rows = train_and_measure(pool, out, toy, saes, bar)
     (out / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     from sae.report import write_report  # noqa: PLC0415 - an extra, and slow to import
 
     report = write_report([out])
     show(rows)
     print(f"\nwrote {report} after {time.perf_counter() - began:.0f} s. To try next:\n")
-    print(f"  sae eval {out}                 every metric of the TopK SAE, beside chance and the true dictionary")
-    print("  sae demo digits                   the same trainer on a network that reads scanned digits")
-    print("  sae train configs/toy.yaml --sae.k 5 --out runs/mine      a run of your own; sae report runs/mine shows it")
+    print(f"  sae eval {out}    every metric of the TopK SAE, beside chance and the true dictionary")
+    print("  sae demo digits     the same trainer on a network that reads scanned digits")
+    print("  sae train configs/toy.yaml --sae.k 5 --out runs/mine    a run of your own")
 
 
-def sae_rows(out: Path, toy: ToySourceConfig, source: ToySource, seed: int, bar: tqdm) -> Iterator[dict[str, Any]]:
-    """Trains and measures every SAE of METHODS."""
-    for method, (options, n_seeds) in METHODS.items():
-        for own_seed in range(seed, seed + n_seeds):
-            first = method == "topk" and own_seed == seed
-            config = TrainConfig.model_validate(
-                {
-                    "source": toy,
-                    "sae": options,
-                    "train": {**TRAIN, "seed": own_seed},
-                    "out": out if first else out / f"{method}-{own_seed}",
+def sae_config(out: Path, toy: ToySourceConfig, method: str, seed: int, first: bool) -> TrainConfig:
+    """The configuration of one SAE; the first TopK has `out` itself as its run directory."""
+    sections = {
+        "source": toy,
+        "sae": METHODS[method][0],
+        "train": {**TRAIN, "seed": seed},
+        "log": {"every": 100},
+        "out": out if first else out / f"{method}-{seed}",
+    }
+    return TrainConfig.model_validate(sections)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[ProcessPoolExecutor]:
+    """A process for each core: at these sizes two runs with a core each end long before one with two and another."""
+    previous = {name: os.environ.get(name) for name in CHILD_ENVIRONMENT}
+    os.environ.update(CHILD_ENVIRONMENT)  # read by the children's libraries when these are loaded
+    try:
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+            yield pool
+    finally:
+        for name, value in previous.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def train_and_measure(
+    pool: ProcessPoolExecutor,
+    out: Path,
+    toy: ToySourceConfig,
+    saes: Sequence[tuple[str, int, TrainConfig]],
+    bar: tqdm,
+) -> list[dict[str, Any]]:
+    """A row for each SAE and each baseline, in the order of the table."""
+    done_before = bar.n
+    steps = {(method, seed): 0 for method, seed, _ in saes}
+    with Manager() as manager:
+        lines = manager.Queue()
+        jobs = {(m, s): pool.submit(sae_row, m, s, config, lines) for m, s, config in saes}
+        for method, n_seeds in BASELINES.items():
+            if method != "topk_oracle":
+                jobs |= {
+                    (method, s): pool.submit(baseline_row, method, s, toy, out)
+                    for s in range(toy.seed, toy.seed + n_seeds)
                 }
-            )
-            bar.set_description(f"{method} seed {own_seed}")
-            start = bar.n
-            began = time.perf_counter()
-
-            def on_line(step: int, values: Mapping[str, float], start: int = start) -> None:
+        waiting = set(jobs.values())
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            if jobs["topk", toy.seed] in finished:
+                jobs["topk_oracle", toy.seed] = pool.submit(baseline_row, "topk_oracle", toy.seed, toy, out)
+                waiting.add(jobs["topk_oracle", toy.seed])
+            while not lines.empty():
+                method, seed, step, values = lines.get()
+                steps[method, seed] = step
+                bar.set_description(f"{method} seed {seed}", refresh=False)
                 bar.set_postfix_str(postfix(values), refresh=False)
-                bar.update(start + step - bar.n)
+            bar.update(done_before + sum(steps.values()) - bar.n)
+    order = [*METHODS, *BASELINES]
+    return [jobs[key].result() for key in sorted(jobs, key=lambda key: (order.index(key[0]), key[1]))]
 
-            result = train(config, source, overwrite=True, report=False, on_line=on_line)
-            yield {"method": method, "seed": own_seed, **result.metrics, "seconds": time.perf_counter() - began}
+
+def sae_row(method: str, seed: int, config: TrainConfig, lines: Any) -> dict[str, Any]:
+    """Trains and measures one SAE in its own process; each logged line goes into `lines`."""
+    logging.getLogger("sae").setLevel(logging.WARNING)
+    began = time.perf_counter()
+    result = train(
+        config,
+        overwrite=True,
+        report=False,
+        on_line=lambda step, values: lines.put((method, seed, step, dict(values))),
+    )
+    return {"method": method, "seed": seed, **result.metrics, "seconds": time.perf_counter() - began}
 
 
-def baseline_rows(source: ToySource, topk: SAE, seed: int, bar: tqdm) -> Iterator[dict[str, Any]]:
-    """Measures every baseline, on the same held-out activations as the SAEs."""
+def baseline_row(method: str, seed: int, toy: ToySourceConfig, out: Path) -> dict[str, Any]:
+    """Fits and measures one baseline on the same held-out activations as the SAEs."""
+    began = time.perf_counter()
+    source = toy.open()
     test = source.held_out("evaluation", EvaluationSection().n_samples)
     validation = source.held_out("calibration", N_VALIDATION)
     x = next(source.batches(N_FIT, seed))
     truth = source.truth
-    methods: dict[str, Callable[[int], Baseline]] = {
-        "random": lambda s: baselines.random_dictionary(D_SAE, x.mean(dim=0), K, s),
-        "oracle": lambda s: baselines.sparse_coding(truth, truth, validation),
-        "oracle_k": lambda s: baselines.sparse_coding(truth, truth, validation, K),
-        "topk_oracle": lambda s: baselines.sparse_coding(topk.W_dec, truth, validation, K, topk.b_dec),
-        "pca": lambda s: baselines.pca(x),
-        "ica": lambda s: baselines.ica(x, s),
-        "dictionary_learning": lambda s: baselines.dictionary_learning(x[:N_FIT_SLOW], D_SAE, truth, validation, K, s),
-    }
-    for method, make in methods.items():
-        for own_seed in range(seed, seed + (N_SEEDS if method == "random" else 1)):
-            bar.set_description(method)
-            bar.set_postfix_str("")
-            began = time.perf_counter()
-            coder = make(own_seed)
-            values = evaluate(coder, test, truth).metrics
-            if isinstance(coder.code, SparseCoding):
-                values |= {"codes/penalty": coder.code.penalty, "codes/firing_threshold": coder.code.threshold}
-            yield {"method": method, "seed": own_seed, **values, "seconds": time.perf_counter() - began}
+    assert truth is not None
+    coder: Baseline
+    match method:
+        case "random":
+            coder = baselines.random_dictionary(D_SAE, x.mean(dim=0), K, seed)
+        case "oracle":
+            coder = baselines.sparse_coding(truth, truth, validation)
+        case "oracle_k":
+            coder = baselines.sparse_coding(truth, truth, validation, K)
+        case "topk_oracle":
+            topk = load(out)
+            coder = baselines.sparse_coding(topk.W_dec, truth, validation, K, topk.b_dec)
+        case "pca":
+            coder = baselines.pca(x)
+        case "ica":
+            coder = baselines.ica(x, seed)
+        case _:
+            coder = baselines.dictionary_learning(x[:N_FIT_SLOW], D_SAE, truth, validation, K, seed)
+    values = evaluate(coder, test, truth).metrics
+    if isinstance(coder.code, SparseCoding):
+        values |= {"codes/penalty": coder.code.penalty, "codes/firing_threshold": coder.code.threshold}
+    return {"method": method, "seed": seed, **values, "seconds": time.perf_counter() - began}
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -142,18 +218,21 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        table.append([method, *(mean_sd([row[key] for row in own]) for key in COLUMNS.values())])
-    chance = rows[0]["recovery/mcc_chance"]
+        table.append(
+            [method, *(mean_sd([row[key] for row in own], digits) for key, digits in COLUMNS.values())]
+        )
     print_table(
         "256 features in 64 dimensions: who finds them?",
         ["", *COLUMNS],
         table,
-        f"MCC of a random dictionary of this shape: {chance:.3f}. oracle: the true features with sparse coding; _k: at most {K}"
-        f" latents; topk_oracle: TopK's dictionary, coded likewise. pca, ica: 64 components, both signs.",
+        f"mean ± sd over seeds. cov: share of features found with cosine > .9. A random dictionary of this shape has "
+        f"MCC {rows[0]['recovery/mcc_chance']:.3f}.\noracle: the true features with non-negative sparse coding, _k with at "
+        f"most {K} latents; topk_oracle: TopK's dictionary coded likewise.\npca, ica: at most 64 components, each with both "
+        "signs.",
     )
 
 
-def mean_sd(values: Sequence[float]) -> str:
-    """`.998 ± .001`, or one value alone."""
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3g}{spread}"
+def mean_sd(values: Sequence[float], digits: int) -> str:
+    """`0.998±.001`, or one value alone."""
+    spread = f"±{statistics.stdev(values):.{digits}f}".replace("±0.", "±.") if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"

@@ -8,5 +8,5 @@ class UsageError(ValueError):
     """
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and can go on
+class Interrupted(Exception):
     """A signal stopped the run after its state was saved."""

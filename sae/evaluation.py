@@ -49,7 +49,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d_in"] | None = None) -> Evaluation:
+def evaluate(
+    coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d_in"] | None = None
+) -> Evaluation:
     """Reconstruction and sparsity of any method; recovery, polysemanticity and geometry where the truth is known."""
     x, acts = held_out
     W_dec = coder.W_dec.detach()
@@ -76,20 +78,29 @@ def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d
         return Evaluation(values, tables)
 
     scores = torch.cat([coder.pre_latents(chunk) for chunk in chunks])
-    judged = {"codes": codes, "acts": acts, "alive": alive, "pre_latents": scores, "firing_threshold": threshold}
+    judged = {
+        "codes": codes,
+        "acts": acts,
+        "alive": alive,
+        "pre_latents": scores,
+        "firing_threshold": threshold,
+    }
     values |= _group("recovery", metrics.recovery(W_dec, truth, **judged))
-    values |= _group("polysemanticity/latent", metrics.polysemanticity(codes, acts, firing_threshold=threshold))
+    scaled = codes.scaled(W_dec.norm(dim=1))
+    values |= _group(
+        "polysemanticity/latent", metrics.polysemanticity(scaled, acts, firing_threshold=threshold)
+    )
     values |= _group("polysemanticity/neuron", metrics.polysemanticity(x, acts))
     features = metrics.feature_table(W_dec, truth, **judged)
     features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
     tables |= {f"feature/{name}": column for name, column in features.items()}
-    tables |= {f"latent/{name}": column for name, column in unit_table(codes, acts).items()}
+    tables |= {f"latent/{name}": column for name, column in unit_table(scaled, acts, threshold).items()}
     return Evaluation(values, tables)
 
 
-def unit_table(units: SparseCodes, acts: FeatureBatch) -> dict[str, Tensor]:
+def unit_table(units: SparseCodes, acts: FeatureBatch, threshold: float) -> dict[str, Tensor]:
     """Polysemanticity latent by latent: purity, features_per_unit, selectivity."""
-    sums = metrics.CoStatistics(acts.n_features, units.d_sae)
+    sums = metrics.CoStatistics(acts.n_features, units.d_sae, threshold)
     for start in range(0, len(units), CHUNK_ROWS):
         sums.update(units[start : start + CHUNK_ROWS], acts[start : start + CHUNK_ROWS])
     scores = metrics.unit_scores(sums)
@@ -98,7 +109,11 @@ def unit_table(units: SparseCodes, acts: FeatureBatch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def live_recovery(
-    sae: SAE, fired: Bool[Tensor, " d_sae"], truth: Float[Tensor, "n_features d_in"] | None, probe: HeldOut, unit: float
+    sae: SAE,
+    fired: Bool[Tensor, " d_sae"],
+    truth: Float[Tensor, "n_features d_in"] | None,
+    probe: HeldOut,
+    unit: float,
 ) -> dict[str, float]:
     """The few recovery scores that a training log can afford: mcc, mmcs, coverage_0.9, and f1 on a small probe.
 
@@ -113,14 +128,22 @@ def live_recovery(
     if probe.acts is not None:
         x = probe.x.to(sae.W_dec.device) / unit
         codes = sae.sparsifier(sae.pre_latents(x)).to("cpu")
-        columns = metrics.ScoreColumns(matching)
-        columns.update(codes.dense())
-        threshold = metrics.scale_threshold(x)
-        seen = metrics.CodeRecovery(W_dec, truth, matching, columns, firing_threshold=threshold)
-        seen.update(codes, probe.acts)
-        scores["f1"] = seen.compute()["f1"]
+        scores["f1"] = matched_f1(matching, codes, probe.acts, metrics.scale_threshold(x))
     return _group("recovery", scores)
 
 
+def matched_f1(matching: metrics.Matching, codes: SparseCodes, acts: FeatureBatch, threshold: float) -> float:
+    """`f1` of `metrics.recovery`, by itself and on a batch small enough to be dense."""
+    owned = matching.has_latent
+    on = acts.dense() > 0
+    fires = torch.zeros_like(on)
+    fires[:, owned] = codes.dense()[:, matching.latent[owned]] > threshold
+    counted = on.any(dim=0)
+    f1 = 2 * (on & fires).sum(dim=0) / (on.sum(dim=0) + fires.sum(dim=0)).clamp_min(1)
+    return float(f1[counted].mean()) if bool(counted.any()) else 0.0
+
+
 def _group(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}/{key}" if not name.count("/") else f"{name}_{key}": value for key, value in values.items()}
+    return {
+        f"{name}/{key}" if not name.count("/") else f"{name}_{key}": value for key, value in values.items()
+    }

@@ -136,5 +136,7 @@ def _attempt(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except Exception as error:  # whatever W&B raises must not end the run
-        logger.warning("W&B failed (%s); the run goes on, its record is %s", " ".join(str(error).split())[:200], LINES)
+        logger.warning(
+            "W&B failed (%s); the run goes on, its record is %s", " ".join(str(error).split())[:200], LINES
+        )
         return None

@@ -55,7 +55,8 @@ class SAE(nn.Module):
         encoder, b_enc = self.encoder, self.b_enc
         if latents is not None:
             encoder, b_enc = encoder[latents], b_enc[latents]
-        return torch.addmm(b_enc - encoder @ self.b_dec, x, encoder.T)
+        # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
+        return (x @ encoder.T).add_(b_enc - encoder @ self.b_dec)
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_in"]:
         """z W_dec + b_dec."""
@@ -88,7 +89,11 @@ class SAE(nn.Module):
     def initialise_(self, b_dec: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
         """Random unit decoder rows, b_enc = 0, and the encoder tied to the decoder (or random as well)."""
         self.W_dec.copy_(_unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator)))
-        other = self.W_dec if self.config.tied_init else _unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator))
+        other = (
+            self.W_dec
+            if self.config.tied_init
+            else _unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator))
+        )
         self.encoder.copy_(other)
         self.b_enc.zero_()
         self.b_dec.copy_(b_dec)
@@ -131,7 +136,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     folder = Path(folder)
     for name in (MANIFEST, WEIGHTS):
         if not (folder / name).is_file():
-            raise UsageError(f"{folder} holds no SAE: {name} is missing; give a run directory that finished training")
+            raise UsageError(
+                f"{folder} holds no SAE: {name} is missing; give a run directory that finished training"
+            )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version, d_in, options = manifest["format_version"], manifest["d_in"], manifest["sae"]
@@ -140,7 +147,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     if version != FORMAT_VERSION:
         raise UsageError(f"{folder / MANIFEST} has format {version}, this version reads {FORMAT_VERSION}")
     if _sha256(folder / WEIGHTS) != manifest.get("sha256"):
-        raise UsageError(f"{folder / WEIGHTS} does not match its checksum in {MANIFEST}; copy both files again")
+        raise UsageError(
+            f"{folder / WEIGHTS} does not match its checksum in {MANIFEST}; copy both files again"
+        )
     try:
         config = SAEConfig.of_kind(options)
         tensors = load_file(folder / WEIGHTS, device=str(device))

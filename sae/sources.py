@@ -212,7 +212,9 @@ def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor,
         if n_waiting < batch_size:
             continue
         rows = torch.cat(waiting) if len(waiting) > 1 else piece
-        *full, rest = rows.split(batch_size) if n_waiting % batch_size else (*rows.split(batch_size), rows[:0])
+        *full, rest = (
+            rows.split(batch_size) if n_waiting % batch_size else (*rows.split(batch_size), rows[:0])
+        )
         yield from full
         waiting, n_waiting = [rest], len(rest)
 
@@ -228,13 +230,20 @@ def as_source(data: object) -> Source:
     if isinstance(data, Tensor | np.ndarray):
         data = [data]
     if isinstance(data, list | tuple):
-        names = [f"part {number} of the source" if len(data) > 1 else "the source" for number in range(len(data))]
-        parts = [as_tensor(part, name) if isinstance(part, np.ndarray) else part for part, name in zip(data, names, strict=True)]
+        names = [
+            f"part {number} of the source" if len(data) > 1 else "the source" for number in range(len(data))
+        ]
+        parts = [
+            as_tensor(part, name) if isinstance(part, np.ndarray) else part
+            for part, name in zip(data, names, strict=True)
+        ]
         if parts and all(isinstance(part, Tensor) for part in parts):
             return ArraySource(Rows([part.detach() for part in parts], names))
     elif isinstance(data, Iterable):
         return IterableSource(data)
-    raise UsageError(f"cannot train on {type(data).__name__}; pass a tensor, an array, or an iterable of batches")
+    raise UsageError(
+        f"cannot train on {type(data).__name__}; pass a tensor, an array, or an iterable of batches"
+    )
 
 
 class ToySourceConfig(SourceConfig):

@@ -42,7 +42,12 @@ class Entries(NamedTuple):
             slots = torch.arange(values.numel(), device=values.device)
         rows, latents = slots // k_cap, codes.indices.flatten()[slots]
         return cls(
-            slots, rows, latents, _offsets(rows, len(values)), _stable_order(latents, codes.d_sae), _offsets(latents, codes.d_sae)
+            slots,
+            rows,
+            latents,
+            _offsets(rows, len(values)),
+            _stable_order(latents, codes.d_sae),
+            _offsets(latents, codes.d_sae),
         )
 
     def rows_per_latent(
@@ -65,14 +70,18 @@ def _stable_order(latents: Int[Tensor, " nnz"], d_sae: int) -> Int[Tensor, " nnz
 
 
 def _weighted_bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    return F.embedding_bag(
+        indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
 
 
 class _EncoderGradient(torch.autograd.Function):
     """Identity on values[b, i] = x[b] . encoder[j] + bias[j], j = indices[b, i]; its gradient goes to the right side."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, x: Tensor, encoder: Tensor, bias: Tensor, entries: Entries) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, x: Tensor, encoder: Tensor, bias: Tensor, entries: Entries
+    ) -> Tensor:
         ctx.save_for_backward(values, x)
         ctx.entries = entries
         return values.clone()

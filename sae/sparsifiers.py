@@ -143,7 +143,9 @@ class BatchTopK(Sparsifier):
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         if bool(self.threshold.isnan()):
-            raise ValueError("BatchTopK has no inference threshold yet; calibrate it on held-out activations first")
+            raise ValueError(
+                "BatchTopK has no inference threshold yet; calibrate it on held-out activations first"
+            )
         return SparseCodes.where(pre_latents > self.threshold, pre_latents)
 
     def calibrate_(self, pre_latents: Float[Tensor, "batch d_sae"]) -> None:
@@ -159,7 +161,9 @@ class BatchTopK(Sparsifier):
     def _cut(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
         """The value of the last pre-latent that fires; positive, as codes are."""
         n = min(max(round(self.k * len(pre_latents)), 1), pre_latents.numel())
-        return kth_largest(rearrange(pre_latents, "b f -> (b f)"), n).clamp_min(torch.finfo(torch.float32).tiny)
+        return kth_largest(rearrange(pre_latents, "b f -> (b f)"), n).clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:

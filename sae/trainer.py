@@ -47,7 +47,9 @@ class Trainer:
         zero = mse.new_zeros(())
         auxiliary, sparsity = zero, zero
         if sae.config.aux_coefficient and self.dead.numel():
-            auxiliary = losses.aux_k(x - x_hat, sae.pre_latents(x, self.dead), sae.W_dec[self.dead], self.aux_k)
+            auxiliary = losses.aux_k(
+                x - x_hat, sae.pre_latents(x, self.dead), sae.W_dec[self.dead], self.aux_k
+            )
         penalty = sae.sparsifier.penalty(codes, sae.W_dec)
         if penalty is not None:
             sparsity = penalty * schedules.warmup(
@@ -121,7 +123,9 @@ class Trainer:
         )
         for name, parameter in self.sae.named_parameters():
             prefix = f"adam.{name}."
-            moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            moments = {
+                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+            }
             if moments:
                 self.optimizer.state[parameter] = moments
         for name in COUNTERS:

@@ -98,7 +98,11 @@ def test_large_finite_values_are_not_taken_for_infinity():
 def test_truncated_and_empty_files(tmp_path, kind):
     file = write(tmp_path, kind)
     whole = file.read_bytes()
-    for n_bytes, message in ((0, "is empty"), (5, "truncated or damaged"), (len(whole) // 2, "truncated or damaged")):
+    for n_bytes, message in (
+        (0, "is empty"),
+        (5, "truncated or damaged"),
+        (len(whole) // 2, "truncated or damaged"),
+    ):
         file.write_bytes(whole[:n_bytes])
         with pytest.raises(UsageError, match=message):
             open_rows(file, None if kind == "npy" else "acts")

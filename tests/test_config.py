@@ -15,7 +15,15 @@ def test_the_smallest_configuration_is_enough():
 def test_flags_override_the_file_and_kind_changes_the_family(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("source: {kind: toy}\nsae: {kind: topk, d_sae: 64, k: 3}\ntrain: {lr: 1e-3}\n")
-    words = ["--sae.kind", "relu", "--sae.l1_coefficient", "0.2", "--train.n_samples=1_000", "--train.batch-size", "10"]
+    words = [
+        "--sae.kind",
+        "relu",
+        "--sae.l1_coefficient",
+        "0.2",
+        "--train.n_samples=1_000",
+        "--train.batch-size",
+        "10",
+    ]
     config = load_config(path, words)
     assert config.sae.kind == "relu"
     assert config.sae.l1_coefficient == 0.2

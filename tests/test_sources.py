@@ -42,7 +42,9 @@ def test_a_batch_depends_on_seed_and_number_alone(monkeypatch, blocks):
     source = ArraySource(Rows([numbered(300)], ["x"]))
     whole = list(islice(source.batches(32, seed=1), 40))
     for start in (0, 1, 8, 25):
-        for ours, theirs in zip(source.batches(32, seed=1, start=start), whole[start : start + 5], strict=False):
+        for ours, theirs in zip(
+            source.batches(32, seed=1, start=start), whole[start : start + 5], strict=False
+        ):
             assert torch.equal(ours, theirs)
     assert not torch.equal(next(source.batches(32, seed=2)), whole[0])
 
@@ -70,7 +72,9 @@ def test_a_toy_is_an_endless_stream_with_known_features():
     torch.testing.assert_close(x, acts.dense() @ source.truth)
     again = config.open()
     assert torch.equal(again.truth, source.truth)
-    assert torch.equal(next(again.batches(8, seed=3, start=7)), next(islice(source.batches(8, seed=3), 7, None)))
+    assert torch.equal(
+        next(again.batches(8, seed=3, start=7)), next(islice(source.batches(8, seed=3), 7, None))
+    )
     assert not torch.equal(next(source.batches(8, seed=3)), next(source.batches(8, seed=4)))
     assert not torch.equal(source.held_out("calibration", 100).x, x)
 
