@@ -112,18 +112,14 @@ def open_rows(pattern: str | Path, key: str | None = None) -> Rows:
         anchor = Path(path.anchor) if path.is_absolute() else Path()
         files = sorted(file for file in anchor.glob(str(path.relative_to(path.anchor))) if file.is_file())
     if not files:
-        raise UsageError(
-            f"no file matches {str(pattern)!r}; give a .npy, .npz or .safetensors file, or a glob of them"
-        )
+        raise UsageError(f"no file matches {str(pattern)!r}; give a .npy, .npz or .safetensors file, or a glob of them")
     return Rows([_open(file, key) for file in files], [str(file) for file in files])
 
 
 def _open(path: Path, key: str | None) -> Tensor:
     openers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
     if path.suffix not in openers:
-        raise UsageError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; known: {', '.join(openers)}"
-        )
+        raise UsageError(f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; known: {', '.join(openers)}")
     if path.stat().st_size == 0:
         raise UsageError(f"{path} is empty (0 bytes); write the activations again")
     try:
@@ -131,9 +127,7 @@ def _open(path: Path, key: str | None) -> Tensor:
     except UsageError:
         raise
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UsageError(
-            f"{path} is truncated or damaged ({' '.join(str(error).split())}); write it again"
-        ) from error
+        raise UsageError(f"{path} is truncated or damaged ({' '.join(str(error).split())}); write it again") from error
 
 
 def _open_npy(path: Path, key: str | None) -> Tensor:
@@ -173,9 +167,7 @@ def _open_safetensors(path: Path, key: str | None) -> Tensor:
     header.pop("__metadata__", None)
     entry = header[_only_key(path, key, list(header))]
     if entry["dtype"] not in SAFETENSORS_TYPES:
-        raise UsageError(
-            f"{path} holds {entry['dtype']}; activations must be one of {', '.join(SAFETENSORS_TYPES)}"
-        )
+        raise UsageError(f"{path} holds {entry['dtype']}; activations must be one of {', '.join(SAFETENSORS_TYPES)}")
     begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
     if end > path.stat().st_size:
         raise ValueError(f"the tensor ends at byte {end}, the file at {path.stat().st_size}")
@@ -195,15 +187,11 @@ def _only_key(path: Path, key: str | None, keys: list[str]) -> str:
 
 def _check_part(part: Tensor, name: str, first: Tensor, first_name: str) -> None:
     if part.ndim != 2:
-        raise UsageError(
-            f"{name} must have shape [rows, d_in], got {list(part.shape)}; flatten the leading axes"
-        )
+        raise UsageError(f"{name} must have shape [rows, d_in], got {list(part.shape)}; flatten the leading axes")
     if 0 in part.shape:
         raise UsageError(f"{name} has no values: its shape is {list(part.shape)}")
     if not part.is_floating_point():
-        raise UsageError(
-            f"{name} holds {part.dtype}; activations must be floating point, convert them to float32"
-        )
+        raise UsageError(f"{name} holds {part.dtype}; activations must be floating point, convert them to float32")
     if part.shape[1] != first.shape[1] or part.dtype != first.dtype:
         raise UsageError(
             f"{name} holds {list(part.shape)} of {part.dtype}, but {first_name} holds {list(first.shape)} of "

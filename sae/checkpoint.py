@@ -26,9 +26,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
     partial = folder / f"{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS
-    )
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
     values = values | {"sha256": _sha256(partial / TENSORS)}
     (partial / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
@@ -50,9 +48,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     values = json.loads((path / VALUES).read_text(encoding="utf-8"))
     if _sha256(path / TENSORS) != values.pop("sha256"):
-        raise UsageError(
-            f"{path / TENSORS} does not match its checksum; delete {path} to resume from the one before"
-        )
+        raise UsageError(f"{path / TENSORS} does not match its checksum; delete {path} to resume from the one before")
     return load_file(path / TENSORS), values
 
 

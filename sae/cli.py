@@ -111,8 +111,8 @@ Command = (
 def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(format="sae: %(message)s", level=logging.INFO, stream=sys.stderr)
-    command, unknown = tyro.cli(
-        OmitArgPrefixes[Command],  # type: ignore[valid-type]
+    command, unknown = tyro.cli(  # type: ignore[call-overload]
+        OmitArgPrefixes[Command],  # type: ignore[misc]
         prog="sae",
         description="Train sparse autoencoders on any activations, and know whether they found the truth.",
         return_unknown_args=True,
@@ -121,9 +121,7 @@ def main() -> None:
         if isinstance(command, Train):
             command.overrides = tuple(unknown)
         elif unknown:
-            raise UsageError(
-                f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`"
-            )
+            raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
         command.run()
     except UsageError as error:
         print(f"sae: error: {error}", file=sys.stderr)

@@ -38,14 +38,12 @@ class SparseCodes:
 
     def __getitem__(self, rows: slice | Int[Tensor, " rows"]) -> SparseCodes:
         """The codes of some rows."""
-        return SparseCodes(
-            self.values[rows], None if self.indices is None else self.indices[rows], self.d_sae
-        )
+        return SparseCodes(self.values[rows], None if self.indices is None else self.indices[rows], self.d_sae)
 
-    def to(self, *args: torch.device | torch.dtype | str) -> SparseCodes:
-        """Moves the codes; a dtype applies to the values only."""
-        values = self.values.to(*args)
-        indices = None if self.indices is None else self.indices.to(values.device)
+    def to(self, device: torch.device | str) -> SparseCodes:
+        """The codes on another device."""
+        values = self.values.to(device)
+        indices = None if self.indices is None else self.indices.to(device)
         return SparseCodes(values, indices, self.d_sae)
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:

@@ -29,9 +29,7 @@ from sae.errors import UsageError
 class Section(BaseModel):
     """A part of the configuration: immutable, and strict about its keys."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Family(Section):
@@ -203,15 +201,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
-        raise UsageError(
-            f"{path} must hold a mapping of sections (sae:, train:, ...), got {type(mapping).__name__}"
-        )
+        raise UsageError(f"{path} must hold a mapping of sections (sae:, train:, ...), got {type(mapping).__name__}")
     return mapping
 
 
-def parse_config(
-    mapping: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config"
-) -> TrainConfig:
+def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> TrainConfig:
     """A validated configuration from a mapping, with dotted overrides applied first."""
     try:
         return TrainConfig.model_validate(_override(mapping, overrides))
@@ -234,9 +228,7 @@ def _override(mapping: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
             result[section] = {}
         if key == "kind" and result[section].get("kind") != value:
             # Another kind has other options: keep what both understand, so that the file need not change.
-            family: dict[str, type[Family]] = {"sae": SAEConfig.kinds, "source": SourceConfig.kinds}.get(
-                section, {}
-            )
+            family: dict[str, type[Family]] = {"sae": SAEConfig.kinds, "source": SourceConfig.kinds}.get(section, {})
             if value in family:
                 known = family[value].model_fields
                 result[section] = {k: v for k, v in result[section].items() if k in known}

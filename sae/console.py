@@ -28,7 +28,7 @@ def progress(title: str, n_steps: int) -> Iterator[Callable[[int, Mapping[str, f
     """One bar; the function that it yields takes each logged step and its values."""
     with (
         logging_redirect_tqdm(),
-        tqdm(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit="step") as bar,
+        tqdm(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit="step", delay=1e-3) as bar,
     ):
 
         def on_line(step: int, values: Mapping[str, float]) -> None:
@@ -38,13 +38,9 @@ def progress(title: str, n_steps: int) -> Iterator[Callable[[int, Mapping[str, f
         yield on_line
 
 
-def print_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
-) -> None:
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
     """A table; the first column is text, the others are numbers."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
@@ -62,10 +58,7 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     rows = [
         [
             name,
-            *(
-                f"{metrics[key]:.4g}" if key in metrics else ""
-                for key in (name, f"{name}_chance", f"{name}_truth")
-            ),
+            *(f"{metrics[key]:.4g}" if key in metrics else "" for key in (name, f"{name}_chance", f"{name}_truth")),
         ]
         for name in names
     ]

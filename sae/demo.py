@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import Manager, get_context
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from sae import baselines
@@ -93,7 +95,11 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     n_steps = toy.n_steps + sum(config.n_steps for _, _, config in saes)
     with tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar, one_thread_each() as pool:
         bar.set_description("toy model")
-        model = toy.trained_model(on_step=lambda: bar.update())
+
+        def toy_step(step: int, losses: Tensor) -> None:
+            bar.update()
+
+        model = toy.trained_model(on_step=toy_step)
         out.mkdir(parents=True, exist_ok=True)
         model.save(out / TOY)
         rows = train_and_measure(pool, out, toy, saes, bar)
@@ -145,7 +151,9 @@ def train_and_measure(
     steps = {(method, seed): 0 for method, seed, _ in saes}
     with Manager() as manager:
         lines = manager.Queue()
-        jobs = {(m, s): pool.submit(sae_row, m, s, config, lines) for m, s, config in saes}
+        # One TopK for the eye, then the slow ones first, so that no core is left waiting for a long last run.
+        queue = [saes[0], *reversed(saes[1:])]
+        jobs = {(m, s): pool.submit(sae_row, m, s, config, lines) for m, s, config in queue}
         for method, n_seeds in BASELINES.items():
             if method != "topk_oracle":
                 jobs |= {
@@ -218,17 +226,15 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        table.append(
-            [method, *(mean_sd([row[key] for row in own], digits) for key, digits in COLUMNS.values())]
-        )
+        table.append([method, *(mean_sd([row[key] for row in own], digits) for key, digits in COLUMNS.values())])
     print_table(
         "256 features in 64 dimensions: who finds them?",
         ["", *COLUMNS],
         table,
-        f"mean ± sd over seeds. cov: share of features found with cosine > .9. A random dictionary of this shape has "
-        f"MCC {rows[0]['recovery/mcc_chance']:.3f}.\noracle: the true features with non-negative sparse coding, _k with at "
-        f"most {K} latents; topk_oracle: TopK's dictionary coded likewise.\npca, ica: at most 64 components, each with both "
-        "signs.",
+        "mean ± sd over seeds. cov: share of features found with cosine > .9. A random dictionary of this shape has "
+        f"MCC {rows[0]['recovery/mcc_chance']:.3f}.\n"
+        f"oracle: the true features with non-negative sparse coding, _k with at most {K} latents; topk_oracle: TopK's "
+        "dictionary coded likewise.\npca, ica: at most 64 components, each with both signs.",
     )
 
 

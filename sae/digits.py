@@ -63,9 +63,7 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
         accuracy = float((net(test_images).argmax(dim=1) == test_labels).float().mean())
         rows, test_rows = net.hidden(images), net.hidden(test_images)
     np.save(out / ACTIVATIONS, rows.numpy())
-    print(
-        f"a network with {D_HIDDEN} hidden neurons reads {accuracy:.1%} of {len(test_labels)} unseen digits"
-    )
+    print(f"a network with {D_HIDDEN} hidden neurons reads {accuracy:.1%} of {len(test_labels)} unseen digits")
     print(f"wrote {out / ACTIVATIONS}: {len(rows)} rows of hidden activations")
 
     words = ("--source.path", str(out / ACTIVATIONS), "--out", str(out), "--train.seed", str(seed))
@@ -81,13 +79,8 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
         "PCA direction": lambda x: (x - mean) @ components,
     }
     scans, scan_labels = rows[:N_TRAIN], labels[:N_TRAIN]
-    table = {
-        name: best_units(read(scans), scan_labels, read(test_rows), test_labels)
-        for name, read in units.items()
-    }
-    (out / CLASSES).write_text(
-        json.dumps({"accuracy": accuracy, "units": table}, indent=2) + "\n", encoding="utf-8"
-    )
+    table = {name: best_units(read(scans), scan_labels, read(test_rows), test_labels) for name, read in units.items()}
+    (out / CLASSES).write_text(json.dumps({"accuracy": accuracy, "units": table}, indent=2) + "\n", encoding="utf-8")
     show(table, result.metrics)
     from sae.report import write_report  # noqa: PLC0415 - an extra, and slow to import
 
@@ -129,7 +122,7 @@ def train_network(images: Float[Tensor, "n 64"], labels: Int[Tensor, " n"], seed
     stream = generator(seed, "digits", "batches")
     for _ in range(1500):
         batch = torch.randint(len(images), (256,), generator=stream)
-        F.cross_entropy(net(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(net(images[batch]), labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
     return net.requires_grad_(False)
@@ -180,6 +173,4 @@ def show(table: dict[str, list[dict[str, float]]], metrics: dict[str, float]) ->
 def config_path(name: str) -> Path:
     """A recipe of `configs/`: beside the packages in a checkout, inside this one when installed from a wheel."""
     package = Path(__file__).parent
-    return next(
-        path for path in (package.parent / "configs" / name, package / "configs" / name) if path.is_file()
-    )
+    return next(path for path in (package.parent / "configs" / name, package / "configs" / name) if path.is_file())

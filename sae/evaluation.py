@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,7 +28,9 @@ CHUNK_ROWS = 4096
 class Coder(Protocol):
     """What the metrics need of a method."""
 
-    W_dec: Tensor
+    @property
+    def W_dec(self) -> Tensor:
+        """The dictionary [d_sae, d_in]."""
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """The codes of x."""
@@ -49,9 +51,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d_in"] | None = None
-) -> Evaluation:
+def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d_in"] | None = None) -> Evaluation:
     """Reconstruction and sparsity of any method; recovery, polysemanticity and geometry where the truth is known."""
     x, acts = held_out
     W_dec = coder.W_dec.detach()
@@ -78,7 +78,7 @@ def evaluate(
         return Evaluation(values, tables)
 
     scores = torch.cat([coder.pre_latents(chunk) for chunk in chunks])
-    judged = {
+    judged: dict[str, Any] = {
         "codes": codes,
         "acts": acts,
         "alive": alive,
@@ -87,9 +87,7 @@ def evaluate(
     }
     values |= _group("recovery", metrics.recovery(W_dec, truth, **judged))
     scaled = codes.scaled(W_dec.norm(dim=1))
-    values |= _group(
-        "polysemanticity/latent", metrics.polysemanticity(scaled, acts, firing_threshold=threshold)
-    )
+    values |= _group("polysemanticity/latent", metrics.polysemanticity(scaled, acts, firing_threshold=threshold))
     values |= _group("polysemanticity/neuron", metrics.polysemanticity(x, acts))
     features = metrics.feature_table(W_dec, truth, **judged)
     features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
@@ -144,6 +142,4 @@ def matched_f1(matching: metrics.Matching, codes: SparseCodes, acts: FeatureBatc
 
 
 def _group(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {
-        f"{name}/{key}" if not name.count("/") else f"{name}_{key}": value for key, value in values.items()
-    }
+    return {f"{name}/{key}" if not name.count("/") else f"{name}_{key}": value for key, value in values.items()}

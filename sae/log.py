@@ -10,7 +10,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class WandbLog:
         import wandb  # noqa: PLC0415
 
         log_density = density.clamp_min(1e-10).log10().tolist()
-        rows = [[name, float(value)] for name, value in final.items()]
+        rows: list[Iterable[Any]] = [[name, float(value)] for name, value in final.items()]
 
         def record(run: Any) -> None:
             run.log(
@@ -136,7 +136,5 @@ def _attempt(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except Exception as error:  # whatever W&B raises must not end the run
-        logger.warning(
-            "W&B failed (%s); the run goes on, its record is %s", " ".join(str(error).split())[:200], LINES
-        )
+        logger.warning("W&B failed (%s); the run goes on, its record is %s", " ".join(str(error).split())[:200], LINES)
         return None

@@ -54,9 +54,7 @@ def total_variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
     return centred.square().sum(dim=1).mean()
 
 
-def geometric_median(
-    x: Float[Tensor, "batch d"], n_steps: int = 100, tolerance: float = 1e-6
-) -> Float[Tensor, " d"]:
+def geometric_median(x: Float[Tensor, "batch d"], n_steps: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
     """argmin_m sum |x - m| by Weiszfeld's iteration; unlike the mean it ignores a few huge rows."""
     median = x.double().mean(dim=0)
     for _ in range(n_steps):

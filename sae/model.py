@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class SAE(nn.Module):
 
         b_dec is folded into the bias: its gradient then costs no product of the batch's size.
         """
-        encoder, b_enc = self.encoder, self.b_enc
+        encoder: Tensor = self.encoder
+        b_enc: Tensor = self.b_enc
         if latents is not None:
             encoder, b_enc = encoder[latents], b_enc[latents]
         # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
@@ -71,12 +73,18 @@ class SAE(nn.Module):
         return self.sparsifier.select(self.pre_latents(x.to(self.encoder.dtype)))
 
     def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> tuple[SparseCodes, Float[Tensor, "batch d_in"]]:
-        """Codes and x_hat for training, differentiable; sparsely so when the sparsifier passes pre-latents on."""
-        if not self.sparsifier.passes_pre_latents:
-            codes = self.sparsifier(self.pre_latents(x))
+        """Codes and x_hat for training, differentiable; sparsely so when the sparsifier passes pre-latents on.
+
+        It may still choose to hand on full codes, when so many fire that dense products are cheaper.
+        """
+        pre_latents = self.pre_latents(x)
+        passes = self.sparsifier.passes_pre_latents
+        codes = self.sparsifier(pre_latents.detach() if passes else pre_latents)
+        if not passes:
             return codes, self.decode(codes)
-        with torch.no_grad():
-            codes = self.sparsifier(self.pre_latents(x))
+        if codes.indices is None:
+            codes = self.sparsifier(pre_latents)
+            return codes, self.decode(codes)
         bias = self.b_enc - self.encoder @ self.b_dec
         codes, decoded = encode_decode(x, codes, self.encoder, bias, self.W_dec)
         return codes, decoded + self.b_dec
@@ -90,9 +98,7 @@ class SAE(nn.Module):
         """Random unit decoder rows, b_enc = 0, and the encoder tied to the decoder (or random as well)."""
         self.W_dec.copy_(_unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator)))
         other = (
-            self.W_dec
-            if self.config.tied_init
-            else _unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator))
+            self.W_dec if self.config.tied_init else _unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator))
         )
         self.encoder.copy_(other)
         self.b_enc.zero_()
@@ -136,9 +142,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     folder = Path(folder)
     for name in (MANIFEST, WEIGHTS):
         if not (folder / name).is_file():
-            raise UsageError(
-                f"{folder} holds no SAE: {name} is missing; give a run directory that finished training"
-            )
+            raise UsageError(f"{folder} holds no SAE: {name} is missing; give a run directory that finished training")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version, d_in, options = manifest["format_version"], manifest["d_in"], manifest["sae"]
@@ -147,14 +151,12 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     if version != FORMAT_VERSION:
         raise UsageError(f"{folder / MANIFEST} has format {version}, this version reads {FORMAT_VERSION}")
     if _sha256(folder / WEIGHTS) != manifest.get("sha256"):
-        raise UsageError(
-            f"{folder / WEIGHTS} does not match its checksum in {MANIFEST}; copy both files again"
-        )
+        raise UsageError(f"{folder / WEIGHTS} does not match its checksum in {MANIFEST}; copy both files again")
     try:
         config = SAEConfig.of_kind(options)
         tensors = load_file(folder / WEIGHTS, device=str(device))
     except (ValueError, SafetensorError) as error:
-        reason = explain(error, SAEConfig) if hasattr(error, "errors") else str(error)
+        reason = explain(error, SAEConfig) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"{folder} cannot be loaded: {reason}") from error
     sae = SAE(d_in, config).to(device)
     tensors["encoder"] = tensors.pop("W_enc").T

@@ -91,9 +91,7 @@ def train(
     try:
         _loop(trainer, activations, unit, log, on_line)
         sae = finished(trainer.sae, unit, calibration)
-        evaluation = evaluate(
-            sae, activations.held_out("evaluation", config.evaluation.n_samples), activations.truth
-        )
+        evaluation = evaluate(sae, activations.held_out("evaluation", config.evaluation.n_samples), activations.truth)
         save_result(config.out, sae, evaluation)
         page = write_report_if_installed(config.out) if report else None
         log.finish(trainer.n_steps_done, evaluation.metrics, evaluation.tables["latent/frequency"], page)
@@ -113,13 +111,9 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> tuple[Tr
         "geometric_median": losses.geometric_median,
         "zero": lambda x: torch.zeros(x.shape[1]),
     }
-    sae.initialise_(
-        centres[config.sae.decoder_bias](calibration.x / unit), generator(config.train.seed, "sae")
-    )
+    sae.initialise_(centres[config.sae.decoder_bias](calibration.x / unit), generator(config.train.seed, "sae"))
     offset = float(calibration.x.mean(dim=0).norm()) / unit
-    logger.info(
-        "activations: d_in %d, sqrt(total variance) %.4g, |mean| / that %.2f", source.d_in, unit, offset
-    )
+    logger.info("activations: d_in %d, sqrt(total variance) %.4g, |mean| / that %.2f", source.d_in, unit, offset)
     return Trainer(sae.to(config.train.device), config), unit
 
 
@@ -142,9 +136,7 @@ def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: O
             while trainer.n_steps_done < config.n_steps:
                 x = next(batches, None)
                 if x is None:
-                    logger.warning(
-                        "the source ended after %d of %d steps", trainer.n_steps_done, config.n_steps
-                    )
+                    logger.warning("the source ended after %d of %d steps", trainer.n_steps_done, config.n_steps)
                     break
                 trainer.refresh_dead()
                 trainer.step(x.to(device, non_blocking=True) / unit)
@@ -153,9 +145,7 @@ def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: O
                 if step % config.log.every == 0 or step == config.n_steps:
                     values, fired = trainer.take_window()
                     if not math.isfinite(values["losses/overall_loss"]):
-                        raise UsageError(
-                            f"the loss is not finite at step {step}; lower train.lr={config.lr:g}"
-                        )
+                        raise UsageError(f"the loss is not finite at step {step}; lower train.lr={config.lr:g}")
                     values |= live_recovery(trainer.sae, fired, source.truth, probe, unit)
                     now = time.perf_counter()
                     values["details/samples_per_second"] = since_samples / (now - since)
@@ -243,8 +233,8 @@ def _require_same_run(config: TrainConfig) -> None:
                 for v in (theirs, ours)
             )
             raise UsageError(
-                f"{config.out} was started with {name}: {' '.join(was.split())}, cannot resume with {' '.join(now.split())}; "
-                "use the same values, or another --out"
+                f"{config.out} was started with {name}: {' '.join(was.split())}, cannot resume with "
+                f"{' '.join(now.split())}; use the same values, or another --out"
             )
 
 
@@ -264,9 +254,7 @@ def evaluate_run(out: Path) -> Evaluation:
     sae = load(out)
     config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
     if config.source is None:
-        raise UsageError(
-            f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate there"
-        )
+        raise UsageError(f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate there")
     source = config.source.open()
     evaluation = evaluate(sae, source.held_out("evaluation", config.evaluation.n_samples), source.truth)
     save_result(out, sae, evaluation)
@@ -276,9 +264,7 @@ def evaluate_run(out: Path) -> Evaluation:
 def require_report() -> None:
     """Names the remedy when the extra is missing."""
     if importlib.util.find_spec("plotly") is None or importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "plotly and matplotlib are not installed; pip install 'sae[report]' (the demo: 'sae[demo]')"
-        )
+        raise UsageError("plotly and matplotlib are not installed; pip install 'sae[report]' (the demo: 'sae[demo]')")
 
 
 def write_report_if_installed(out: Path) -> Path | None:
@@ -296,6 +282,4 @@ def _check_device(config: TrainConfig) -> None:
         torch.zeros(0, device=config.train.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"train.device {config.train.device!r} cannot be used ({reason}); try cpu"
-        ) from error
+        raise UsageError(f"train.device {config.train.device!r} cannot be used ({reason}); try cpu") from error

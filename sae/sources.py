@@ -212,9 +212,7 @@ def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor,
         if n_waiting < batch_size:
             continue
         rows = torch.cat(waiting) if len(waiting) > 1 else piece
-        *full, rest = (
-            rows.split(batch_size) if n_waiting % batch_size else (*rows.split(batch_size), rows[:0])
-        )
+        *full, rest = rows.split(batch_size) if n_waiting % batch_size else (*rows.split(batch_size), rows[:0])
         yield from full
         waiting, n_waiting = [rest], len(rest)
 
@@ -230,9 +228,7 @@ def as_source(data: object) -> Source:
     if isinstance(data, Tensor | np.ndarray):
         data = [data]
     if isinstance(data, list | tuple):
-        names = [
-            f"part {number} of the source" if len(data) > 1 else "the source" for number in range(len(data))
-        ]
+        names = [f"part {number} of the source" if len(data) > 1 else "the source" for number in range(len(data))]
         parts = [
             as_tensor(part, name) if isinstance(part, np.ndarray) else part
             for part, name in zip(data, names, strict=True)
@@ -241,9 +237,7 @@ def as_source(data: object) -> Source:
             return ArraySource(Rows([part.detach() for part in parts], names))
     elif isinstance(data, Iterable):
         return IterableSource(data)
-    raise UsageError(
-        f"cannot train on {type(data).__name__}; pass a tensor, an array, or an iterable of batches"
-    )
+    raise UsageError(f"cannot train on {type(data).__name__}; pass a tensor, an array, or an iterable of batches")
 
 
 class ToySourceConfig(SourceConfig):
@@ -269,15 +263,15 @@ class ToySourceConfig(SourceConfig):
     def features(self) -> Features:
         return Features(self.n_features, self.feature_prob)
 
-    def trained_model(self, on_step: Callable[[], object] | None = None) -> ToyModel:
-        """The toy model, trained afresh; `on_step` is called after each step."""
+    def trained_model(self, on_step: Callable[[int, Tensor], None] | None = None) -> ToyModel:
+        """The toy model, trained afresh; `on_step(step, losses)` is called after each step."""
         model = ToyModel(self.n_features, self.d_hidden, generator=generator(self.seed, "toy", "weights"))
         train_toy(
             model,
             self.features,
             self.n_steps,
             generator=generator(self.seed, "toy", "training"),
-            progress=None if on_step is None else lambda step, losses: on_step(),
+            progress=on_step,
         )
         return model
 

@@ -50,9 +50,7 @@ class Entries(NamedTuple):
             _offsets(latents, codes.d_sae),
         )
 
-    def rows_per_latent(
-        self, weights: Float[Tensor, " nnz"], x: Float[Tensor, "batch d"]
-    ) -> Float[Tensor, "d_sae d"]:
+    def rows_per_latent(self, weights: Float[Tensor, " nnz"], x: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
         """sum over the entries e of latent j of weights[e] x[row of e]: a latent's gradient row."""
         order = self.by_latent
         return _weighted_bags(self.rows[order], x, self.latent_offsets, weights[order])
@@ -70,18 +68,14 @@ def _stable_order(latents: Int[Tensor, " nnz"], d_sae: int) -> Int[Tensor, " nnz
 
 
 def _weighted_bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    return F.embedding_bag(
-        indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 class _EncoderGradient(torch.autograd.Function):
-    """Identity on values[b, i] = x[b] . encoder[j] + bias[j], j = indices[b, i]; its gradient goes to the right side."""
+    """Identity on values[b, i] = x[b] . encoder[j] + bias[j], j = indices[b, i]; the right side gets the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, x: Tensor, encoder: Tensor, bias: Tensor, entries: Entries
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, x: Tensor, encoder: Tensor, bias: Tensor, entries: Entries) -> Tensor:
         ctx.save_for_backward(values, x)
         ctx.entries = entries
         return values.clone()

@@ -20,11 +20,15 @@ from sae.codes import SparseCodes
 from sae.config import SAEConfig
 
 
+# A batch of codes is sparse when less than this share of them fires.
+SPARSE_SHARE = 1 / 20
+
+
 class Sparsifier(nn.Module):
     """Chooses which latents fire. State that inference needs (a threshold) is a buffer and is saved with the SAE."""
 
     passes_pre_latents = False
-    """Codes are padded, and equal the pre-latents wherever they fire: the engine then keeps gradients sparse."""
+    """Codes equal the pre-latents wherever they fire: where they come padded, their gradients stay sparse."""
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes to train on: differentiable in the pre-latents that were chosen."""
@@ -59,12 +63,21 @@ class ReLUConfig(SAEConfig):
 class ReLU(Sparsifier):
     """z = max(0, pre), with the penalty lambda * sum_j z_j |W_dec_j|."""
 
+    passes_pre_latents = True
+
     def __init__(self, l1_coefficient: float) -> None:
         super().__init__()
         self.l1_coefficient = l1_coefficient
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        return SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
+        full = SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
+        if pre_latents.requires_grad or pre_latents.device.type != "cpu":
+            return full
+        # On a CPU padded codes win as soon as few fire. What fires decides, so that a run stays reproducible.
+        n_firing = float(full.values.sign().sum())
+        return (
+            SparseCodes.where(pre_latents > 0, pre_latents) if n_firing < SPARSE_SHARE * pre_latents.numel() else full
+        )
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes.where(pre_latents > 0, pre_latents)
@@ -143,9 +156,7 @@ class BatchTopK(Sparsifier):
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         if bool(self.threshold.isnan()):
-            raise ValueError(
-                "BatchTopK has no inference threshold yet; calibrate it on held-out activations first"
-            )
+            raise ValueError("BatchTopK has no inference threshold yet; calibrate it on held-out activations first")
         return SparseCodes.where(pre_latents > self.threshold, pre_latents)
 
     def calibrate_(self, pre_latents: Float[Tensor, "batch d_sae"]) -> None:
@@ -161,9 +172,7 @@ class BatchTopK(Sparsifier):
     def _cut(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
         """The value of the last pre-latent that fires; positive, as codes are."""
         n = min(max(round(self.k * len(pre_latents)), 1), pre_latents.numel())
-        return kth_largest(rearrange(pre_latents, "b f -> (b f)"), n).clamp_min(
-            torch.finfo(torch.float32).tiny
-        )
+        return kth_largest(rearrange(pre_latents, "b f -> (b f)"), n).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:

@@ -47,16 +47,14 @@ class Trainer:
         zero = mse.new_zeros(())
         auxiliary, sparsity = zero, zero
         if sae.config.aux_coefficient and self.dead.numel():
-            auxiliary = losses.aux_k(
-                x - x_hat, sae.pre_latents(x, self.dead), sae.W_dec[self.dead], self.aux_k
-            )
+            auxiliary = losses.aux_k(x - x_hat, sae.pre_latents(x, self.dead), sae.W_dec[self.dead], self.aux_k)
         penalty = sae.sparsifier.penalty(codes, sae.W_dec)
         if penalty is not None:
             sparsity = penalty * schedules.warmup(
                 self.n_steps_done, self.config.n_steps, self.config.train.sparsity_warmup_fraction
             )
         loss = mse + sae.config.aux_coefficient * auxiliary + sparsity
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
         if sae.config.unit_norm_decoder and sae.W_dec.grad is not None:
             project_gradient_(sae.W_dec.grad, sae.W_dec)
@@ -123,9 +121,7 @@ class Trainer:
         )
         for name, parameter in self.sae.named_parameters():
             prefix = f"adam.{name}."
-            moments = {
-                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-            }
+            moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if moments:
                 self.optimizer.state[parameter] = moments
         for name in COUNTERS:

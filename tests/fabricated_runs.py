@@ -84,9 +84,7 @@ def fabricate(
     return out
 
 
-def _feature_tables(
-    truth: Tensor, latent: Tensor, cosine: Tensor, stream: torch.Generator
-) -> dict[str, Tensor]:
+def _feature_tables(truth: Tensor, latent: Tensor, cosine: Tensor, stream: torch.Generator) -> dict[str, Tensor]:
     n = len(truth)
     cosines = (truth @ truth.T).fill_diagonal_(-2)
     f1 = (cosine.float() - 0.2 + 0.05 * torch.randn(n, generator=stream)).clamp(0, 1)

@@ -82,9 +82,7 @@ def slow_scores(world: World, floor: float, scores: Tensor, best: float) -> dict
     judges = np.arange(N) % 4 != 0
     return {name: float(np.mean(v)) for name, v in values.items()} | {
         "f1_micro": 2 * counts[0] / (2 * counts[0] + counts[1] + counts[2]),
-        "f1_saelens": float(
-            np.mean([f1_score(on[:, i], fires[:, j], zero_division=0) for j, i in enumerate(closest)])
-        ),
+        "f1_saelens": float(np.mean([f1_score(on[:, i], fires[:, j], zero_division=0) for j, i in enumerate(closest)])),
         "f1_best": slow_macro_f1(z[judges], on[judges], latent, best),
     }
 
@@ -142,11 +140,7 @@ def test_best_threshold_equals_trying_each(seed: int, n: int, columns: int) -> N
     found = best_threshold(column, z[row, column], on[row, column], on.sum(dim=0).double(), 0.0)
 
     def total(threshold: float) -> float:
-        f1 = [
-            2 * (p & q).sum() / (p.sum() + q.sum())
-            for p, q in zip((z > threshold).T, on.T, strict=True)
-            if q.any()
-        ]
+        f1 = [2 * (p & q).sum() / (p.sum() + q.sum()) for p, q in zip((z > threshold).T, on.T, strict=True) if q.any()]
         return float(sum(f1))
 
     assert total(found) == pytest.approx(max(total(t) for t in range(25)))
@@ -267,12 +261,8 @@ def test_scores_ignore_order_and_norms_of_latents(seed: int) -> None:
 
 def test_larger_features_with_smaller_activations_are_the_same_inputs() -> None:
     scores = run(WORLD, firing_threshold=0.05)
-    moved = recovery(
-        WORLD.W_dec, 3 * WORLD.truth, codes=WORLD.z, acts=WORLD.acts.dense() / 3, firing_threshold=0.05
-    )
-    assert {name: moved[name] for name in SCORES} == pytest.approx(
-        {name: scores[name] for name in SCORES}, abs=1e-6
-    )
+    moved = recovery(WORLD.W_dec, 3 * WORLD.truth, codes=WORLD.z, acts=WORLD.acts.dense() / 3, firing_threshold=0.05)
+    assert {name: moved[name] for name in SCORES} == pytest.approx({name: scores[name] for name in SCORES}, abs=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["full", "padded"])
@@ -322,9 +312,7 @@ def test_feature_table_says_what_became_of_each_feature() -> None:
     assert {column.shape for column in table.values()} == {(N_FEATURES,)}
     dense, norms = WORLD.acts.dense().double(), WORLD.truth.norm(dim=1)
     assert table["frequency"].tolist() == pytest.approx((dense > 0).double().mean(dim=0).tolist())
-    assert float(table["magnitude"][7]) == pytest.approx(
-        float(dense[:, 7][dense[:, 7] > 0].mean() * norms[7])
-    )
+    assert float(table["magnitude"][7]) == pytest.approx(float(dense[:, 7][dense[:, 7] > 0].mean() * norms[7]))
     assert table["magnitude"][4] == 0
     cosines = torch.nn.functional.normalize(WORLD.truth) @ torch.nn.functional.normalize(WORLD.W_dec).T
     for i in range(N_FEATURES):
@@ -376,15 +364,11 @@ def test_deciles_split_the_table_by_frequency() -> None:
     rare = table["frequency"].argsort(stable=True)[:3]
     assert 4 in rare.tolist()
     assert float(deciles["mcc"][0]) == pytest.approx(float(table["cosine"][rare].mean()))
-    assert float(deciles["coverage_0.7"][0]) == pytest.approx(
-        float((table["cosine"][rare] > 0.7).double().mean())
-    )
+    assert float(deciles["coverage_0.7"][0]) == pytest.approx(float((table["cosine"][rare] > 0.7).double().mean()))
     firing = rare[table["frequency"][rare] > 0]
     assert float(deciles["f1"][0]) == pytest.approx(float(table["f1"][firing].mean()))
     weights = deciles["n_features"] / N_FEATURES
-    assert float((deciles["mmcs"] * weights).sum()) == pytest.approx(
-        run(WORLD, firing_threshold=0.05)["mmcs"]
-    )
+    assert float((deciles["mmcs"] * weights).sum()) == pytest.approx(run(WORLD, firing_threshold=0.05)["mmcs"])
 
 
 @pytest.mark.parametrize(

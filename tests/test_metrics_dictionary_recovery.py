@@ -122,9 +122,7 @@ def test_chance_draws_are_independent_and_follow_the_seed() -> None:
 def test_published_chance_of_saelens_mcc() -> None:
     """PITFALLS: a random dictionary scores 0.40 at d = 64, n = 1000."""
     truth = unit(random_rows(1000, 64))
-    assert dictionary_recovery(random_rows(1000, 64, seed=1), truth)["mcc_saelens"] == pytest.approx(
-        0.4, abs=0.02
-    )
+    assert dictionary_recovery(random_rows(1000, 64, seed=1), truth)["mcc_saelens"] == pytest.approx(0.4, abs=0.02)
 
 
 def slow_mcc(C: Tensor, *, signed: bool = True) -> tuple[float, int]:
@@ -132,8 +130,7 @@ def slow_mcc(C: Tensor, *, signed: bool = True) -> tuple[float, int]:
     C = C if signed else C.abs()
     C = C if C.shape[0] <= C.shape[1] else C.T
     best = max(
-        sum(float(C[i, j]) for i, j in enumerate(columns))
-        for columns in permutations(range(C.shape[1]), len(C))
+        sum(float(C[i, j]) for i, j in enumerate(columns)) for columns in permutations(range(C.shape[1]), len(C))
     )
     return best, len(C)
 

@@ -72,9 +72,7 @@ def test_the_plain_formulas() -> None:
         "rms_over_welch": cosines.square().mean().sqrt() / welch,
     }
     scores = dimensionality(W.float())
-    assert {name: scores[name] for name in NAMES} == pytest.approx(
-        {k: float(v) for k, v in expected.items()}, rel=1e-5
-    )
+    assert {name: scores[name] for name in NAMES} == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5)
 
 
 def test_welch_ratios_are_left_out_where_they_are_undefined() -> None:
@@ -112,9 +110,7 @@ def test_dead_and_zero_rows_are_left_out() -> None:
     assert some["dimensions_per_feature_chance"] == pytest.approx(8 / 20)
     assert some["dimensions_per_feature_difference"] == pytest.approx(8 / 20 - 8 / 40)
     assert dimensionality_against_truth(truth * alive[:, None], truth) == pytest.approx(some)
-    assert dimensionality_against_truth(truth * alive[:, None], truth, alive=alive | True) == pytest.approx(
-        some
-    )
+    assert dimensionality_against_truth(truth * alive[:, None], truth, alive=alive | True) == pytest.approx(some)
     assert dimensionality_against_truth(truth, truth, alive=alive & False) == {}
     few = dimensionality_against_truth(truth[:5], truth)
     assert "rms_over_welch" not in few

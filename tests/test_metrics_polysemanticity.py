@@ -75,9 +75,7 @@ def test_constant_units_correlate_with_nothing() -> None:
 
 def test_units_with_known_features() -> None:
     """One feature; two equally strong ones; four, one of which with a negative sign; a dead unit."""
-    units = torch.stack(
-        [A[:, 2], A[:, 0] + A[:, 1], A[:, 3] + A[:, 4] - A[:, 5] + A[:, 6], 0 * A[:, 0]], dim=1
-    )
+    units = torch.stack([A[:, 2], A[:, 0] + A[:, 1], A[:, 3] + A[:, 4] - A[:, 5] + A[:, 6], 0 * A[:, 0]], dim=1)
     scores = unit_scores(sums_of(units, ACTS))
     assert scores["purity"].tolist() == pytest.approx([1, 1 / 2, 1 / 4, 0], abs=0.03)
     assert scores["features_per_unit"].tolist() == pytest.approx([1, 2, 4, 0], abs=0.1)
@@ -180,7 +178,5 @@ def test_mean_scores_do_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyP
 def test_errors_name_the_value() -> None:
     with pytest.raises(ValueError, match="units of 5 samples and acts of 6000"):
         polysemanticity(A[:5], ACTS)
-    with pytest.raises(
-        ValueError, match="codes of 5 samples and 8 latents do not fit true activations of 6000"
-    ):
+    with pytest.raises(ValueError, match="codes of 5 samples and 8 latents do not fit true activations of 6000"):
         CoStatistics(N_FEATURES, 8).update(SparseCodes(A[:5], None, 8), ACTS)

@@ -109,9 +109,7 @@ def test_a_large_mean_costs_no_digits() -> None:
     seen = Reconstruction(W_DEC)
     for part in (x + 1e7).split(64):
         seen.update(part, part + 0.5, Z[: len(part)])
-    assert seen.compute()["fvu"] == pytest.approx(
-        0.25 * D * 300 / float((x - x.mean(dim=0)).square().sum()), rel=1e-6
-    )
+    assert seen.compute()["fvu"] == pytest.approx(0.25 * D * 300 / float((x - x.mean(dim=0)).square().sum()), rel=1e-6)
 
 
 def test_dead_reconstruction_is_all_zero_but_its_error() -> None:

@@ -60,9 +60,7 @@ class Page(HTMLParser):
 
     def maps(self) -> list[np.ndarray]:
         """The matrices of cosines, as the page unpacks them."""
-        packed = [
-            trace["z"] for figure in self.figures for trace in figure["data"] if trace["type"] == "heatmap"
-        ]
+        packed = [trace["z"] for figure in self.figures for trace in figure["data"] if trace["type"] == "heatmap"]
         rows = [np.frombuffer(b64decode(z["cosines"]), np.int8).reshape(-1, z["columns"]) for z in packed]
         return [matrix / 127 for matrix in rows]
 
@@ -186,9 +184,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
 
 def test_nothing_is_loaded(tmp_path: Path) -> None:
     page = Page(write_report([fabricate_demo(tmp_path, n_seeds=1)]))
-    loading = {
-        value for _, name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")
-    }
+    loading = {value for _, name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")}
     assert loading == {"data:,"}
     own = page.source.replace(html.plotly_js(), "")
     assert not re.search(r"https?:|@import|url\(", own)
@@ -223,12 +219,8 @@ def test_import_is_light() -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_browser_draws_every_figure_without_complaint(tmp_path: Path) -> None:
     path = write_report([fabricate_demo(tmp_path, n_seeds=1)])
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    )
-    flags += (
-        " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=9000"
-    )
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=9000"
     command = [
         str(CHROMIUM),
         *flags.split(),

@@ -42,9 +42,7 @@ def test_a_batch_depends_on_seed_and_number_alone(monkeypatch, blocks):
     source = ArraySource(Rows([numbered(300)], ["x"]))
     whole = list(islice(source.batches(32, seed=1), 40))
     for start in (0, 1, 8, 25):
-        for ours, theirs in zip(
-            source.batches(32, seed=1, start=start), whole[start : start + 5], strict=False
-        ):
+        for ours, theirs in zip(source.batches(32, seed=1, start=start), whole[start : start + 5], strict=False):
             assert torch.equal(ours, theirs)
     assert not torch.equal(next(source.batches(32, seed=2)), whole[0])
 
@@ -72,9 +70,7 @@ def test_a_toy_is_an_endless_stream_with_known_features():
     torch.testing.assert_close(x, acts.dense() @ source.truth)
     again = config.open()
     assert torch.equal(again.truth, source.truth)
-    assert torch.equal(
-        next(again.batches(8, seed=3, start=7)), next(islice(source.batches(8, seed=3), 7, None))
-    )
+    assert torch.equal(next(again.batches(8, seed=3, start=7)), next(islice(source.batches(8, seed=3), 7, None)))
     assert not torch.equal(next(source.batches(8, seed=3)), next(source.batches(8, seed=4)))
     assert not torch.equal(source.held_out("calibration", 100).x, x)
 
@@ -116,7 +112,7 @@ def test_what_cannot_be_a_source():
         as_source(row for row in numbered(50).split(10))
     with pytest.raises(UsageError, match="at least 20"):
         as_source(numbered(5))
-    with pytest.raises(UsageError, match="holds torch.int64"):
+    with pytest.raises(UsageError, match=r"holds torch\.int64"):
         as_source(np.zeros((40, 3), dtype=np.int64))
     with pytest.raises(UsageError, match="true features have d_in=4"):
         ArraySource(Rows([numbered(50)], ["x"]), torch.zeros(6, 4))

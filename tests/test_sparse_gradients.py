@@ -47,9 +47,7 @@ def test_gradients_through_every_output(options):
     (losses.reconstruction(x, x_hat) + codes.weighted_sum(weight).mean()).backward()
     (losses.reconstruction(x, expected_x_hat) + (z @ weight).mean()).backward()
     for (name, ours), (_, theirs) in zip(sae.named_parameters(), judge.named_parameters(), strict=True):
-        torch.testing.assert_close(
-            ours.grad, theirs.grad, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_aux_k_reaches_the_dead_latents_alone():

@@ -31,9 +31,7 @@ def test_forward_is_the_equation_for_sparse_and_dense_features(activation):
 def test_initial_scale():
     assert ToyModel(12, 50, 50, generator=generator(0)).W.std().item() == pytest.approx(0.45, rel=0.02)
     assert ToyModel(100, 50, 10, generator=generator(0)).W.std().item() == pytest.approx(0.1, rel=0.02)
-    assert ToyModel(5, 50, 50, init_sd=0.05, generator=generator(0)).W.std().item() == pytest.approx(
-        0.05, rel=0.02
-    )
+    assert ToyModel(5, 50, 50, init_sd=0.05, generator=generator(0)).W.std().item() == pytest.approx(0.05, rel=0.02)
     assert not ToyModel(5, 2).b.any()
 
 

@@ -90,9 +90,7 @@ def test_the_solution_meets_the_optimality_conditions(seed, n, d, penalty, twins
     assert (correlation <= penalty + slack).all()
     assert (((correlation - penalty).abs() <= slack) | (z == 0)).all()
     # No row depends on the others, and scaling x and the penalty scales the codes.
-    assert (
-        torch.allclose(sparse_code(x[3:5], D, penalty), z[3:5], atol=1e-3, rtol=1e-2) or twins or penalty == 0
-    )
+    assert torch.allclose(sparse_code(x[3:5], D, penalty), z[3:5], atol=1e-3, rtol=1e-2) or twins or penalty == 0
     fit = sparse_code(3 * x, D, 3 * penalty) @ D
     torch.testing.assert_close(fit, 3 * (z @ D), atol=5e-2, rtol=1e-2)
 

@@ -14,9 +14,7 @@ from toymodels.training import loss_and_gradients, train, weighted_error
 
 
 def trained(features, d_hidden, n_instances, n_steps, *, activation="relu", seed=0, **options):
-    model = ToyModel(
-        features.n_features, d_hidden, n_instances, activation, generator=generator(seed, "test", "init")
-    )
+    model = ToyModel(features.n_features, d_hidden, n_instances, activation, generator=generator(seed, "test", "init"))
     run = train(model, features, n_steps, 512, generator=generator(seed, "test", "batches"), **options)
     return model.requires_grad_(False), run
 
@@ -67,9 +65,7 @@ def test_training_is_adamw_on_the_loss(probability, schedule):
     batches, expected = generator(1), []
     draw = features.sample if probability == 0.02 else features.sample_dense
     for step in range(n_steps):
-        optimizer.param_groups[0]["lr"] = (
-            lr * (1 + cos(pi * step / n_steps)) / 2 if schedule == "cosine" else lr
-        )
+        optimizer.param_groups[0]["lr"] = lr * (1 + cos(pi * step / n_steps)) / 2 if schedule == "cosine" else lr
         x = draw(64, batches, 3)
         dense = x if isinstance(x, torch.Tensor) else x.dense()
         losses = weighted_error(dense, reference(x), features.importances)

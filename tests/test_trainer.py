@@ -18,8 +18,7 @@ def config(out, n_samples=1280, **sections) -> TrainConfig:
         {
             "source": {"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 100},
             "sae": options,
-            "train": {"n_samples": n_samples, "batch_size": 64, "warmup_steps": 5}
-            | sections.pop("train", {}),
+            "train": {"n_samples": n_samples, "batch_size": 64, "warmup_steps": 5} | sections.pop("train", {}),
             "evaluation": {"n_samples": 500},
             "log": {"every": 5},
             "out": out,
@@ -34,9 +33,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path, options):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["metrics/fvu"] < 0.5 * lines[0]["metrics/fvu"]
     assert lines[-1]["step"] == 300
-    assert {"losses/overall_loss", "losses/mse_loss", "losses/auxiliary_reconstruction_loss"} < lines[
-        0
-    ].keys()
+    assert {"losses/overall_loss", "losses/mse_loss", "losses/auxiliary_reconstruction_loss"} < lines[0].keys()
     assert {"recovery/mcc", "recovery/mmcs", "recovery/coverage_0.9", "recovery/f1"} < lines[0].keys()
     assert result.metrics == json.loads((tmp_path / "run/result.json").read_text())
     x = torch.randn(50, 6)
@@ -73,10 +70,7 @@ def test_resuming_continues_bit_for_bit(tmp_path, options, monkeypatch):
         assert torch.equal(tensor, resumed.sae.state_dict()[name]), name
     assert resumed.metrics == expected.metrics
     without_clock = [
-        [
-            {k: v for k, v in json.loads(line).items() if "per_second" not in k}
-            for line in path.read_text().splitlines()
-        ]
+        [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in path.read_text().splitlines()]
         for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "parts/metrics.jsonl")
     ]
     assert without_clock[0] == without_clock[1]

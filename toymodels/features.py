@@ -58,9 +58,7 @@ class FeatureBatch:
 
     def to(self, device: torch.device | str) -> FeatureBatch:
         """The batch on another device."""
-        return FeatureBatch(
-            self.indices.to(device), self.values.to(device), self.offsets.to(device), self.shape
-        )
+        return FeatureBatch(self.indices.to(device), self.values.to(device), self.offsets.to(device), self.shape)
 
     @cached_property
     def positions(self) -> Int[Tensor, " nnz"]:
@@ -115,9 +113,7 @@ class FeatureBatch:
         return _compressed(positions, flat[positions], tuple(x.shape))
 
 
-def _compressed(
-    positions: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], shape: tuple[int, ...]
-) -> FeatureBatch:
+def _compressed(positions: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], shape: tuple[int, ...]) -> FeatureBatch:
     """The batch with these values at these increasing positions of its flattened entries."""
     rows = positions // shape[-1]
     offsets = F.pad(torch.bincount(rows, minlength=prod(shape[:-1])).cumsum(0), (1, 0))
@@ -179,9 +175,7 @@ class Features:
         """Whether so many features fire (p above about .22) that a draw for each entry is cheaper."""
         return bool(self._hazard[-1] > self.n_features / 4)
 
-    def sample(
-        self, batch_size: int, generator: torch.Generator, n_instances: int | None = None
-    ) -> FeatureBatch:
+    def sample(self, batch_size: int, generator: torch.Generator, n_instances: int | None = None) -> FeatureBatch:
         """A batch on the generator's device: [batch_size, n_features], n_instances in front if given.
 
         Raises:

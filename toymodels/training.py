@@ -180,6 +180,4 @@ def _sparse(
 
 def _weighted_sums(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """Σ_e weight_e · rows[index_e] over the entries between two offsets."""
-    return F.embedding_bag(
-        indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)

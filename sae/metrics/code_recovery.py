@@ -37,9 +37,7 @@ class ScoreColumns:
         self._parts.append(scores.detach()[:, self.matching.latent[self.matching.has_latent]].T.cpu())
         self._whole = None
 
-    def auroc(
-        self, feature: Int[Tensor, " firings"], sample: Int[Tensor, " firings"]
-    ) -> Float[Tensor, " n_features"]:
+    def auroc(self, feature: Int[Tensor, " firings"], sample: Int[Tensor, " firings"]) -> Float[Tensor, " n_features"]:
         """Area under the ROC curve of each feature's latent, given the samples on which each feature fires.
 
         A feature without a latent has .5.
@@ -167,9 +165,7 @@ class CodeRecovery:
         """How often each feature fires, its latent fires, and both do."""
         return self.sums.feature_count, self._own(self.sums.unit_count), self._own(self.sums.both_count)
 
-    def _own(
-        self, total: Float[Tensor, " d_sae"] | Float[Tensor, "n_features d_sae"]
-    ) -> Float[Tensor, " n_features"]:
+    def _own(self, total: Float[Tensor, " d_sae"] | Float[Tensor, "n_features d_sae"]) -> Float[Tensor, " n_features"]:
         """Each feature's entry for its own latent, 0 without one."""
         latent = self.matching.latent.clamp(min=0)
         own = total[latent] if total.ndim == 1 else total.gather(1, rearrange(latent, "n -> n 1")).squeeze(1)

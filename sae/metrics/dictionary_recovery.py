@@ -108,14 +108,10 @@ def dictionary_scores(matching: Matching) -> dict[str, float]:
         "uniqueness_saelens": n_distinct / len(matching.alive) if n_alive else 0.0,
         "n_alive": float(n_alive),
     }
-    return scores | {
-        f"coverage_{t}": float((matching.cosine > t).double().mean()) for t in COVERAGE_THRESHOLDS
-    }
+    return scores | {f"coverage_{t}": float((matching.cosine > t).double().mean()) for t in COVERAGE_THRESHOLDS}
 
 
-def dictionary_chance(
-    truth: Matrix, n_alive: int, d_sae: int | None = None, seed: int = 0
-) -> list[dict[str, float]]:
+def dictionary_chance(truth: Matrix, n_alive: int, d_sae: int | None = None, seed: int = 0) -> list[dict[str, float]]:
     """The scores of independent random dictionaries: `n_alive` directions, uniform on the sphere.
 
     Chance grows with the number of latents, hence `n_alive`; `d_sae` (default n_alive) is what

@@ -34,9 +34,7 @@ def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
     What is undefined (the Welch ratios for n <= m, D* of zeros) is left out. `seed` drives chance alone.
     """
     rows = as_tensor(W).double()
-    return beside_chance(
-        _geometry(rows), [_geometry(random) for random in _random_directions(rows, seed)], {}
-    )
+    return beside_chance(_geometry(rows), [_geometry(random) for random in _random_directions(rows, seed)], {})
 
 
 def dimensionality_against_truth(
@@ -71,9 +69,7 @@ def _geometry(W: Float[Tensor, "n_features d_hidden"]) -> dict[str, float]:
         "rms_over_welch": geometry.rms_over_welch(W),
     }
     kinds = Counter(polytope.kind for polytope in geometry.polytopes(W))
-    counts = {
-        f"polytope_{kind.replace(' ', '_')}": float(kinds[kind]) for kind in (*geometry.POLYTOPES, "other")
-    }
+    counts = {f"polytope_{kind.replace(' ', '_')}": float(kinds[kind]) for kind in (*geometry.POLYTOPES, "other")}
     return {name: float(value) for name, value in values.items() if isfinite(value)} | counts
 
 

@@ -166,9 +166,7 @@ def frequency_deciles(table: dict[str, Tensor]) -> dict[str, Float[Tensor, " dec
         members |= {f"coverage_{t}": part["cosine"] > t for t in COVERAGE_THRESHOLDS}
         members |= {name: part[name][firing] for name in MACRO}
         members["shrinkage"] = part["shrinkage"][firing & (part["latent"] >= 0)]
-        rows.append(
-            {"n_features": len(group)} | {name: mean(column.double()) for name, column in members.items()}
-        )
+        rows.append({"n_features": len(group)} | {name: mean(column.double()) for name, column in members.items()})
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
 
 

@@ -65,9 +65,7 @@ def as_acts(acts: FeatureBatch | Matrix) -> FeatureBatch:
     if not isinstance(acts, FeatureBatch):
         return FeatureBatch.from_dense(as_tensor(acts))
     if len(acts.shape) != 2:
-        raise ValueError(
-            f"true activations must be [samples, n_features], got {list(acts.shape)}; pass one instance"
-        )
+        raise ValueError(f"true activations must be [samples, n_features], got {list(acts.shape)}; pass one instance")
     return acts
 
 
@@ -140,9 +138,7 @@ def column_sums(z: SparseCodes) -> Float[Tensor, " d_sae"]:
     if z.indices is None:
         return z.values.sum(dim=0, dtype=torch.float64)
     total = torch.zeros(z.d_sae, dtype=torch.float64, device=z.values.device)
-    return total.index_add_(
-        0, rearrange(z.indices, "b k -> (b k)"), rearrange(z.values.double(), "b k -> (b k)")
-    )
+    return total.index_add_(0, rearrange(z.indices, "b k -> (b k)"), rearrange(z.values.double(), "b k -> (b k)"))
 
 
 def firing_counts(z: SparseCodes, threshold: float) -> Float[Tensor, " d_sae"]:

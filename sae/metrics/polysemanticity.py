@@ -106,9 +106,7 @@ def _surprise(count: Float[Tensor, "*k"], n_samples: int) -> Float[Tensor, "*k"]
 def _mean_scores(units: SparseCodes, acts: FeatureBatch, firing_threshold: float) -> dict[str, float]:
     """Means over the alive units, streamed."""
     if len(units) != len(acts):
-        raise ValueError(
-            f"units of {len(units)} samples and acts of {len(acts)}; pass the same evaluation set"
-        )
+        raise ValueError(f"units of {len(units)} samples and acts of {len(acts)}; pass the same evaluation set")
     sums = CoStatistics(acts.n_features, units.d_sae, firing_threshold, units.values.device)
     for rows in slices(len(acts)):
         sums.update(units[rows], acts[rows])

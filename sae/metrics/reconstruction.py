@@ -33,9 +33,7 @@ def fvu(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> F
     return (x - x_hat).square().sum() / total
 
 
-def explained_variance(
-    x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]
-) -> Float[Tensor, ""]:
+def explained_variance(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """1 - fvu."""
     return 1 - fvu(x, x_hat)
 
@@ -148,6 +146,4 @@ class Reconstruction:
 
 def _check_variance(total: float, n_samples: int) -> None:
     if total == 0:
-        raise ValueError(
-            f"fvu needs activations that vary, got {n_samples} identical rows; evaluate on more samples"
-        )
+        raise ValueError(f"fvu needs activations that vary, got {n_samples} identical rows; evaluate on more samples")

@@ -134,9 +134,7 @@ def read_run(path: Path, name: str, method: str) -> Run:
     """One run directory."""
     missing = [file for file in FILES if not (path / file).is_file()]
     if missing:
-        raise UsageError(
-            f"{path} holds no finished run: {missing[0]} is missing; train it to the end, with --resume"
-        )
+        raise UsageError(f"{path} holds no finished run: {missing[0]} is missing; train it to the end, with --resume")
     lines = (path / LINES).read_text(encoding="utf-8").splitlines()
     try:
         W_dec = load_file(path / WEIGHTS)["W_dec"].astype(np.float32)
@@ -154,9 +152,7 @@ def read_run(path: Path, name: str, method: str) -> Run:
         raise UsageError(f"{path} cannot be read: {error}; train the run again") from error
 
 
-def _with_matching(
-    tables: dict[str, np.ndarray], W_dec: Float[np.ndarray, "d_sae d_in"]
-) -> dict[str, np.ndarray]:
+def _with_matching(tables: dict[str, np.ndarray], W_dec: Float[np.ndarray, "d_sae d_in"]) -> dict[str, np.ndarray]:
     """Where the features' directions are known but not their activations, the match alone is known too."""
     truth = tables.get("truth")
     if truth is None or "feature/matched_latent" in tables:
@@ -186,6 +182,4 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(
-            f"{path} is not valid JSON ({error}); run the command that wrote it again"
-        ) from error
+        raise UsageError(f"{path} is not valid JSON ({error}); run the command that wrote it again") from error

@@ -35,8 +35,7 @@ def join(parts: Iterable[object]) -> Html:
 def tag(name: str, *content: object, **attributes: object) -> Html:
     """One element; `class_` and `data_x` are written as class and data-x."""
     written = "".join(
-        f' {key.removesuffix("_").replace("_", "-")}="{escape(str(value))}"'
-        for key, value in attributes.items()
+        f' {key.removesuffix("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items()
     )
     return Html(f"<{name}{written}>{''.join(text(part) for part in content)}</{name}>")
 
@@ -53,9 +52,7 @@ def folded(title: str, *content: object) -> Html:
 def table(header: Sequence[object], rows: Iterable[Sequence[object]], label: str) -> Html:
     """The first column names the row; numbers are set flush right, in a box that scrolls by itself."""
     head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
-    body = [
-        tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows
-    ]
+    body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
     inner = tag("table", tag("thead", head), tag("tbody", *body))
     return tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=label)
 

@@ -44,9 +44,7 @@ def draw_overview(run: Path, target: Path) -> None:
     """
     data = read_run(run, run.name, run.name)
     if data.truth is None:
-        raise UsageError(
-            f"the true features of {run} are not known; give a run on activations of a toy model"
-        )
+        raise UsageError(f"the true features of {run} are not known; give a run on activations of a toy model")
     features = shown_features(data)
     truth = unit(data.truth)[features]
     latents = unit(data.W_dec)[latents_in_order(data, features)]

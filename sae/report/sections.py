@@ -51,9 +51,7 @@ def headline(collection: Collection) -> Html:
 def trained(run: Run) -> str:
     """One sentence from the configuration."""
     sae, train, source = (run.config.get(name) or {} for name in ("sae", "train", "source"))
-    setting = "".join(
-        f", {key.replace('_', ' ')} = {sae[key]:g}" for key in ("k", "l1_coefficient") if key in sae
-    )
+    setting = "".join(f", {key.replace('_', ' ')} = {sae[key]:g}" for key in ("k", "l1_coefficient") if key in sae)
     size = f"{source.get('n_features')} features in {source.get('d_hidden')} dimensions"
     origin = {"toy": f"a toy model that keeps {size}", "array": str(source.get("path")), "None": "the caller"}
     kind = str(source.get("kind"))
@@ -136,9 +134,7 @@ def maps(collection: Collection, known: list[Run]) -> Html:
     thinned = f" {shown:,} of {n:,} features are drawn, at even distances." if shown < n else ""
     words = "Rows go from frequent features to rare ones; unmatched latents stand at the right."
     order = tag("p", words, thinned, class_="note")
-    before = plot(
-        figures.neuron_map(first), "Before: features × neurons", "Every column is a mixture", "square"
-    )
+    before = plot(figures.neuron_map(first), "Before: features × neurons", "Every column is a mixture", "square")
     after = [
         plot(
             figures.latent_map(run),
@@ -157,9 +153,7 @@ def maps(collection: Collection, known: list[Run]) -> Html:
 
 
 def frequency(collection: Collection) -> Html:
-    reading = (
-        "Each point is a true feature; a dictionary that sees frequent features only falls off to the left."
-    )
+    reading = "Each point is a true feature; a dictionary that sees frequent features only falls off to the left."
     cosine = figures.frequency(collection, "matched_cosine", "matched cosine")
     f1 = figures.frequency(collection, "f1", "F1")
     pictures = [
@@ -209,9 +203,7 @@ def plane(run: Run) -> Html:
 
 def missed(collection: Collection, run: Run) -> Html:
     several = f" They are those of {run.name}." if len(collection.runs) > 1 else ""
-    reading = (
-        f"Features without a latent of their own (cosine above {FOUND}), and what lies near them.{several}"
-    )
+    reading = f"Features without a latent of their own (cosine above {FOUND}), and what lies near them.{several}"
     return section("Missed features", reading, tables.missed_table(run))
 
 
@@ -240,9 +232,7 @@ def configuration(collection: Collection) -> Html:
 
 
 def _mark(place: float, words: str, kind: str) -> Html:
-    return tag(
-        "div", tag("span", words), class_=f"mark {kind}", style=f"left:{100 * min(max(place, 0), 1):.1f}%"
-    )
+    return tag("div", tag("span", words), class_=f"mark {kind}", style=f"left:{100 * min(max(place, 0), 1):.1f}%")
 
 
 def _label(collection: Collection, run: Run) -> str:

@@ -144,13 +144,10 @@ def missed_table(run: Run) -> Html:
     n, found = len(run.order), run.feature("found")
     missed = [i for i in run.order.tolist() if not found[i]]
     if not missed:
-        return tag(
-            "p", f"None is missed: each of the {n:,} features has a latent with a cosine above {FOUND}."
-        )
+        return tag("p", f"None is missed: each of the {n:,} features has a latent with a cosine above {FOUND}.")
     columns = [column for column in MISSED_COLUMNS if f"feature/{column[0]}" in run.tables]
     rows = [
-        [f"feature {i}", *(_of_feature(run, i, name, form) for name, _, form in columns)]
-        for i in missed[:MAX_MISSED]
+        [f"feature {i}", *(_of_feature(run, i, name, form) for name, _, form in columns)] for i in missed[:MAX_MISSED]
     ]
     count = f"{len(missed):,} of {n:,} features are missed"
     count += f"; the first {MAX_MISSED} are listed." if len(missed) > MAX_MISSED else "."

@@ -1,0 +1,307 @@
+"""The command line as a user meets it: what works exits 0, what is wrong is one line and exit code 2."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from sae import cli
+
+FILES = ["config.yaml", "evaluation.safetensors", "metrics.jsonl", "report.html", "result.json", "sae.json"]
+TOY = {
+    "source": {"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 50},
+    "sae": {"kind": "topk", "d_sae": 24, "k": 3},
+    "train": {"n_samples": 2048, "batch_size": 64, "warmup_steps": 5},
+    "evaluation": {"n_samples": 500},
+    "log": {"every": 8},
+}
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def assert_refused(self, *parts: str) -> None:
+        """One line that says what is wrong, and exit code 2."""
+        assert self.code == 2
+        assert self.err.startswith("sae: error: ")
+        assert len(self.err.splitlines()) == 1
+        assert "Traceback" not in self.err
+        for part in parts:
+            assert part in self.err
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """The console script, in this process."""
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sae", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def toy(tmp_path) -> Path:
+    return write_config(tmp_path / "toy.yaml", TOY)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run that ended, to copy from."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder / "toy.yaml", TOY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sae", "train", str(config), "--out", str(folder / "run")])
+        cli.main()
+    return folder / "run"
+
+
+def write_config(path: Path, sections: dict) -> Path:
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def activations(shape=(200, 6), dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def with_value(value: float, row: int) -> np.ndarray:
+    array = activations()
+    array[row, 2] = value
+    return array
+
+
+def test_train_leaves_what_it_promises(run_cli, toy, tmp_path):
+    outcome = run_cli("train", toy, "--out", tmp_path / "run", "--sae.k", "2", "--train.lr=1e-3")
+    assert outcome.code == 0
+    assert "recovery/mcc" in outcome.out
+    assert str(tmp_path / "run") in outcome.out
+    assert sorted(FILES) == [name for name in sorted(contents(tmp_path / "run")) if name != "sae.safetensors"]
+    resolved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (resolved["sae"]["k"], resolved["train"]["lr"]) == (2, 1e-3)
+
+
+def test_resuming_a_complete_run_changes_nothing(run_cli, toy, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    outcome = run_cli("train", toy, "--out", tmp_path / "run", "--resume")
+    assert outcome.code == 0
+    assert "recovery/mcc" in outcome.out
+    assert contents(tmp_path / "run") == before
+
+
+def test_overwrite_starts_again(run_cli, toy, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    assert run_cli("train", toy, "--out", tmp_path / "run", "--overwrite", "--train.seed", "1").code == 0
+    ours, theirs = (load_file(folder / "sae.safetensors")["W_dec"] for folder in (tmp_path / "run", finished))
+    assert not ours.equal(theirs)
+
+
+def test_eval_measures_the_same_again(run_cli, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    outcome = run_cli("eval", tmp_path / "run")
+    assert outcome.code == 0
+    assert "metrics/fvu" in outcome.out
+    assert json.loads((tmp_path / "run/result.json").read_text()) == json.loads((finished / "result.json").read_text())
+
+
+def test_report_of_two_runs(run_cli, finished, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(finished, tmp_path / name)
+    outcome = run_cli("report", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both.html")
+    assert outcome.code == 0
+    assert "both.html" in outcome.out
+    assert "</html>" in (tmp_path / "both.html").read_text()
+
+
+@pytest.mark.parametrize("words", [(), ("demo",), ("train",), ("eval",), ("report",)])
+def test_help(run_cli, words):
+    outcome = run_cli(*words, "--help")
+    assert outcome.code == 0
+    assert "usage: sae" in outcome.out
+    assert not outcome.err
+
+
+ARRAYS = {
+    "three axes": (activations((4, 5, 6)), "must have shape [rows, d_in], got [4, 5, 6]"),
+    "one axis": (activations((30,)), "must have shape [rows, d_in], got [30]"),
+    "no rows": (activations((0, 6)), "has no values: its shape is [0, 6]"),
+    "few rows": (activations((3, 6)), "has 3 rows"),
+    "integers": (np.ones((50, 6), dtype=np.int64), "holds torch.int64; activations must be floating point"),
+    "text": (np.full((50, 6), "x"), "activations must be floating point"),
+    "nan": (with_value(np.nan, 37), "acts.npy row 37 holds NaN or infinity"),
+    "inf": (with_value(-np.inf, 199), "acts.npy row 199 holds NaN or infinity"),
+    "constant": (np.ones((200, 6), dtype=np.float32), "no variance"),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_bad_arrays(run_cli, tmp_path, case):
+    array, message = ARRAYS[case]
+    np.save(tmp_path / "acts.npy", array)
+    train_on(run_cli, tmp_path, "acts.npy").assert_refused(message)
+
+
+@pytest.mark.parametrize(("n_bytes", "message"), [(0, "is empty"), (1000, "truncated"), (40, "truncated")])
+def test_empty_and_truncated_files(run_cli, tmp_path, n_bytes, message):
+    np.save(tmp_path / "acts.npy", activations())
+    os.truncate(tmp_path / "acts.npy", n_bytes)
+    train_on(run_cli, tmp_path, "acts.npy").assert_refused(str(tmp_path / "acts.npy"), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_named_in_the_file_that_holds_them(run_cli, tmp_path):
+    np.save(tmp_path / "a.npy", activations())
+    np.save(tmp_path / "b.npy", with_value(np.inf, 3))
+    train_on(run_cli, tmp_path, "*.npy").assert_refused("b.npy row 3 holds NaN or infinity")
+
+
+def test_files_of_different_widths(run_cli, tmp_path):
+    np.save(tmp_path / "a.npy", activations())
+    np.save(tmp_path / "b.npy", activations((200, 7)))
+    train_on(run_cli, tmp_path, "*.npy").assert_refused("b.npy holds [200, 7]", "all parts must share d_in")
+
+
+def test_no_file_matches(run_cli, tmp_path):
+    train_on(run_cli, tmp_path, "nothing*.npy").assert_refused("no file matches")
+
+
+def train_on(run_cli, folder: Path, pattern: str) -> Outcome:
+    config = TOY | {"source": {"kind": "array", "path": str(folder / pattern)}}
+    return run_cli("train", write_config(folder / "array.yaml", config), "--out", folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--sae.k", "25"], ["k must lie in 1..d_sae=24, got 25", "lower k"]),
+        (["--sae.k", "0"], ["k", "greater than 0", "got 0"]),
+        (["--sae.d_sea", "32"], ["unknown key 'd_sea'", "did you mean 'd_sae'?"]),
+        (["--trian.lr", "1"], ["unknown key 'trian'", "did you mean 'train'?"]),
+        (["--train.leraning_rate", "1"], ["unknown key 'train.leraning_rate'", "known:", "lr"]),
+        (["--sae.kind", "topl"], ["unknown kind 'topl'", "did you mean 'topk'?"]),
+        (["--source.kind", "arrays"], ["unknown kind 'arrays'", "did you mean 'array'?"]),
+        (["--train.lr", "fast"], ["train.lr", "'fast'"]),
+        (["--train.device", "gpu0"], ["train.device 'gpu0' cannot be used", "try cpu"]),
+        (["--resum"], ["--resum needs a value"]),
+        (["stray"], ["'stray'"]),
+        (["--resume", "--overwrite"], ["give one of them"]),
+    ],
+)
+def test_bad_configurations(run_cli, toy, tmp_path, words, parts):
+    run_cli("train", toy, "--out", tmp_path / "run", *words).assert_refused(*parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", [None, "a: [1", "- 1", ""])
+def test_files_that_are_no_configuration(run_cli, tmp_path, text):
+    if text is not None:
+        (tmp_path / "odd.yaml").write_text(text)
+    run_cli("train", tmp_path / "odd.yaml", "--out", tmp_path / "run").assert_refused("odd.yaml")
+
+
+@pytest.mark.parametrize("words", [[], ["--resume", "--overwrite"], ["--resume", "--sae.k", "2"]])
+def test_a_run_is_not_touched_unasked(run_cli, toy, finished, tmp_path, words):
+    shutil.copytree(finished, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    run_cli("train", toy, "--out", tmp_path / "run", *words).assert_refused()
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_place_that_cannot_be_written(run_cli, toy, finished, tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    run_cli("train", toy, "--out", tmp_path / out).assert_refused(str(tmp_path / out))
+    run_cli("report", finished, "--out", tmp_path / "file/x.html").assert_refused("cannot write")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["eval", "report"])
+@pytest.mark.parametrize("what", ["absent", "empty", "file"])
+def test_directories_that_hold_no_run(run_cli, tmp_path, command, what):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    run_cli(command, tmp_path / what).assert_refused(str(tmp_path / what), "is missing")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file"]
+
+
+def test_flags_that_a_command_does_not_have(run_cli, finished):
+    run_cli("eval", finished, "--sae.k", "3").assert_refused("--sae.k", "sae eval --help")
+    run_cli("report").assert_refused("at least one run directory")
+    assert run_cli("evaluate").code == 2
+    assert run_cli("train").code == 2
+
+
+def test_wandb_that_is_not_installed(run_cli, toy, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest)
+    )
+    outcome = run_cli("train", toy, "--out", tmp_path / "run", "--log.wandb", "offline")
+    outcome.assert_refused("wandb is not installed", "pip install 'sae[wandb]'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_of_its_own(tmp_path):
+    """What the other tests see in this process is what a shell sees."""
+    ended = subprocess.run(command("eval", tmp_path), capture_output=True, text=True, check=False)
+    Outcome(ended.returncode, ended.stdout, ended.stderr).assert_refused("holds no SAE")
+
+
+def test_a_terminated_run_resumes_to_the_same_weights(run_cli, tmp_path):
+    n_steps = 240
+    config = TOY | {"train": TOY["train"] | {"n_samples": 64 * n_steps}, "log": {"every": 4}}
+    path = write_config(tmp_path / "long.yaml", config)
+    out, lines = tmp_path / "killed", tmp_path / "killed/metrics.jsonl"
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command("train", path, "--out", out), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (lines.exists() and lines.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, 2)
+    assert "continue with --resume" in err
+    assert "Traceback" not in err
+    (saved,) = (out / "checkpoints").iterdir()
+    assert 0 < json.loads((saved / "state.json").read_text())["n_steps_done"] < n_steps
+    assert not (out / "result.json").exists()
+
+    assert run_cli("train", path, "--out", out, "--resume").code == 0
+    assert run_cli("train", path, "--out", tmp_path / "whole").code == 0
+    resumed, whole = (load_file(folder / "sae.safetensors") for folder in (out, tmp_path / "whole"))
+    assert all(resumed[name].equal(whole[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in lines.read_text().splitlines()]
+    assert steps == list(range(4, n_steps + 1, 4))
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "sae", *map(str, words)]
