@@ -111,7 +111,7 @@ Command = (
 def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(format="sae: %(message)s", level=logging.INFO, stream=sys.stderr)
-    command, unknown = tyro.cli(  # type: ignore[call-overload]
+    command, unknown = tyro.cli(
         OmitArgPrefixes[Command],  # type: ignore[misc]
         prog="sae",
         description="Train sparse autoencoders on any activations, and know whether they found the truth.",

@@ -19,7 +19,6 @@ from sae import losses
 from sae.codes import SparseCodes
 from sae.config import SAEConfig
 
-
 # A batch of codes is sparse when less than this share of them fires.
 SPARSE_SHARE = 1 / 20
 
