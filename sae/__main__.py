@@ -2,4 +2,6 @@
 
 from sae.cli import main
 
-main()
+# The demo's worker processes import this module again, under another name.
+if __name__ == "__main__":
+    main()

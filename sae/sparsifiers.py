@@ -6,6 +6,7 @@ has one). `docs/sparsifiers.md` walks through an example.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -41,8 +42,8 @@ class Sparsifier(nn.Module):
         """What sparsity costs, for sparsifiers that pay for it in the loss."""
         return None
 
-    def calibrate_(self, pre_latents: Float[Tensor, "batch d_sae"]) -> None:
-        """Fits what inference needs on held-out activations, once training is over."""
+    def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
+        """Fits what inference needs on the pre-latents of n_samples held-out activations, once training is over."""
 
     def rescale_(self, scale: float) -> None:
         """Follows the SAE when pre-latents are multiplied by `scale` (thresholds are in their units)."""
@@ -158,12 +159,14 @@ class BatchTopK(Sparsifier):
             raise ValueError("BatchTopK has no inference threshold yet; calibrate it on held-out activations first")
         return SparseCodes.where(pre_latents > self.threshold, pre_latents)
 
-    def calibrate_(self, pre_latents: Float[Tensor, "batch d_sae"]) -> None:
+    def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
+        n = max(round(self.k * n_samples), 1)
+        largest = self.threshold.new_zeros(n + 1)
+        for pre_latents in batches:
+            candidates = torch.cat([largest, pre_latents[pre_latents > largest.min()]])
+            largest = candidates.topk(n + 1).values
         # Strictly above: half-way between the last pre-latent that fires and the first that does not.
-        ranked = rearrange(pre_latents.relu(), "b f -> (b f)")
-        n = min(max(round(self.k * len(pre_latents)), 1), ranked.numel() - 1)
-        last, first_silent = ranked.topk(n + 1).values[-2:]
-        self.threshold.copy_((last + first_silent) / 2)
+        self.threshold.copy_((largest[-2] + largest[-1]) / 2)
 
     def rescale_(self, scale: float) -> None:
         self.threshold.mul_(scale)
