@@ -151,7 +151,7 @@ def best_units(
 def class_auroc(values: Float[Tensor, "n units"], on: Bool[Tensor, " n"]) -> Float[Tensor, " units"]:
     """AUROC of each unit for the rows that are on."""
     unit = torch.arange(values.shape[1]).repeat_interleave(int(on.sum()))
-    return auroc(values.T.sort(dim=1).values, unit, values[on].T.flatten())
+    return auroc(values.T.contiguous().sort(dim=1).values, unit, values[on].T.flatten())
 
 
 def show(table: dict[str, list[dict[str, float]]], metrics: dict[str, float]) -> None:

@@ -82,7 +82,8 @@ def room(module: str) -> str:
 
 
 def own_imports(module: str) -> set[str]:
-    package = module.split(".")[0]
+    """Those of the same package."""
+    package = module.partition(".")[0]
     return {name for name in imports(module) if name.split(".")[0] == package} - {module}
 
 

@@ -26,6 +26,7 @@ CONFIG, LINES, RESULT, TABLES, WEIGHTS = FILES = (
     "sae.safetensors",
 )
 SUMMARY = "summary.json"
+CLASSES = "classes.json"
 # A feature is found when its own latent has a cosine above this.
 FOUND = 0.9
 # Runs of which maps, densities and frequencies are drawn: more would not be told apart.
@@ -46,6 +47,8 @@ class Run:
     result: dict[str, Any]
     tables: dict[str, np.ndarray]
     W_dec: Float[np.ndarray, "d_sae d_in"]
+    classes: dict[str, list[dict[str, float]]] | None = None
+    """For labelled data: what each class's best single unit of each sort scores."""
 
     @property
     def truth(self) -> Float[np.ndarray, "n_features d_in"] | None:
@@ -147,6 +150,7 @@ def read_run(path: Path, name: str, method: str) -> Run:
             result=_read_json(path / RESULT),
             tables=_with_matching(load_file(path / TABLES), W_dec),
             W_dec=W_dec,
+            classes=_read_json(path / CLASSES)["units"] if (path / CLASSES).is_file() else None,
         )
     except (ValueError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be read: {error}; train the run again") from error

@@ -13,7 +13,7 @@ def contents(collection: Collection) -> Html:
     """Every section of the report."""
     known = [run for run in collection.shown if run.truth is not None]
     first = collection.given[0]
-    parts: list[Html | None] = [headline(collection), metrics(collection)]
+    parts: list[Html | None] = [headline(collection), metrics(collection), meaning(first)]
     if known:
         parts.append(maps(collection, known))
     if any(run.knows_activations for run in known):
@@ -25,6 +25,17 @@ def contents(collection: Collection) -> Html:
         parts.append(missed(collection, first))
     parts += [polysemanticity(first), dimensionality(first), configuration(collection)]
     return join(part for part in parts if part is not None)
+
+
+def meaning(run: Run) -> Html | None:
+    """What single units say about labelled classes."""
+    if run.classes is None:
+        return None
+    reading = (
+        "How well one unit alone tells a class from the others on unseen data (AUROC: 0.5 is chance, 1 is perfect). "
+        "Each class's unit was chosen on training data; its number stands beside its score."
+    )
+    return section("What single units mean", reading, tables.class_table(run.classes))
 
 
 def title(collection: Collection) -> str:

@@ -154,6 +154,22 @@ def missed_table(run: Run) -> Html:
     return join([tag("p", count), table(["", *(title for _, title, _ in columns)], rows, "Missed features")])
 
 
+def class_table(classes: dict[str, list[dict[str, float]]]) -> Html:
+    """A row for each class, a column for each sort of unit, and their means."""
+    rows: list[list[object]] = []
+    for same in zip(*classes.values(), strict=True):
+        best = max(unit["auroc"] for unit in same)
+        cells = [tag("strong" if unit["auroc"] == best else "span", f"{unit['auroc']:.3f}") for unit in same]
+        rows.append(
+            [
+                f"class {same[0]['class']}",
+                *(join([cell, f" #{unit['unit']}"]) for cell, unit in zip(cells, same, strict=True)),
+            ]
+        )
+    rows.append(["mean", *(f"{sum(unit['auroc'] for unit in units) / len(units):.3f}" for units in classes.values())])
+    return table(["", *(f"best {name}" for name in classes)], rows, "Best single unit of each class")
+
+
 def every_metric(run: Run) -> Html:
     """The whole of result.json."""
     rows = [[key, _number(value, ".6g")] for key, value in sorted(run.result.items())]

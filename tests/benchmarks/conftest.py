@@ -1,11 +1,13 @@
-"""Speed is measured and printed here, never asserted: `make bench`. Ratios come from rounds taken in turn."""
+"""Speed is measured and printed here, never asserted: `make bench`. Ratios come from rounds taken in turn.
+
+One thread each, as `tests/conftest.py` sets, so that numbers of different machines can be compared.
+"""
 
 import statistics
 import time
 from collections.abc import Callable
 
 import pytest
-import torch
 
 
 @pytest.fixture
@@ -14,7 +16,7 @@ def say(capsys):
 
     def line(text: str) -> None:
         with capsys.disabled():
-            print(f"\n{text} ({torch.get_num_threads()} thread)", end="", flush=True)
+            print(f"\n{text}", end="", flush=True)
 
     return line
 

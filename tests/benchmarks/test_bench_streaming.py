@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 D_IN, N_ROWS, BATCH = 256, 300_000, 2048
 EXACT_BYTES, LIMIT_BYTES = 2**26, 2**28
@@ -21,9 +22,9 @@ class Epoch(NamedTuple):
     peak_growth: int
 
 
-def anonymous_bytes() -> int:
-    """RssAnon: memory of this process that no file backs."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+def status_bytes(name: str) -> int:
+    """A size of this process: RssAnon, resident memory that no file backs; VmData, what it may write to."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
     return int(line.split()[1]) * 1024
 
 
@@ -32,15 +33,16 @@ def read_one_epoch(path: Path, window_bytes: int) -> Epoch:
     from sae import sources
     from sae.arrays import open_rows
 
+    torch.set_num_threads(1)
     sources.EXACT_SHUFFLE_BYTES, sources.WINDOW_BYTES = EXACT_BYTES, window_bytes
     source = sources.ArraySource(open_rows(path))
     assert not source.exact
-    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + LIMIT_BYTES, resource.RLIM_INFINITY))
-    before, samples, done = anonymous_bytes(), [0], threading.Event()
+    resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + LIMIT_BYTES, resource.RLIM_INFINITY))
+    before, samples, done = status_bytes("RssAnon"), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.001):
-            samples.append(anonymous_bytes() - before)
+            samples.append(status_bytes("RssAnon") - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -51,11 +53,6 @@ def read_one_epoch(path: Path, window_bytes: int) -> Epoch:
     done.set()
     watcher.join()
     return Epoch(seconds, n_rows, max(samples))
-
-
-def data_bytes() -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")]
-    return int(line.split()[1]) * 1024
 
 
 @pytest.fixture(scope="module")
