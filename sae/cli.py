@@ -127,8 +127,8 @@ def main() -> None:
         print(f"sae: error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
-        print(f"sae: {stopped}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        print(f"sae: {stopped.message}", file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:

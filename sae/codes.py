@@ -20,8 +20,7 @@ class SparseCodes:
 
     * padded: row b holds its entries in `values[b]` and the latents they belong to in `indices[b]`. Rows
       have k_cap slots; a slot that holds nothing has value 0 (its index is any valid latent).
-    * full: `indices` is None, k_cap = d_sae, and slot j is latent j. This is how codes look before they
-      are sparse, and how a differentiable selection over a whole batch hands them on.
+    * full: `indices` is None, k_cap = d_sae, and slot j is latent j: for codes of which many fire.
     """
 
     values: Float[Tensor, "batch k_cap"]

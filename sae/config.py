@@ -94,6 +94,8 @@ class SAEConfig(Family):
 
 
 class TrainSection(Section):
+    """How long and how fast to train."""
+
     n_samples: int = Field(default=6_000_000, gt=0)
     """Activations to train on, epochs included."""
     batch_size: int = Field(default=2048, gt=0)
@@ -113,11 +115,15 @@ class TrainSection(Section):
 
 
 class EvaluationSection(Section):
+    """What the final metrics are measured on."""
+
     n_samples: int = Field(default=20_000, gt=0)
     """Held-out activations that the final metrics are measured on."""
 
 
 class LogSection(Section):
+    """What is logged, and where to."""
+
     every: int = Field(default=50, gt=0)
     """Steps between logged lines."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
@@ -130,6 +136,8 @@ class LogSection(Section):
 
 
 class CheckpointSection(Section):
+    """How often the state is saved."""
+
     every_steps: int = Field(default=1000, gt=0)
     keep: int = Field(default=2, gt=0)
     """How many of the latest checkpoints stay on disk."""

@@ -126,12 +126,13 @@ def live_recovery(
     if probe.acts is not None:
         x = probe.x.to(sae.W_dec.device) / unit
         codes = sae.sparsifier(sae.pre_latents(x)).to("cpu")
+        codes = codes.scaled(W_dec.norm(dim=1))
         scores["f1"] = matched_f1(matching, codes, probe.acts, metrics.scale_threshold(x))
     return _group("recovery", scores)
 
 
 def matched_f1(matching: metrics.Matching, codes: SparseCodes, acts: FeatureBatch, threshold: float) -> float:
-    """`f1` of `metrics.recovery`, by itself and on a batch small enough to be dense."""
+    """`f1` of `metrics.recovery` for codes z_j |w_j|, by itself and on a batch small enough to be dense."""
     owned = matching.has_latent
     on = acts.dense() > 0
     fires = torch.zeros_like(on)

@@ -100,11 +100,11 @@ class WandbLog:
         def record(run: Any) -> None:
             run.log(
                 {
-                    **final,
                     "plots/feature_density": wandb.Histogram(log_density),
                     "final": wandb.Table(columns=["metric", "value"], data=rows),
                 },
                 step=step,
+                commit=True,  # else the row is written at the end, and its values win over the summary's
             )
             run.summary.update(dict(final))
             if report is not None:

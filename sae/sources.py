@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sae.arrays import Rows, as_tensor, open_rows
@@ -146,11 +147,21 @@ class ArraySource(Source):
             if skip >= n:
                 skip -= n
                 continue
-            rows = torch.cat([self.rows.read(*span) for span in spans])
+            rows = self._window(spans)
             within = torch.randperm(n, generator=generator(seed, "epoch", epoch, "window", number))
             for piece in within[skip:].split(batch_size):
                 yield rows[piece].float()
+            del rows  # before the next window is read
             skip = 0
+
+    def _window(self, spans: list[tuple[int, int]]) -> Tensor:
+        """The rows of some blocks in one buffer: no more than a window is ever held."""
+        rows = torch.empty(sum(stop - start for start, stop in spans), self.d_in, dtype=self.rows.parts[0].dtype)
+        filled = 0
+        for start, stop in spans:
+            rows[filled : filled + stop - start] = self.rows.read(start, stop)
+            filled += stop - start
+        return rows
 
 
 class IterableSource(Source):
@@ -256,12 +267,28 @@ class ToySourceConfig(SourceConfig):
     """A toy model trained before, to load instead of training."""
 
     def open(self) -> ToySource:
-        model = ToyModel.load(self.weights) if self.weights is not None else self.trained_model()
-        return ToySource(model, self.features, self.seed)
+        return ToySource(self.saved_model() or self.trained_model(), self.features, self.seed)
 
     @property
     def features(self) -> Features:
         return Features(self.n_features, self.feature_prob)
+
+    def saved_model(self) -> ToyModel | None:
+        """The model in `weights`, if that is set."""
+        if self.weights is None:
+            return None
+        try:
+            model = ToyModel.load(self.weights)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UsageError(
+                f"source.weights {self.weights} cannot be loaded: {error}; leave it out to train"
+            ) from error
+        if (model.n_features, model.d_hidden) != (self.n_features, self.d_hidden):
+            raise UsageError(
+                f"source.weights {self.weights} holds {model.n_features} features in {model.d_hidden} dimensions, the "
+                f"source asks for {self.n_features} in {self.d_hidden}; make them agree"
+            )
+        return model
 
     def trained_model(self, on_step: Callable[[int, Tensor], None] | None = None) -> ToyModel:
         """The toy model, trained afresh; `on_step(step, losses)` is called after each step."""

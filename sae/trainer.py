@@ -97,7 +97,7 @@ class Trainer:
             "metrics/explained_variance": 1 - fvu,
             "metrics/dead": n_dead / self.sae.d_sae,
             "sparsity/dead_features": n_dead,
-            "details/current_learning_rate": self.learning_rate,
+            "details/current_learning_rate": self.optimizer.param_groups[0]["lr"],
             "details/n_training_samples": self.n_steps_done * self.config.train.batch_size,
         }
         fired = self.window_firing > 0

@@ -42,7 +42,7 @@ def test_batchtopk_threshold_gives_the_l0_asked_for_on_other_data():
 def test_calibration_does_not_depend_on_the_batches(size):
     pre = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
     sparsifier = BatchTopK(1.5)
-    sparsifier.calibrate_(pre.split(size), 50)
+    sparsifier.calibrate_(iter(pre.split(size)), 50)
     assert int((pre > sparsifier.threshold).sum()) == 75
 
 

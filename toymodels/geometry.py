@@ -1,7 +1,7 @@
 """How a network arranges its features: norms, interference, dimensionality, and the polytopes that they form.
 
 Every function reads W [..., n_features, d_hidden], rows as features; leading axes are models side by side. It
-reads a learned dictionary W_dec just as well. Zero rows score 0. Definitions: METRICS.md, after Elhage et al.
+reads a learned dictionary W_dec just as well. Zero rows score 0. Definitions: docs/metrics.md, after Elhage et al.
 2022 (Toy Models of Superposition) and Scherlis et al. 2022 (Polysemanticity and Capacity).
 """
 

@@ -137,7 +137,8 @@ def read_run(path: Path, name: str, method: str) -> Run:
     """One run directory."""
     missing = [file for file in FILES if not (path / file).is_file()]
     if missing:
-        raise UsageError(f"{path} holds no finished run: {missing[0]} is missing; train it to the end, with --resume")
+        remedy = "train it to the end, with --resume" if (path / CONFIG).is_file() else "give the directory of a run"
+        raise UsageError(f"{path} holds no finished run: {missing[0]} is missing; {remedy}")
     lines = (path / LINES).read_text(encoding="utf-8").splitlines()
     try:
         W_dec = load_file(path / WEIGHTS)["W_dec"].astype(np.float32)

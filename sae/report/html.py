@@ -29,6 +29,7 @@ def text(value: object) -> Html:
 
 
 def join(parts: Iterable[object]) -> Html:
+    """The parts one after the other."""
     return Html("\n".join(text(part) for part in parts))
 
 
@@ -46,6 +47,7 @@ def section(title: str, reading: object, *content: object) -> Html:
 
 
 def folded(title: str, *content: object) -> Html:
+    """A box that opens on a click."""
     return tag("details", tag("summary", title), *content)
 
 

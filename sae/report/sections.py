@@ -39,6 +39,7 @@ def meaning(run: Run) -> Html | None:
 
 
 def title(collection: Collection) -> str:
+    """What the page is about, in one line."""
     if len(collection.given) > 1:
         return f"{len(collection.given)} dictionaries compared"
     run = collection.given[0]
@@ -164,6 +165,7 @@ def maps(collection: Collection, known: list[Run]) -> Html:
 
 
 def frequency(collection: Collection) -> Html:
+    """Recovery of each feature against how often it fires."""
     reading = "Each point is a true feature; a dictionary that sees frequent features only falls off to the left."
     cosine = figures.frequency(collection, "matched_cosine", "matched cosine")
     f1 = figures.frequency(collection, "f1", "F1")
@@ -195,6 +197,7 @@ def curves(collection: Collection) -> Html:
 
 
 def density(collection: Collection) -> Html:
+    """How often latents fire."""
     reading = (
         "How many latents fire how often: a bump near the features' own frequency is healthy, mass at the "
         "right is dense, at the far left nearly dead."
@@ -207,18 +210,21 @@ def density(collection: Collection) -> Html:
 
 
 def plane(run: Run) -> Html:
+    """Truth and decoder as arrows, where there are two dimensions."""
     reading = "Directions at length 1: where a thin arrow (a latent) lies on a thick one, it found a feature."
     picture = plot(figures.plane(run), "", "Arrows of features and latents", "square")
     return section("Geometry", reading, picture)
 
 
 def missed(collection: Collection, run: Run) -> Html:
+    """The features without a latent, and what lies near them."""
     several = f" They are those of {run.name}." if len(collection.runs) > 1 else ""
     reading = f"Features without a latent of their own (cosine above {FOUND}), and what lies near them.{several}"
     return section("Missed features", reading, tables.missed_table(run))
 
 
 def polysemanticity(run: Run) -> Html | None:
+    """Features per unit, for neurons and for latents."""
     found = tables.unit_table(run)
     reading = (
         "How many features one unit stands for, measured alike for the neurons that the dictionary reads and "
@@ -229,12 +235,14 @@ def polysemanticity(run: Run) -> Html | None:
 
 
 def dimensionality(run: Run) -> Html | None:
+    """The geometry of the dictionary beside the truth's."""
     found = tables.geometry_table(run)
     reading = "How directions share the space: a dictionary that found the truth has the truth's geometry."
     return None if found is None else section("Dimensionality", reading, found)
 
 
 def configuration(collection: Collection) -> Html:
+    """Each run's configuration, folded."""
     command = tag("code", "sae train FILE")
     reading = join(["What a run depends on, defaults included: saved as a file,", command, "repeats it."])
     runs = dict.fromkeys([*collection.given, *collection.shown])

@@ -14,6 +14,8 @@ MAX_MISSED = 30
 
 
 class Score(NamedTuple):
+    """A column of the table of methods: where its value is, and how it is written."""
+
     key: str
     name: str
     form: str
