@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import warnings
 import zipfile
@@ -70,7 +71,7 @@ class Rows:
         # The sum of a row is not finite when one of its values is not: one number a row to look at.
         if bool(rows.float().sum(dim=1).isfinite().all()):
             return
-        bad = (~rows.isfinite().all(dim=1)).nonzero().squeeze(1).tolist()
+        bad = (~rows.float().isfinite().all(dim=1)).nonzero().squeeze(1).tolist()
         if bad:
             part = bisect_right(self.starts, start + bad[0]) - 1
             more = f" (and {len(bad) - 1} more near it)" if len(bad) > 1 else ""
@@ -91,7 +92,7 @@ def as_tensor(array: np.ndarray, name: str) -> Tensor:
             # Read-only arrays draw a warning about writing, which never happens here.
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(array)
-    except TypeError:
+    except (TypeError, ValueError):
         raise UsageError(
             f"{name} holds {array.dtype}; activations must be floating point, convert them to float32"
         ) from None
@@ -109,8 +110,7 @@ def open_rows(pattern: str | Path, key: str | None = None) -> Rows:
     if path.is_file():
         files = [path]
     else:
-        anchor = Path(path.anchor) if path.is_absolute() else Path()
-        files = sorted(file for file in anchor.glob(str(path.relative_to(path.anchor))) if file.is_file())
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not files:
         raise UsageError(f"no file matches {str(pattern)!r}; give a .npy, .npz or .safetensors file, or a glob of them")
     return Rows([_open(file, key) for file in files], [str(file) for file in files])
@@ -126,7 +126,9 @@ def _open(path: Path, key: str | None) -> Tensor:
         return openers[path.suffix](path, key)
     except UsageError:
         raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except PermissionError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is truncated or damaged ({' '.join(str(error).split())}); write it again") from error
 
 

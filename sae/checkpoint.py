@@ -23,13 +23,14 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
     The files are written under a temporary name and renamed at once: a reader never sees half a checkpoint.
     """
     target = folder / f"step-{step:09d}"
+    if target.exists():
+        return
     partial = folder / f"{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
     values = values | {"sha256": _sha256(partial / TENSORS)}
     (partial / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old)
@@ -46,7 +47,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UsageError: the tensors do not match their checksum.
     """
-    values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+    try:
+        values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path / VALUES} is damaged; delete {path} to resume from the one before") from error
     if _sha256(path / TENSORS) != values.pop("sha256"):
         raise UsageError(f"{path / TENSORS} does not match its checksum; delete {path} to resume from the one before")
     return load_file(path / TENSORS), values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -35,6 +36,9 @@ class Demo:
     def run(self) -> None:
         from sae import demo, digits  # noqa: PLC0415
 
+        if self.seed < 0:
+            raise UsageError(f"--seed must not be negative, got {self.seed}")
+
         if self.what == "features":
             demo.run(self.out or Path("runs/demo"), self.seed, self.overwrite)
         else:
@@ -63,7 +67,7 @@ class Train:
         from sae.console import print_metrics, progress  # noqa: PLC0415
         from sae.run import train  # noqa: PLC0415
 
-        out = ("--out", str(self.out)) if self.out is not None else ()
+        out = ("--out", json.dumps(str(self.out))) if self.out is not None else ()
         config = load_config(self.config, (*self.overrides, *out))
         with progress(f"training {config.sae.kind}", config.n_steps) as on_line:
             result = train(config, resume=self.resume, overwrite=self.overwrite, on_line=on_line)

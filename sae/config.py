@@ -55,7 +55,7 @@ class Family(Section):
         kind = value.get("kind")
         if kind is None:
             raise ValueError(f"needs a kind, one of {', '.join(sorted(cls.kinds))}")
-        if kind not in cls.kinds:
+        if not isinstance(kind, str) or kind not in cls.kinds:
             raise ValueError(f"unknown kind {kind!r}{nearest(kind, cls.kinds)}")
         member = cls.kinds[kind]
         for key in value:
@@ -237,7 +237,7 @@ def _override(mapping: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
         if key == "kind" and result[section].get("kind") != value:
             # Another kind has other options: keep what both understand, so that the file need not change.
             family: dict[str, type[Family]] = {"sae": SAEConfig.kinds, "source": SourceConfig.kinds}.get(section, {})
-            if value in family:
+            if isinstance(value, str) and value in family:
                 known = family[value].model_fields
                 result[section] = {k: v for k, v in result[section].items() if k in known}
         result[section][key] = value

@@ -46,8 +46,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     console = Console()
-    # Written to a file or a pipe there is no width to keep to.
-    console.print(table, width=None if console.is_terminal else 200)
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a pipe has no width to keep to
+    console.print(table)
     if caption:
         console.print(caption, style="dim", highlight=False)
 

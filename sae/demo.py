@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import Manager, get_context
+from multiprocessing import Manager, active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,18 @@ def sae_config(out: Path, toy: ToySourceConfig, method: str, seed: int, first: b
 @contextmanager
 def one_thread_each() -> Iterator[ProcessPoolExecutor]:
     """A process for each core: at these sizes two runs with a core each end long before one with two and another."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     previous = {name: os.environ.get(name) for name in CHILD_ENVIRONMENT}
     os.environ.update(CHILD_ENVIRONMENT)  # read by the children's libraries when these are loaded
     try:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-            yield pool
+        with ProcessPoolExecutor(n_cores, get_context("spawn")) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in active_children():
+                    child.terminate()
+                raise
     finally:
         for name, value in previous.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
@@ -162,6 +169,8 @@ def train_and_measure(
         waiting = set(jobs.values())
         while waiting:
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            for job in finished:
+                job.result()  # raises what the job raised, now and not at the end
             if jobs["topk", toy.seed] in finished:
                 jobs["topk_oracle", toy.seed] = pool.submit(baseline_row, "topk_oracle", toy.seed, toy, out)
                 waiting.add(jobs["topk_oracle", toy.seed])
@@ -238,6 +247,6 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def mean_sd(values: Sequence[float], digits: int) -> str:
-    """`0.998±.001`, or one value alone."""
-    spread = f"±{statistics.stdev(values):.{digits}f}".replace("±0.", "±.") if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    """`.998` over `±.001`, so that eight columns fit a terminal; or one value alone."""
+    spread = f"\n±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}".replace("±0.", "±.")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sae.baselines import require_sklearn
 from sae.config import load_config
 from sae.console import print_table, progress
+from sae.errors import UsageError
 from sae.metrics.code_recovery import auroc
 from sae.run import check_out, require_report, train
 from toymodels.streams import generator
@@ -56,6 +57,8 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     require_sklearn()
     require_report()
     check_out(out, resume=False, overwrite=overwrite)
+    if (out / ACTIVATIONS).exists() and not overwrite:
+        raise UsageError(f"{out / ACTIVATIONS} exists; give another --out, or --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     images, labels, test_images, test_labels = load_digits(seed)
     net = train_network(images, labels, seed)
@@ -66,7 +69,14 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     print(f"a network with {D_HIDDEN} hidden neurons reads {accuracy:.1%} of {len(test_labels)} unseen digits")
     print(f"wrote {out / ACTIVATIONS}: {len(rows)} rows of hidden activations")
 
-    words = ("--source.path", str(out / ACTIVATIONS), "--out", str(out), "--train.seed", str(seed))
+    words = (
+        "--source.path",
+        json.dumps(str(out / ACTIVATIONS)),
+        "--out",
+        json.dumps(str(out)),
+        "--train.seed",
+        str(seed),
+    )
     config = load_config(config_path("digits.yaml"), words)
     with progress(f"training {config.sae.kind}", config.n_steps) as on_line:
         result = train(config, overwrite=True, report=False, on_line=on_line)

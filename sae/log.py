@@ -6,6 +6,7 @@ without costing a step: the failure is told once, and the run goes on without it
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -65,8 +66,9 @@ class WandbLog:
     def __init__(self, out: Path, config: TrainConfig) -> None:
         self.run: Any = None
         mode = config.log.wandb
-        import wandb  # noqa: PLC0415 - an extra, and slow to import
-
+        wandb = _attempt(lambda: importlib.import_module("wandb"))
+        if wandb is None:
+            return
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _attempt(lambda: wandb.api.api_key)):
             logger.warning(
                 "W&B: no API key (run `wandb login` or set WANDB_API_KEY); recording offline under %s/wandb, "

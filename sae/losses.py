@@ -38,8 +38,9 @@ def aux_k(
     """AuxK: |e - e_hat|^2 where e is what the live latents leave over, and e_hat its best sketch by dead ones.
 
     e_hat = the sum over the k largest positive pre-latents among the dead, times their decoder rows; no bias, since
-    a residual has none to give back. The gradient reaches dead latents only: e is a constant (Gao et al. 2024,
-    appendix A.2). Few latents are dead at a time, so a dense product beats k scattered reads a sample.
+    a residual has none to give back. The gradient reaches dead latents, and b_dec through what they read, but no
+    live latent: e is a constant (Gao et al. 2024, appendix A.2). Few latents are dead at a time, so a dense product
+    beats k scattered reads a sample.
     """
     scores = dead_pre_latents.relu()
     if k < scores.shape[1]:

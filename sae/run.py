@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import threading
@@ -43,7 +44,13 @@ CONFIG, RESULT, TABLES, REPORT, CHECKPOINTS = (
 # Rows, at most, that the centre, the scale and the thresholds are fitted on. An L0 fitted on all of them holds on
 # other data to about 1 %; sources that hold fewer rows back give fewer.
 N_CALIBRATION = 65_536
+# What a run writes into its directory, and --overwrite deletes.
+OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, "wandb")
 OnLine = Callable[[int, Mapping[str, float]], None]
+
+
+class Diverged(UsageError):
+    """The loss became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +80,24 @@ def train(
         UsageError: the source is bad, or `config.out` holds a run and neither resume nor overwrite was asked for.
         Interrupted: a signal came; a checkpoint was written first.
     """
+    if source is not None:
+        config = config.model_copy(update={"source": None})  # what is recorded must be what was trained on
     require_wandb(config)
     _check_device(config)
     if source is None and config.source is None:
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
     check_out(config.out, resume, overwrite)
     activations = as_source(source if source is not None else config.source.open() if config.source else None)
-    state = claim_out(config, resume, overwrite)
-    if resume and (config.out / RESULT).exists():
-        logger.info("%s is complete; nothing to resume", config.out)
-        return Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
+    if resume and (config.out / CONFIG).exists():
+        _require_same_run(config)
+        if (config.out / RESULT).exists():
+            logger.info("%s is complete; nothing to resume", config.out)
+            return Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
 
+    # Nothing is written, and no earlier run given up, before the data have been found good.
     calibration = activations.held_out("calibration", N_CALIBRATION)
     trainer, unit = start(config, activations, calibration)
+    state = claim_out(config, resume)
     if state is not None:
         tensors, values = checkpoint.load(state)
         unit = values.pop("unit")
@@ -108,7 +120,12 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> tuple[Tr
     unit = math.sqrt(losses.total_variance(calibration.x))
     if not unit > 0:
         raise UsageError("the activations have no variance: all held-out rows are the same")
-    sae = SAE(source.d_in, config.sae)
+    try:
+        sae = SAE(source.d_in, config.sae)
+    except RuntimeError as error:
+        raise UsageError(
+            f"d_sae={config.sae.d_sae} at d_in={source.d_in} does not fit in memory; lower d_sae"
+        ) from error
     centres = {
         "mean": lambda x: x.mean(dim=0),
         "geometric_median": losses.geometric_median,
@@ -140,6 +157,8 @@ def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: O
             while trainer.n_steps_done < config.n_steps:
                 x = next(batches, None)
                 if x is None:
+                    if trainer.n_steps_done == 0:
+                        raise UsageError(f"the source ended before its first batch of {config.train.batch_size} rows")
                     logger.warning("the source ended after %d of %d steps", trainer.n_steps_done, config.n_steps)
                     break
                 trainer.refresh_dead()
@@ -149,7 +168,9 @@ def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: O
                 if step % config.log.every == 0 or step == config.n_steps:
                     values, fired = trainer.take_window()
                     if not math.isfinite(values["losses/overall_loss"]):
-                        raise UsageError(f"the loss is not finite at step {step}; lower train.lr={config.lr:g}")
+                        raise Diverged(
+                            f"the loss is not finite at step {step}; lower train.lr={config.lr:g} and --overwrite"
+                        )
                     values |= live_recovery(trainer.sae, fired, source.truth, probe, unit)
                     now = time.perf_counter()
                     values["details/samples_per_second"] = since_samples / (now - since)
@@ -161,6 +182,8 @@ def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: O
                     save_checkpoint(trainer, unit)
                 if stop:
                     raise Interrupted(f"stopped at step {step}; continue with --resume", stop[0])
+        except Diverged:
+            raise  # such a state is not worth keeping
         except (UsageError, Interrupted):
             save_checkpoint(trainer, unit)
             raise
@@ -206,20 +229,25 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> None:
         raise UsageError("--resume continues a run and --overwrite discards it; give one of them")
     if (out / CONFIG).exists() and not (resume or overwrite):
         raise UsageError(f"{out} already holds a run; continue it with --resume, discard it with --overwrite")
+    foreign = [name for name in OWN if (out / name).exists()]
+    if foreign and not (out / CONFIG).exists():
+        raise UsageError(f"{out} holds {', '.join(foreign)} of something else; give another --out")
 
 
-def claim_out(config: TrainConfig, resume: bool, overwrite: bool) -> Path | None:
-    """Makes `config.out` this run's directory; returns the checkpoint to resume from, if there is one."""
+def claim_out(config: TrainConfig, resume: bool) -> Path | None:
+    """Makes `config.out` this run's directory; returns the checkpoint to resume from, if there is one.
+
+    An earlier run in it is deleted; files that no run wrote are left alone.
+    """
     out = config.out
-    check_out(out, resume, overwrite)
     if resume and (out / CONFIG).exists():
-        _require_same_run(config)
         return checkpoint.latest(out / CHECKPOINTS)
     try:
-        for name in (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST):
-            (out / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, "wandb"):
-            shutil.rmtree(out / name, ignore_errors=True)
+        for name in OWN:
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         (out / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
@@ -245,8 +273,15 @@ def _require_same_run(config: TrainConfig) -> None:
 def save_result(out: Path, sae: SAE, evaluation: Evaluation) -> None:
     """Weights, final metrics, and the tables that the report is drawn from."""
     sae.save(out)
+    save_evaluation(out, evaluation)
+
+
+def save_evaluation(out: Path, evaluation: Evaluation) -> None:
+    """Final metrics and tables; result.json comes last and whole, since it says that the run is complete."""
     save_file({name: tensor.contiguous() for name, tensor in evaluation.tables.items()}, out / TABLES)
-    (out / RESULT).write_text(json.dumps(evaluation.metrics, indent=2) + "\n", encoding="utf-8")
+    partial = out / f"{RESULT}.partial"
+    partial.write_text(json.dumps(evaluation.metrics, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, out / RESULT)
 
 
 def evaluate_run(out: Path) -> Evaluation:
@@ -261,7 +296,7 @@ def evaluate_run(out: Path) -> Evaluation:
         raise UsageError(f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate there")
     source = config.source.open()
     evaluation = evaluate(sae, source.held_out("evaluation", config.evaluation.n_samples), source.truth)
-    save_result(out, sae, evaluation)
+    save_evaluation(out, evaluation)
     return evaluation
 
 
@@ -283,7 +318,7 @@ def write_report_if_installed(out: Path) -> Path | None:
 
 def _check_device(config: TrainConfig) -> None:
     try:
-        torch.zeros(0, device=config.train.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=config.train.device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"train.device {config.train.device!r} cannot be used ({reason}); try cpu") from error

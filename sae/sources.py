@@ -35,7 +35,7 @@ Purpose = Literal["calibration", "evaluation"]
 EXACT_SHUFFLE_BYTES = 2**30
 WINDOW_BYTES = 2**27
 BLOCK_BYTES = 2**20
-HELD_OUT_FRACTION = 0.05
+MIN_ROWS = 50
 HELD_OUT_ROWS = 40_000
 
 
@@ -94,8 +94,8 @@ class ArraySource(Source):
     """
 
     def __init__(self, rows: Rows, truth: Float[Tensor, "n_features d_in"] | None = None) -> None:
-        if len(rows) < 20:
-            raise UsageError(f"{rows.names[0]} has {len(rows)} rows; at least 20 are needed to hold some out")
+        if len(rows) < MIN_ROWS:
+            raise UsageError(f"{rows.names[0]} has {len(rows)} rows; at least {MIN_ROWS} are needed to hold some out")
         if truth is not None and truth.shape[1] != rows.d_in:
             raise UsageError(f"true features have d_in={truth.shape[1]}, activations have d_in={rows.d_in}")
         self.rows, self.d_in, self.truth = rows, rows.d_in, truth
@@ -104,7 +104,8 @@ class ArraySource(Source):
         if self.exact:
             rows.check_all()
         blocks = torch.randperm(-(-len(rows) // self.block_rows), generator=generator(0, "held-out"))
-        held_rows = min(int(HELD_OUT_FRACTION * len(rows)), HELD_OUT_ROWS)
+        # A twentieth of a large set, more of a small one: means and variances need their rows.
+        held_rows = min(max(len(rows) // 20, min(len(rows) // 5, 2000)), HELD_OUT_ROWS)
         half = max(1, held_rows // 2 // self.block_rows)
         self.held_blocks = {"calibration": blocks[:half], "evaluation": blocks[half : 2 * half]}
         self.training_blocks = blocks[2 * half :]
@@ -121,7 +122,10 @@ class ArraySource(Source):
         return rebatch(pieces(), batch_size)
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
-        return HeldOut(self.rows.take(self._rows_of(self.held_blocks[purpose])[:n]))
+        if self.exact:
+            return HeldOut(self.rows.take(self.held_blocks[purpose][:n]).cpu())
+        n_blocks = -(-n // self.block_rows)
+        return HeldOut(self._window([self._span(b) for b in self.held_blocks[purpose][:n_blocks].tolist()])[:n].float())
 
     @cached_property
     def n_training_rows(self) -> int:
@@ -129,9 +133,6 @@ class ArraySource(Source):
 
     def _span(self, block: int) -> tuple[int, int]:
         return block * self.block_rows, min((block + 1) * self.block_rows, len(self.rows))
-
-    def _rows_of(self, blocks: Tensor) -> Tensor:
-        return torch.cat([torch.arange(*self._span(block)) for block in blocks.tolist()])
 
     def _epoch(self, seed: int, epoch: int, skip: int, batch_size: int) -> Iterator[Tensor]:
         """One epoch's rows in pieces of at most batch_size, without the first `skip`."""
@@ -174,7 +175,7 @@ class IterableSource(Source):
     N_HELD_OUT = 8192
 
     def __init__(self, batches: Iterable[Tensor | np.ndarray]) -> None:
-        self.iterable = batches
+        self.iterable, self.d_in = batches, 0
         self.stream = self._rows()
         held = torch.zeros(0)
         while len(held) < self.N_HELD_OUT:
@@ -186,9 +187,9 @@ class IterableSource(Source):
                 )
             held = torch.cat([held, rows]) if len(held) else rows
         self.d_in = held.shape[1]
-        half = self.N_HELD_OUT // 2
-        self.held = {"calibration": held[:half], "evaluation": held[half : 2 * half]}
-        self.unread = held[2 * half :]
+        self.first, self.unread = held[: self.N_HELD_OUT], held[self.N_HELD_OUT :]
+        calibration, evaluation = self.first.tensor_split(2)
+        self.held = {"calibration": calibration, "evaluation": evaluation}
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
         """The stream can be followed once; the seed changes nothing, as the order is the iterable's own."""
@@ -201,16 +202,31 @@ class IterableSource(Source):
         yield self.unread
         yield from self.stream
         while iter(self.iterable) is not self.iterable:
-            skip = self.N_HELD_OUT
+            seen = 0
             for rows in self._rows():
-                yield rows[skip:]
-                skip = max(skip - len(rows), 0)
+                held = rows[: max(self.N_HELD_OUT - seen, 0)]
+                if not torch.equal(held, self.first[seen : seen + len(held)]):
+                    raise UsageError(
+                        "the source gives its batches in another order each time, so that held-out rows would be "
+                        "trained on; fix the order, or pass one tensor, which is shuffled here"
+                    )
+                seen += len(rows)
+                yield rows[len(held) :]
+            if seen <= self.N_HELD_OUT:
+                return
 
     def _rows(self) -> Iterator[Tensor]:
         for number, batch in enumerate(self.iterable):
             name = f"batch {number}"
-            tensor = as_tensor(batch, name) if isinstance(batch, np.ndarray) else batch.detach()
-            yield Rows([tensor], [name]).read(0, len(tensor)).float()
+            if isinstance(batch, list | tuple) and len(batch) == 1:
+                batch = batch[0]  # noqa: PLW2901 - a TensorDataset wraps its rows
+            tensor = as_tensor(batch, name) if isinstance(batch, np.ndarray) else batch
+            if not isinstance(tensor, Tensor):
+                raise UsageError(f"{name} of the source is a {type(batch).__name__}; it must be a tensor or an array")
+            rows = Rows([tensor.detach().cpu()], [name])
+            if self.d_in not in (0, rows.d_in):
+                raise UsageError(f"{name} of the source has d_in={rows.d_in}, those before it {self.d_in}")
+            yield rows.read(0, len(rows)).float()
 
 
 def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor, "batch d_in"]]:

@@ -57,7 +57,11 @@ class Entries(NamedTuple):
 
 
 def _offsets(groups: Int[Tensor, " nnz"], n_groups: int) -> Int[Tensor, " n_groups_plus_1"]:
-    return F.pad(torch.bincount(groups, minlength=n_groups).cumsum(0), (1, 0))
+    # Not bincount: on a GPU it makes the host wait.
+    counts = torch.zeros(n_groups, dtype=torch.int64, device=groups.device).index_add_(
+        0, groups, torch.ones_like(groups)
+    )
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
 def _stable_order(latents: Int[Tensor, " nnz"], d_sae: int) -> Int[Tensor, " nnz"]:

@@ -152,7 +152,11 @@ class BatchTopK(Sparsifier):
         self.register_buffer("threshold", torch.tensor(torch.nan))
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        return SparseCodes.where(pre_latents >= self._cut(pre_latents), pre_latents)
+        fires = pre_latents >= self._cut(pre_latents.detach())
+        if pre_latents.device.type != "cpu":
+            # To pad them the host would have to wait for their number.
+            return SparseCodes(pre_latents.masked_fill(~fires, 0), None, pre_latents.shape[1])
+        return SparseCodes.where(fires, pre_latents)
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         if bool(self.threshold.isnan()):

@@ -123,7 +123,7 @@ class Trainer:
             prefix = f"adam.{name}."
             moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             if moments:
-                self.optimizer.state[parameter] = moments
+                self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
         for name in COUNTERS:
-            setattr(self, name, tensors[name])
+            setattr(self, name, tensors[name].to(self.silent_samples.device))
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]

@@ -105,12 +105,43 @@ def test_a_generator_ends(monkeypatch):
     assert len(list(source.batches(16, seed=0))) == 2
 
 
+def test_an_iterable_that_shuffles_would_leak_and_is_refused(monkeypatch):
+    monkeypatch.setattr(IterableSource, "N_HELD_OUT", 20)
+
+    class Shuffled:
+        def __iter__(self):
+            return iter(numbered(60)[torch.randperm(60)].split(10))
+
+    with pytest.raises(UsageError, match="another order each time"):
+        list(islice(as_source(Shuffled()).batches(10, seed=0), 20))
+
+
+def test_an_iterable_of_held_out_rows_only_ends(monkeypatch):
+    monkeypatch.setattr(IterableSource, "N_HELD_OUT", 50)
+
+    class Loader:
+        def __iter__(self):
+            return iter([[rows] for rows in numbered(50).split(10)])
+
+    assert list(as_source(Loader()).batches(10, seed=0)) == []
+
+
+def test_held_out_rows_of_large_files_are_checked_too(monkeypatch):
+    small_blocks(monkeypatch, rows=10, window_blocks=2)
+    clean = ArraySource(Rows([numbered(400)], ["x"]))
+    row = int(clean.held_out("evaluation", 1).x[0, 0])
+    x = numbered(400)
+    x[row, 0] = torch.nan
+    with pytest.raises(UsageError, match=f"row {row} holds NaN"):
+        ArraySource(Rows([x], ["acts.npy"])).held_out("evaluation", 100)
+
+
 def test_what_cannot_be_a_source():
     with pytest.raises(UsageError, match="cannot train on int"):
         as_source(3)
     with pytest.raises(UsageError, match="pass small sets as one tensor"):
         as_source(row for row in numbered(50).split(10))
-    with pytest.raises(UsageError, match="at least 20"):
+    with pytest.raises(UsageError, match="at least 50"):
         as_source(numbered(5))
     with pytest.raises(UsageError, match=r"holds torch\.int64"):
         as_source(np.zeros((40, 3), dtype=np.int64))

@@ -95,6 +95,37 @@ def test_overwriting_takes_the_run_and_nothing_else(tmp_path):
     assert (tmp_path / "run/notes.txt").read_text() == "mine"
 
 
+def test_a_directory_with_files_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "project/checkpoints").mkdir(parents=True)
+    (tmp_path / "project/checkpoints/model.pt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="holds checkpoints of something else"):
+            sae.train(config(tmp_path / "project"), overwrite=overwrite, report=False)
+    assert (tmp_path / "project/checkpoints/model.pt").read_text() == "precious"
+
+
+def test_bad_data_do_not_cost_the_earlier_run(tmp_path):
+    sae.train(config(tmp_path / "run"), report=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    for bad in (torch.ones(100, 6), torch.zeros(10, 6)):
+        with pytest.raises(UsageError):
+            sae.train(config(tmp_path / "run"), bad, overwrite=True, report=False)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+
+
+def test_activations_passed_from_python_are_what_is_recorded(tmp_path):
+    sae.train(config(tmp_path / "run"), torch.randn(500, 6), report=False)
+    assert sae.load_config(tmp_path / "run/config.yaml").source is None
+    with pytest.raises(UsageError, match="passed from Python"):
+        sae.evaluate_run(tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(UsageError, match="loss is not finite"):
+        sae.train(config(tmp_path / "run", train={"lr": 1e30}, sae={"kind": "relu"}), report=False)
+    assert checkpoint.latest(tmp_path / "run/checkpoints") is None
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     tensors = {"a": torch.arange(10.0)}
     checkpoint.save(tmp_path, 3, tensors, {"n": 1}, keep=2)
