@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae.errors import UsageError
+from sae.files import sha256
 
 TENSORS, VALUES = "state.safetensors", "state.json"
 
@@ -29,7 +29,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
-    values = values | {"sha256": _sha256(partial / TENSORS)}
+    values = values | {"sha256": sha256(partial / TENSORS)}
     (partial / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, target)
     for old in _all(folder)[:-keep]:
@@ -51,15 +51,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         values = json.loads((path / VALUES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path / VALUES} is damaged; delete {path} to resume from the one before") from error
-    if _sha256(path / TENSORS) != values.pop("sha256"):
+    if sha256(path / TENSORS) != values.pop("sha256"):
         raise UsageError(f"{path / TENSORS} does not match its checksum; delete {path} to resume from the one before")
     return load_file(path / TENSORS), values
 
 
 def _all(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

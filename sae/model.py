@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from sae.codes import SparseCodes
 from sae.config import SAEConfig, explain
 from sae.errors import UsageError
+from sae.files import sha256, write_text
 from sae.sparse_ops import encode_decode
 
 FORMAT_VERSION = 1
@@ -127,10 +127,10 @@ class SAE(nn.Module):
             "format_version": FORMAT_VERSION,
             "d_in": self.d_in,
             "sae": self.config.model_dump(mode="json"),
-            "sha256": _sha256(partial),
+            "sha256": sha256(partial),
         }
         os.replace(partial, folder / WEIGHTS)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
@@ -150,7 +150,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         raise UsageError(f"{folder / MANIFEST} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise UsageError(f"{folder / MANIFEST} has format {version}, this version reads {FORMAT_VERSION}")
-    if _sha256(folder / WEIGHTS) != manifest.get("sha256"):
+    if sha256(folder / WEIGHTS) != manifest.get("sha256"):
         raise UsageError(f"{folder / WEIGHTS} does not match its checksum in {MANIFEST}; copy both files again")
     try:
         config = SAEConfig.of_kind(options)
@@ -163,11 +163,6 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     own = ("encoder", "W_dec", "b_enc", "b_dec")
     sae.load_state_dict({name if name in own else f"sparsifier.{name}": t for name, t in tensors.items()})
     return sae.eval().requires_grad_(False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unit_rows(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import threading
@@ -26,6 +25,7 @@ from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import CHUNK_ROWS, Evaluation, evaluate, live_recovery
+from sae.files import write_text
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
 from sae.sources import HeldOut, Source, as_source
@@ -279,9 +279,7 @@ def save_result(out: Path, sae: SAE, evaluation: Evaluation) -> None:
 def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     """Final metrics and tables; result.json comes last and whole, since it says that the run is complete."""
     save_file({name: tensor.contiguous() for name, tensor in evaluation.tables.items()}, out / TABLES)
-    partial = out / f"{RESULT}.partial"
-    partial.write_text(json.dumps(evaluation.metrics, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, out / RESULT)
+    write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 
 def evaluate_run(out: Path) -> Evaluation:

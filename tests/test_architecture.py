@@ -15,6 +15,7 @@ LAYERS = {
     "toymodels": ["streams", "features", "models", "training", "geometry", "sparse_coding", "toymodels"],
     "sae": [
         "errors",
+        "files",
         "codes",
         "config",
         "losses",
