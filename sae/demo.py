@@ -18,6 +18,7 @@ from multiprocessing import Manager, active_children, get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from sae.config import EvaluationSection, TrainConfig
 from sae.console import postfix, print_table
 from sae.evaluation import evaluate
 from sae.model import load
+from sae.optim import adam
 from sae.run import check_out, require_report, train
 from sae.sources import ToySourceConfig
 
@@ -94,6 +96,8 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     n_steps = toy.n_steps + sum(config.n_steps for _, _, config in saes)
     with tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar, one_thread_each() as pool:
         bar.set_description("toy model")
+        for _ in saes:
+            pool.submit(load_libraries)  # the cores that the toy model leaves idle get ready
 
         def toy_step(step: int, losses: Tensor) -> None:
             bar.update()
@@ -182,6 +186,11 @@ def train_and_measure(
             bar.update(done_before + sum(steps.values()) - bar.n)
     order = [*METHODS, *BASELINES]
     return [jobs[key].result() for key in sorted(jobs, key=lambda key: (order.index(key[0]), key[1]))]
+
+
+def load_libraries() -> None:
+    """Imports in a worker what its first run would wait for."""
+    adam([torch.nn.Parameter(torch.zeros(1))])
 
 
 def sae_row(method: str, seed: int, config: TrainConfig, lines: Any) -> dict[str, Any]:

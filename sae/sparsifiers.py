@@ -182,11 +182,18 @@ class BatchTopK(Sparsifier):
 
 
 def kth_largest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
-    """The k-th largest value. NumPy's vectorised partition finds it 8 times faster than torch does on a CPU."""
-    if values.device.type == "cpu":
-        at = values.numel() - k
-        return values.new_tensor(np.partition(values.numpy(), at)[at])
-    return values.topk(k, sorted=False).values.min()
+    """The k-th largest value. NumPy's vectorised partition finds it 8 times faster than torch does on a CPU.
+
+    Every 16th value gives a bound that the k largest most likely exceed; when they do, only those are partitioned.
+    """
+    if values.device.type != "cpu":
+        return values.topk(k, sorted=False).values.min()
+    candidates = values.numpy()
+    sample, rank = candidates[::16], k // 12 + 16
+    if rank < len(sample):
+        above = candidates[candidates >= np.partition(sample, -rank)[-rank]]
+        candidates = above if len(above) >= k else candidates
+    return values.new_tensor(np.partition(candidates, -k)[-k])
 
 
 def require_k_fits(k: int | float, d_sae: int) -> None:
