@@ -189,7 +189,8 @@ def _only_key(path: Path, key: str | None, keys: list[str]) -> str:
 
 def _check_part(part: Tensor, name: str, first: Tensor, first_name: str) -> None:
     if part.ndim != 2:
-        raise UsageError(f"{name} must have shape [rows, d_in], got {list(part.shape)}; flatten the leading axes")
+        remedy = "flatten the leading axes" if part.ndim > 2 else "each row must be an activation vector"
+        raise UsageError(f"{name} must have shape [rows, d_in], got {list(part.shape)}; {remedy}")
     if 0 in part.shape:
         raise UsageError(f"{name} has no values: its shape is {list(part.shape)}")
     if not part.is_floating_point():

@@ -129,6 +129,7 @@ class SAE(nn.Module):
             "sae": self.config.model_dump(mode="json"),
             "sha256": sha256(partial),
         }
+        partial.chmod(0o644)  # safetensors writes files that only their owner may read
         os.replace(partial, folder / WEIGHTS)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 

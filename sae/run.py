@@ -45,7 +45,7 @@ CONFIG, RESULT, TABLES, REPORT, CHECKPOINTS = (
 # other data to about 1 %; sources that hold fewer rows back give fewer.
 N_CALIBRATION = 65_536
 # What a run writes into its directory, and --overwrite deletes.
-OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, "wandb")
+OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, "classes.json", "wandb")
 OnLine = Callable[[int, Mapping[str, float]], None]
 
 
@@ -291,7 +291,9 @@ def evaluate_run(out: Path) -> Evaluation:
     sae = load(out)
     config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
     if config.source is None:
-        raise UsageError(f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate there")
+        raise UsageError(
+            f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate(model, sae.HeldOut(x))"
+        )
     source = config.source.open()
     evaluation = evaluate(sae, source.held_out("evaluation", config.evaluation.n_samples), source.truth)
     save_evaluation(out, evaluation)
