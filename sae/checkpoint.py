@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.errors import UsageError
-from sae.files import sha256
+from sae.files import save_tensors, sha256
 
 TENSORS, VALUES = "state.safetensors", "state.json"
 
@@ -28,7 +28,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], values: dict[str, 
     partial = folder / f"{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+    save_tensors(partial / TENSORS, tensors)
     values = values | {"sha256": sha256(partial / TENSORS)}
     (partial / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, target)

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sae.codes import SparseCodes
 from sae.config import SAEConfig, explain
 from sae.errors import UsageError
-from sae.files import sha256, write_text
+from sae.files import save_tensors, sha256, write_text
 from sae.sparse_ops import encode_decode
 
 FORMAT_VERSION = 1
@@ -83,7 +83,7 @@ class SAE(nn.Module):
         if not passes:
             return codes, self.decode(codes)
         if codes.indices is None:
-            codes = self.sparsifier(pre_latents)
+            codes = SparseCodes(pre_latents.masked_fill(codes.values <= 0, 0), None, self.d_sae)
             return codes, self.decode(codes)
         bias = self.b_enc - self.encoder @ self.b_dec
         codes, decoded = encode_decode(x, codes, self.encoder, bias, self.W_dec)
@@ -122,14 +122,13 @@ class SAE(nn.Module):
         tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
         tensors |= self.sparsifier.state_dict()
         partial = folder / f"{WEIGHTS}.partial"
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+        save_tensors(partial, tensors)
         manifest = {
             "format_version": FORMAT_VERSION,
             "d_in": self.d_in,
             "sae": self.config.model_dump(mode="json"),
             "sha256": sha256(partial),
         }
-        partial.chmod(0o644)  # safetensors writes files that only their owner may read
         os.replace(partial, folder / WEIGHTS)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 

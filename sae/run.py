@@ -19,13 +19,12 @@ from types import FrameType
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import CHUNK_ROWS, Evaluation, evaluate, live_recovery
-from sae.files import write_text
+from sae.files import save_tensors, write_text
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
 from sae.sources import HeldOut, Source, as_source
@@ -278,7 +277,7 @@ def save_result(out: Path, sae: SAE, evaluation: Evaluation) -> None:
 
 def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     """Final metrics and tables; result.json comes last and whole, since it says that the run is complete."""
-    save_file({name: tensor.contiguous() for name, tensor in evaluation.tables.items()}, out / TABLES)
+    save_tensors(out / TABLES, evaluation.tables)
     write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 

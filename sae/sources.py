@@ -129,7 +129,8 @@ class ArraySource(Source):
 
     @cached_property
     def n_training_rows(self) -> int:
-        return sum(stop - start for start, stop in map(self._span, self.training_blocks.tolist()))
+        starts = self.training_blocks * self.block_rows
+        return int(((starts + self.block_rows).clamp_max(len(self.rows)) - starts).sum())
 
     def _span(self, block: int) -> tuple[int, int]:
         return block * self.block_rows, min((block + 1) * self.block_rows, len(self.rows))

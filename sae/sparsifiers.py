@@ -71,13 +71,11 @@ class ReLU(Sparsifier):
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         full = SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
-        if pre_latents.requires_grad or pre_latents.device.type != "cpu":
+        if pre_latents.device.type != "cpu":
             return full
         # On a CPU padded codes win as soon as few fire. What fires decides, so that a run stays reproducible.
-        n_firing = float(full.values.sign().sum())
-        return (
-            SparseCodes.where(pre_latents > 0, pre_latents) if n_firing < SPARSE_SHARE * pre_latents.numel() else full
-        )
+        few = float(full.values.sign().sum()) < SPARSE_SHARE * pre_latents.numel()
+        return SparseCodes.where(pre_latents > 0, pre_latents) if few else full
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes.where(pre_latents > 0, pre_latents)
