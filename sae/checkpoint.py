@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.errors import UsageError
-from sae.files import save_tensors, sha256
+from toymodels.files import save_tensors, sha256
 
 TENSORS, VALUES = "state.safetensors", "state.json"
 

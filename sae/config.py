@@ -7,7 +7,6 @@ itself by being defined, so a new sparsifier is a class in one file and no list 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from sae.errors import UsageError
+from toymodels.errors import nearest
 
 
 class Section(BaseModel):
@@ -259,12 +259,6 @@ def _flags(words: Sequence[str]) -> list[tuple[str, str]]:
             value = queue.pop(0)
         pairs.append((name.replace("-", "_"), value))
     return sorted(pairs, key=lambda pair: not pair[0].endswith(".kind"))
-
-
-def nearest(word: object, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """The end of an error about an unknown word: the nearest known one, and all of them."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f"{f'; did you mean {close[0]!r}?' if close else ';'} known: {', '.join(sorted(known))}"
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

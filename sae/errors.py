@@ -1,11 +1,8 @@
 """What a user can cause: a mistake, or a stop."""
 
+from toymodels.errors import UsageError
 
-class UsageError(ValueError):
-    """Something the user can get wrong; its message names the value, the rule and the remedy in one line.
-
-    The command line prints it without a traceback and exits with code 2.
-    """
+__all__ = ["Interrupted", "UsageError"]
 
 
 class Interrupted(Exception):

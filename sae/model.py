@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sae.codes import SparseCodes
 from sae.config import SAEConfig, explain
 from sae.errors import UsageError
-from sae.files import save_tensors, sha256, write_text
+from toymodels.files import save_tensors, sha256, write_text
 from sae.sparse_ops import encode_decode
 
 FORMAT_VERSION = 1

@@ -148,9 +148,9 @@ def test_mistakes_are_named():
     for p in (-0.1, 1.1, float("nan"), [0.5, 2.0]):
         with pytest.raises(ValueError, match=r"feature_prob must lie in \[0, 1\]"):
             Features(2, p)
-    with pytest.raises(ValueError, match="feature_prob must be one number or n_features=3 of them, got 2"):
+    with pytest.raises(ValueError, match="feature_prob must be one number, n_features=3 of them, or a row"):
         Features(3, [0.5, 0.5])
-    with pytest.raises(ValueError, match="importance must be one number or n_features=3 of them, got 2"):
+    with pytest.raises(ValueError, match="importance must be one number, n_features=3 of them, or a row"):
         Features(3, 0.5, torch.ones(2))
     with pytest.raises(ValueError, match="importance must not be negative"):
         Features(3, 0.5, -1.0)

@@ -17,6 +17,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from toymodels.co_firing import CoFiring
+from toymodels.errors import UsageError
+
+Numbers = float | Sequence[float] | Sequence[Sequence[float]] | Float[Tensor, "*instances n_features"]
+
 # Hazard of a feature that always fires: it misses once in e^40 = 2e17 rows.
 CERTAIN = 40.0
 
@@ -124,69 +129,96 @@ def _compressed(positions: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], s
 
 @dataclass(frozen=True)
 class Features:
-    """Independent features x_i ~ Bernoulli(p_i) · U[0, 1] of importance I_i (Elhage et al. 2022, section 2).
+    """Features x_i = fires_i · U[0, 1] of importance I_i, independent unless `co_firing` says otherwise.
 
-    p_i = `feature_prob` is 1 − S for sparsity S; both it and `importance` are one number for all the
-    features, or one for each.
+    fires_i ~ Bernoulli(p_i), where p_i = `feature_prob` is 1 − S for sparsity S (Elhage et al. 2022, section 2).
+    Both it and `importance` are one number for all the features, one for each, or one for each instance and
+    feature, [n_instances, n_features] or [n_instances, 1]: a stack of models then sweeps over them. `signed`
+    features are U[−1, 1] where they fire.
 
     Raises:
-        ValueError: no features, a probability outside [0, 1], a negative importance, a wrong number of them.
+        UsageError: no features, a probability outside [0, 1], a negative importance, a wrong number of them, or
+            features that cannot fire together as asked.
     """
 
     n_features: int
-    feature_prob: float | Sequence[float] | Float[Tensor, " n_features"]
-    importance: float | Sequence[float] | Float[Tensor, " n_features"] = 1.0
+    feature_prob: Numbers
+    importance: Numbers = 1.0
+    signed: bool = False
+    co_firing: CoFiring | None = None
 
     def __post_init__(self) -> None:
         if self.n_features < 1:
-            raise ValueError(f"n_features must be at least 1, got {self.n_features}")
+            raise UsageError(f"n_features must be at least 1, got {self.n_features}")
         for name in ("feature_prob", "importance"):
             given = getattr(self, name)
             if isinstance(given, Tensor | Sequence):
                 # Plain floats keep the world hashable and comparable.
-                given = tuple(torch.as_tensor(given, dtype=torch.float64).tolist())
-                if len(given) != self.n_features:
-                    raise ValueError(
-                        f"{name} must be one number or n_features={self.n_features} of them, got {len(given)}"
+                table = torch.as_tensor(given, dtype=torch.float64)
+                widths = (self.n_features,) if table.ndim == 1 else (self.n_features, 1)
+                if table.ndim not in (1, 2) or table.shape[-1] not in widths:
+                    raise UsageError(
+                        f"{name} must be one number, n_features={self.n_features} of them, or a row of either for "
+                        f"each instance, got shape {list(table.shape)}"
                     )
-                object.__setattr__(self, name, given)
-        if not ((self.probs >= 0) & (self.probs <= 1)).all():
-            raise ValueError(f"feature_prob must lie in [0, 1], got {self.feature_prob}; it is 1 − sparsity")
+                rows = table.tolist()
+                object.__setattr__(self, name, tuple(map(tuple, rows)) if table.ndim == 2 else tuple(rows))
+        if not ((self._gates >= 0) & (self._gates <= 1)).all():
+            raise UsageError(f"feature_prob must lie in [0, 1], got {self.feature_prob}; it is 1 − sparsity")
         if not (self.importances >= 0).all():
-            raise ValueError(f"importance must not be negative, got {self.importance}; 0 ignores a feature")
+            raise UsageError(f"importance must not be negative, got {self.importance}; 0 ignores a feature")
+        if self.co_firing is not None:
+            self.co_firing.check(self._gates)
+        _ = self.n_instances
 
     @cached_property
-    def probs(self) -> Float[Tensor, " n_features"]:
-        """p_i, in float64."""
-        return torch.as_tensor(self.feature_prob, dtype=torch.float64).expand(self.n_features)
+    def n_instances(self) -> int | None:
+        """How many instances have probabilities or importances of their own; None when all share them."""
+        counts = {len(table) for table in (self._gates, self.importances) if table.ndim == 2}
+        if len(counts) > 1:
+            raise UsageError(f"feature_prob and importance are given for different numbers of instances, {counts}")
+        return counts.pop() if counts else None
 
     @cached_property
-    def importances(self) -> Float[Tensor, " n_features"]:
+    def _gates(self) -> Float[Tensor, "*instances n_features"]:
+        """p_i as given, in float64."""
+        return self._table(self.feature_prob, torch.float64)
+
+    @cached_property
+    def probs(self) -> Float[Tensor, "*instances n_features"]:
+        """P(x_i ≠ 0), in float64."""
+        return self._gates if self.co_firing is None else self.co_firing.marginals(self._gates)
+
+    @cached_property
+    def importances(self) -> Float[Tensor, "*instances n_features"]:
         """I_i."""
-        return torch.as_tensor(self.importance, dtype=torch.float32).expand(self.n_features)
+        return self._table(self.importance, torch.float32)
+
+    def _table(self, given: Numbers, dtype: torch.dtype) -> Tensor:
+        table = torch.as_tensor(given, dtype=dtype)
+        return table.expand(*table.shape[:-1], self.n_features)
 
     @cached_property
-    def _hazard(self) -> Float[Tensor, " n_features"]:
+    def _hazard(self) -> Float[Tensor, " n_features_of_all_instances"]:
         """Λ_i = Σ_{j≤i} λ_j, λ_j = −log(1 − p_j): the expected events of a row up to feature i."""
-        return (-torch.log1p(-self.probs)).clamp(max=CERTAIN).cumsum(0)
+        return (-torch.log1p(-self._gates)).clamp(max=CERTAIN).flatten().cumsum(0)
 
     @property
     def mostly_dense(self) -> bool:
         """Whether so many features fire (p above about .22) that a draw for each entry is cheaper."""
-        return bool(self._hazard[-1] > self.n_features / 4)
+        return bool(self._hazard[-1] > len(self._hazard) / 4)
 
     def sample(self, batch_size: int, generator: torch.Generator, n_instances: int | None = None) -> FeatureBatch:
         """A batch on the generator's device: [batch_size, n_features], n_instances in front if given.
 
         Raises:
-            ValueError: batch_size or n_instances below 1.
+            UsageError: batch_size or n_instances below 1, or not the number of instances of these features.
         """
-        if self.mostly_dense:
+        if self.mostly_dense or self.co_firing is not None or self.n_instances is not None:
             return FeatureBatch.from_dense(self.sample_dense(batch_size, generator, n_instances))
         shape = self._shape(batch_size, n_instances)
         positions = self._fire(prod(shape[:-1]), 1, generator)
-        values = torch.rand(len(positions), generator=generator, device=generator.device)
-        return _compressed(positions, values, shape)
+        return _compressed(positions, self._values(len(positions), generator), shape)
 
     def sample_dense(
         self,
@@ -204,13 +236,28 @@ class Features:
         groups, device = prod(shape[:-2]), generator.device
         size = (groups, self.n_features, batch_size)
         x = torch.empty(size, device=device) if out is None else out.mT.view(size)
-        if self.mostly_dense:  # a draw u for each entry: it fires if u < p_i, at u / p_i
-            probs = self.probs[:, None].to(device, torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
-            torch.threshold_(x.uniform_(generator=generator).div_(-probs), -1.0, 0.0).abs_()
+        gates = rearrange(self._gates, "... n -> ... n 1").to(device, torch.float32)
+        if self.co_firing is not None:
+            fires = self.co_firing.fire(gates.expand(groups, self.n_features, 1), batch_size, generator)
+            x.uniform_(-1.0 if self.signed else 0.0, 1.0, generator=generator).mul_(fires)
+        elif self.mostly_dense:  # a draw u for each entry: it fires if u < p_i, at u / p_i
+            tiny = gates.clamp(min=torch.finfo(torch.float32).tiny)
+            if self.signed:  # u in [-1, 1] fires if |u| < p_i
+                x.uniform_(-1.0, 1.0, generator=generator).div_(tiny)
+                x.mul_(x.abs() < 1)
+            else:
+                torch.threshold_(x.uniform_(generator=generator).div_(-tiny), -1.0, 0.0).abs_()
         else:
-            positions = self._fire(groups, batch_size, generator)
-            x.zero_().put_(positions, torch.rand(len(positions), generator=generator, device=device))
+            # With probabilities for each instance, the stack is one long row of features.
+            stacked = self._gates.ndim == 2
+            positions = self._fire(1 if stacked else groups, batch_size, generator)
+            x.zero_().put_(positions, self._values(len(positions), generator))
         return x.mT.view(shape) if n_instances is None else x.mT
+
+    def _values(self, n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
+        """U[0, 1], or U[−1, 1] when signed."""
+        values = torch.rand(n, generator=generator, device=generator.device)
+        return values.mul_(2).sub_(1) if self.signed else values
 
     def _fire(self, groups: int, repeats: int, generator: torch.Generator) -> Int[Tensor, " nnz"]:
         """Increasing positions of the entries of a [groups, n_features, repeats] tensor that fire.
@@ -219,7 +266,7 @@ class Features:
         An entry fires when at least one event falls on it: independently, with probability
         1 − exp(−λ_i) = p_i. The cost is that of the events, groups · repeats · Σλ_i, whatever n_features is.
         """
-        device, n = generator.device, self.n_features
+        device, n = generator.device, len(self._hazard)
         expected = (groups * repeats * self._hazard[-1]).to(device)
         n_events = int(torch.poisson(expected, generator=generator))
         # Cumulated exponential gaps, over their total, are sorted uniform times: nothing is left to sort.
@@ -242,5 +289,10 @@ class Features:
         leading = (batch_size,) if n_instances is None else (n_instances, batch_size)
         shape = (*leading, self.n_features)
         if min(shape) < 1:
-            raise ValueError(f"batch_size and n_instances must be at least 1, got shape {list(shape)}")
+            raise UsageError(f"batch_size and n_instances must be at least 1, got shape {list(shape)}")
+        if self.n_instances not in (None, n_instances):
+            raise UsageError(
+                f"these features differ between n_instances={self.n_instances} instances, got {n_instances}; "
+                "give a model of as many"
+            )
         return shape

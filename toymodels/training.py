@@ -1,6 +1,7 @@
 """Trains a whole stack of toy models at once.
 
-The gradients are written by hand, because the autograd tape costs more than the arithmetic at these sizes.
+The gradients of the plain models are written by hand, because the autograd tape costs more than the arithmetic
+at these sizes; other architectures and objectives go through autograd.
 Two forms of the same equations share the work: one reads dense batches, the other only the active features,
 which wins when few of them are (3× at n = 256, m = 64, p = .01). Tests judge both by autograd in float64.
 """
@@ -18,8 +19,11 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from toymodels.errors import UsageError
 from toymodels.features import FeatureBatch, Features
 from toymodels.models import ToyModel
+
+PerInstance = float | Float[Tensor, " n_instances"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,8 @@ class ToyTraining:
     """What a training run leaves beside the trained model."""
 
     losses: Float[Tensor, "n_steps n_instances"]
+    snapshots: Float[Tensor, "n_snapshots n_instances n_features d_hidden"]
+    """W before step 0, every `snapshot_every` steps after it, and at the end; none unless asked for."""
 
     @property
     def final_losses(self) -> Float[Tensor, " n_instances"]:
@@ -42,10 +48,62 @@ class ToyTraining:
 def weighted_error(
     x: Float[Tensor, "n_instances batch n_features"],
     y: Float[Tensor, "n_instances batch n_features"],
-    importance: Float[Tensor, " n_features"],
+    importance: Float[Tensor, "*instances n_features"],
 ) -> Float[Tensor, " n_instances"]:
     """L = mean over the batch of Σ_i I_i (x_i − y_i)² (Elhage et al. 2022, section 2)."""
-    return reduce((x - y).square() @ importance, "i b -> i", "mean")
+    return (reduce((x - y).square(), "i b n -> i n", "mean") * importance).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What a model is trained for, beyond Σ_i I_i (x_i − y_i)². Each number may be one for each instance."""
+
+    target: Callable[[Tensor], Tensor] | None = None
+    """What y should be, as a function of x; default x itself. |x| is torch.abs."""
+    dropout: PerInstance = 0.0
+    """q: hidden units are zeroed with probability q, the others divided by 1 − q."""
+    l1_hidden: PerInstance = 0.0
+    """Weight of the mean over the batch of Σ_k |h_k|."""
+    l1_weights: PerInstance = 0.0
+    """Weight of Σ |W|, and of Σ |W_out| when it has weights of its own."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing but the weighted error of x."""
+        costs = (self.dropout, self.l1_hidden, self.l1_weights)
+        return self.target is None and all(isinstance(cost, float | int) and cost == 0 for cost in costs)
+
+    def loss(
+        self,
+        model: ToyModel,
+        x: Float[Tensor, "n_instances batch n_features"],
+        importance: Float[Tensor, "*instances n_features"],
+        generator: torch.Generator,
+    ) -> tuple[Float[Tensor, " n_instances"], Float[Tensor, " n_instances"]]:
+        """The weighted error of each instance, and the same with penalties added."""
+        hidden = read = model.hidden(x)
+        if not isinstance(self.dropout, float | int) or self.dropout > 0:
+            q = torch.as_tensor(self.dropout, device=x.device).expand(model.n_instances)[:, None, None]
+            kept = torch.rand(hidden.shape, generator=generator, device=x.device) >= q
+            read = hidden * kept / (1 - q)
+        error = weighted_error(x if self.target is None else self.target(x), model.read(read), importance)
+        total = error
+        if not isinstance(self.l1_hidden, float | int) or self.l1_hidden > 0:
+            total = total + self.l1_hidden * reduce(hidden.abs(), "i b d -> i", "sum") / x.shape[1]
+        if not isinstance(self.l1_weights, float | int) or self.l1_weights > 0:
+            size = model.W.abs().sum((1, 2))
+            if not model.tied:
+                size = size + model.W_out.abs().sum((1, 2))
+            total = total + self.l1_weights * size
+        return error, total
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + cos(pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+"""The learning rate's factor, of the part of the run that is done."""
 
 
 def train(
@@ -56,57 +114,73 @@ def train(
     lr: float | None = None,
     *,
     generator: torch.Generator,
+    objective: Objective = Objective(),  # noqa: B008 - frozen
     weight_decay: float = 0.01,
-    schedule: Literal["cosine", "constant"] = "cosine",
+    schedule: Literal["cosine", "linear", "constant"] = "cosine",
+    snapshot_every: int | None = None,
     progress: Callable[[int, Float[Tensor, " n_instances"]], None] | None = None,
 ) -> ToyTraining:
     """Trains every instance of the model, in place, on fresh batches of its own.
 
-    AdamW; the learning rate (1e-2 up to 12 features, 5e-3 beyond) falls along a cosine to 0, or is constant.
+    AdamW; the learning rate (1e-2 up to 12 features, 5e-3 beyond) falls along a cosine or a line to 0, or is
+    constant. `losses` are the weighted errors, under dropout if there is some, without penalties.
     `progress` is called after each step with its number and the losses before it.
 
     Raises:
-        ValueError: the features do not fit the model, fewer than one step, or an unknown schedule.
+        UsageError: the features do not fit the model, fewer than one step, or an unknown schedule.
     """
     if features.n_features != model.n_features:
-        raise ValueError(
+        raise UsageError(
             f"the model reads n_features={model.n_features}, the features are {features.n_features}; "
             "build both with the same number"
         )
     if n_steps < 1:
-        raise ValueError(f"n_steps must be at least 1, got {n_steps}")
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule must be 'cosine' or 'constant', got {schedule!r}")
+        raise UsageError(f"n_steps must be at least 1, got {n_steps}")
+    if schedule not in SCHEDULES:
+        raise UsageError(f"schedule must be one of {tuple(SCHEDULES)}, got {schedule!r}")
     if lr is None:
         lr = 1e-2 if model.n_features <= 12 else 5e-3
     importance = features.importances.to(model.W.device)
+    plain = objective.is_plain and model.tied and model.hidden_activation == "linear"
     # Where the sparse form is faster, measured over n = 20 ... 256, m = 5 ... 64, p = .01 ... 1.
-    sparse = float(features.probs.sum()) < model.d_hidden / 10
+    sparse = plain and features.probs.ndim == 1 and float(features.probs.sum()) < model.d_hidden / 10
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     losses = torch.empty(n_steps, model.n_instances, device=model.W.device)
+    snapshots = []
     # Dense batches reuse their memory: touching fresh memory costs more than the arithmetic.
     dense, y, error = torch.empty(3, *model.b.shape, batch_size, device=model.W.device)
     for step in range(n_steps):
-        if schedule == "cosine":
-            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + cos(pi * step / n_steps))
+        if snapshot_every is not None and step % snapshot_every == 0:
+            snapshots.append(model.W.detach().clone())
+        optimizer.param_groups[0]["lr"] = lr * SCHEDULES[schedule](step / n_steps)
         x = (
             features.sample(batch_size, generator, model.n_instances)
             if sparse
             else features.sample_dense(batch_size, generator, model.n_instances, out=dense.mT)
         )
-        losses[step], model.W.grad, model.b.grad = loss_and_gradients(model, x, importance, (y, error))
+        if plain:
+            losses[step], model.W.grad, model.b.grad = loss_and_gradients(model, x, importance, (y, error))
+        else:
+            assert isinstance(x, Tensor)
+            losses[step], total = objective.loss(model, x, importance, generator)
+            parameters = list(model.parameters())
+            for parameter, gradient in zip(parameters, torch.autograd.grad(total.sum(), parameters), strict=True):
+                parameter.grad = gradient
         optimizer.step()
         if progress is not None:
             progress(step, losses[step])
     model.zero_grad()
-    return ToyTraining(losses)
+    if snapshot_every is not None:
+        snapshots.append(model.W.detach().clone())
+    history = torch.stack(snapshots) if snapshots else model.W.new_empty(0, *model.W.shape)
+    return ToyTraining(losses, history)
 
 
 @torch.no_grad()
 def loss_and_gradients(
     model: ToyModel,
     x: FeatureBatch | Float[Tensor, "n_instances batch n_features"],
-    importance: Float[Tensor, " n_features"],
+    importance: Float[Tensor, "*instances n_features"],
     scratch: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[
     Float[Tensor, " n_instances"],
@@ -130,13 +204,13 @@ def loss_and_gradients(
 def _dense(
     model: ToyModel,
     x: Float[Tensor, "n_instances n_features batch"],
-    importance: Float[Tensor, " n_features"],
+    importance: Float[Tensor, "*instances n_features"],
     y: Float[Tensor, "n_instances n_features batch"],
     error: Float[Tensor, "n_instances n_features batch"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through the hidden layer, MᵀW = I rᵀh and MW = xᵀ(r I W), in the memory of y and error."""
     W, batch = model.W, x.shape[2]
-    scale = rearrange(importance * (2 / batch), "n -> n 1")
+    scale = rearrange(importance * (2 / batch), "... n -> ... n 1")
     h = W.mT.contiguous() @ x
     torch.baddbmm(rearrange(model.b, "i n -> i n 1"), W, h, out=y)
     if model.activation == "relu":
@@ -146,8 +220,8 @@ def _dense(
         r = torch.ops.aten.threshold_backward.grad_input(error, y, 0, grad_input=y)  # error where y > 0
     back = (scale * W).mT.contiguous() @ r
     dW = scale * (r @ h.mT) + x @ back.mT
-    db = reduce(r, "i n b -> i n", "sum") * scale.squeeze(1)
-    return reduce(error.square_(), "i n b -> i n", "sum") @ importance / batch, dW, db
+    db = reduce(r, "i n b -> i n", "sum") * scale.squeeze(-1)
+    return (reduce(error.square_(), "i n b -> i n", "sum") * importance).sum(1) / batch, dW, db
 
 
 def _sparse(
@@ -172,10 +246,10 @@ def _sparse(
     offsets = F.pad(torch.bincount(feature, minlength=n_instances * n).cumsum(0), (1, 0))
     rows = rearrange(r, "i b n -> (i b) n")
     M = _weighted_sums(rows, row[by_feature], offsets, x.values[by_feature])
-    M = rearrange(M, "(i n) k -> i n k", i=n_instances) * scale
+    M = rearrange(M, "(i n) k -> i n k", i=n_instances) * rearrange(scale, "... k -> ... 1 k")
     db = reduce(r, "i b n -> i n", "sum") * scale
     errors = r.put_(x.positions, error).square_()
-    return reduce(errors, "i b n -> i n", "sum") @ importance / batch, (M + M.mT) @ W, db
+    return (reduce(errors, "i b n -> i n", "sum") * importance).sum(1) / batch, (M + M.mT) @ W, db
 
 
 def _weighted_sums(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae.report import palette
+from toymodels import palette
 from sae.report.data import Collection, Run
 from sae.report.html import Figure
 
@@ -166,7 +166,7 @@ def _map(
         "y": [f"feature {i}" for i in features.tolist()],
         "zmin": -1,
         "zmax": 1,
-        "colorscale": palette.diverging_scale(),
+        "colorscale": diverging_scale(),
         "showscale": False,
         "hovertemplate": "%{y}, %{x}<br>cosine %{z:.2f}<extra></extra>",
     }
@@ -236,7 +236,7 @@ def _note(words: str, y: float) -> dict[str, Any]:
 
 
 def _series(collection: Collection, run: Run) -> tuple[str, str]:
-    return palette.series(collection.methods.index(run.method))
+    return series(collection.methods.index(run.method))
 
 
 def _log_axis(traces: list[dict[str, Any]]) -> dict[str, Any]:
@@ -256,3 +256,15 @@ def _short(values: np.ndarray) -> list[float | None]:
 def _spread(n: int, most: int) -> Int[np.ndarray, " kept"]:
     """0..n-1, or `most` of them at even distances."""
     return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(int)
+
+
+def diverging_scale() -> list[tuple[float, str]]:
+    """The map of signed cosines for plotly."""
+    last = len(palette.DIVERGING_LIGHT) - 1
+    return [(stop / last, f"var(--map-{stop})") for stop in range(last + 1)]
+
+
+def series(place: int) -> tuple[str, str]:
+    """Colour and dash of the method at a place."""
+    n = len(palette.SERIES_LIGHT)
+    return f"var(--series-{place % n})", palette.DASHES[(place + place // n) % len(palette.DASHES)]

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from sae.errors import UsageError
-from sae.report import palette
+from toymodels import palette
 
 Figure = dict[str, Any]
 """A plotly figure as plotly.js reads it: `data` and `layout`. Colours are named as in CSS: `var(--ink)`."""

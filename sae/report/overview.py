@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float
 
 from sae.errors import UsageError
-from sae.report import palette
 from sae.report.data import Run, read_run
 from sae.report.figures import latents_in_order, shown_features, unit
+from toymodels import palette
 from toymodels.features import Features
 from toymodels.models import ToyModel
 from toymodels.streams import generator

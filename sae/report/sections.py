@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sae.report import figures, palette, tables
+from sae.report import figures, tables
 from sae.report.data import FOUND, MAX_SHOWN, Collection, Run
 from sae.report.html import Html, folded, grid, join, plot, section, tag, text
 
@@ -264,7 +264,7 @@ def _key(collection: Collection) -> Html:
         return Html("")
     entries = []
     for place, method in enumerate(collection.methods):
-        colour, dash = palette.series(place)
+        colour, dash = figures.series(place)
         line = tag("line", x1=0, y1=5, x2=30, y2=5, stroke_dasharray=DASHES[dash], style=f"stroke:{colour}")
         picture = tag("svg", line, viewBox="0 0 30 10", aria_hidden="true")
         entries.append(tag("li", picture, tables.method_name(method)))

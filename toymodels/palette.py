@@ -1,4 +1,4 @@
-"""Colours, once: for the page in light and dark, and for pictures.
+"""Colours, once: for pages in light and dark, and for pictures.
 
 Series are Okabe & Ito's colours, moved until each has a contrast of 3 : 1 to the page. Signed cosines have
 diverging maps from orange (-) to blue (+) in equal steps of Oklab, in which zero is the page itself: what is
@@ -48,18 +48,6 @@ def css() -> str:
         f":root {{ color-scheme: light dark; {_properties(light)} }}\n"
         f"@media (prefers-color-scheme: dark) {{ :root {{ {_properties(dark)} }} }}"
     )
-
-
-def diverging_scale() -> list[tuple[float, str]]:
-    """The map of signed cosines for plotly."""
-    last = len(DIVERGING_LIGHT) - 1
-    return [(stop / last, f"var(--map-{stop})") for stop in range(last + 1)]
-
-
-def series(place: int) -> tuple[str, str]:
-    """Colour and dash of the method at a place."""
-    n = len(SERIES_LIGHT)
-    return f"var(--series-{place % n})", DASHES[(place + place // n) % len(DASHES)]
 
 
 def _numbered(name: str, colours: tuple[str, ...]) -> dict[str, str]:
