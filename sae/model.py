@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sae.codes import SparseCodes
 from sae.config import SAEConfig, explain
 from sae.errors import UsageError
-from toymodels.files import save_tensors, sha256, write_text
 from sae.sparse_ops import encode_decode
+from toymodels.files import save_tensors, sha256, write_text
 
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "sae.safetensors", "sae.json"

@@ -24,11 +24,11 @@ from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import CHUNK_ROWS, Evaluation, evaluate, live_recovery
-from toymodels.files import save_tensors, write_text
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
 from sae.sources import HeldOut, Source, as_source
 from sae.trainer import Trainer
+from toymodels.files import save_tensors, write_text
 from toymodels.streams import generator
 
 logger = logging.getLogger("sae")

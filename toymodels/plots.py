@@ -49,6 +49,8 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "svg.fonttype": "path",
+    "mathtext.fontset": "custom",
+    "mathtext.default": "regular",
     "svg.hashsalt": "toymodels",
     "figure.facecolor": palette.LIGHT["paper"],
 }

@@ -114,7 +114,7 @@ def train(
     lr: float | None = None,
     *,
     generator: torch.Generator,
-    objective: Objective = Objective(),  # noqa: B008 - frozen
+    objective: Objective = Objective(),
     weight_decay: float = 0.01,
     schedule: Literal["cosine", "linear", "constant"] = "cosine",
     snapshot_every: int | None = None,

@@ -121,9 +121,7 @@ class ToyRecipe(Recipe):
 
     def build(self, seed: int, on_step: OnStep | None = None) -> ToyWorld:
         features = self.features
-        model = ToyModel(
-            self.n_features, self.d_hidden, generator=generator(seed, "toy", "weights"), **self.model
-        )
+        model = ToyModel(self.n_features, self.d_hidden, generator=generator(seed, "toy", "weights"), **self.model)
         stream = generator(seed, "toy", "training")
         train(model, features, self.n_steps, generator=stream, progress=on_step, **self.training)
         return ToyWorld(model, features)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from toymodels import palette
 from sae.report.data import Collection, Run
 from sae.report.html import Figure
+from toymodels import palette
 
 # Rows and columns of a map that can be told apart on a screen; points of a scatter that stay quick.
 MAX_FEATURES = 256

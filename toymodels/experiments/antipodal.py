@@ -30,7 +30,9 @@ def run(context: Context) -> Outcome:
         model, Features(2, probs), N_STEPS, BATCH, generator=context.stream("batches"), progress=context.tick
     )
     claims, tensors, conditions = Claims("1"), {}, {}
-    for p, W, b, losses in zip(PROBS, *(t.split(N_SEEDS) for t in (model.W, model.b, training.final_losses))):
+    for p, W, b, losses in zip(
+        PROBS, *(t.split(N_SEEDS) for t in (model.W, model.b, training.final_losses)), strict=True
+    ):
         condition, best = f"p={p}", int(losses.argmin())
         weights = W.detach().squeeze(2)
         antipodal = (weights.prod(1) < 0) & (weights.abs() > 0.5).all(1)
