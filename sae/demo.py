@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from multiprocessing import Manager, active_children, get_context
+from multiprocessing import Manager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from sae.model import load
 from sae.optim import adam
 from sae.run import check_out, require_report, train
 from sae.sources import ToySourceConfig
+from toymodels.processes import one_thread_each
 
 N_SEEDS = 3
 K = 3
@@ -59,13 +58,6 @@ BASELINES = {
 }
 TRAIN = {"n_samples": 6_144_000, "batch_size": 2048, "lr": 3.0e-3}
 
-# glibc gives freed memory back at once, and a step of a few ms then pays for the pages again: let it keep them.
-CHILD_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-}
-
 # Column -> where its values are, and how many digits they deserve.
 COLUMNS = {
     "MCC": ("recovery/mcc", 3),
@@ -93,7 +85,7 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     ]
     for _, _, config in saes:
         check_out(config.out, resume=False, overwrite=overwrite)
-    n_steps = toy.n_steps + sum(config.n_steps for _, _, config in saes)
+    n_steps = toy.recipe.n_steps + sum(config.n_steps for _, _, config in saes)
     with tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar, one_thread_each() as pool:
         bar.set_description("toy model")
         for _ in saes:
@@ -102,9 +94,9 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
         def toy_step(step: int, losses: Tensor) -> None:
             bar.update()
 
-        model = toy.trained_model(on_step=toy_step)
+        world = toy.recipe.build(toy.seed, on_step=toy_step)
         out.mkdir(parents=True, exist_ok=True)
-        model.save(out / TOY)
+        world.model.save(out / TOY)
         rows = train_and_measure(pool, out, toy, saes, bar)
     (out / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     from sae.report import write_report  # noqa: PLC0415 - an extra, and slow to import
@@ -127,26 +119,6 @@ def sae_config(out: Path, toy: ToySourceConfig, method: str, seed: int, first: b
         "out": out if first else out / f"{method}-{seed}",
     }
     return TrainConfig.model_validate(sections)
-
-
-@contextmanager
-def one_thread_each() -> Iterator[ProcessPoolExecutor]:
-    """A process for each core: at these sizes two runs with a core each end long before one with two and another."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    previous = {name: os.environ.get(name) for name in CHILD_ENVIRONMENT}
-    os.environ.update(CHILD_ENVIRONMENT)  # read by the children's libraries when these are loaded
-    try:
-        with ProcessPoolExecutor(n_cores, get_context("spawn")) as pool:
-            try:
-                yield pool
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in active_children():
-                    child.terminate()
-                raise
-    finally:
-        for name, value in previous.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def train_and_measure(

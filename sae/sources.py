@@ -8,7 +8,7 @@ there are any.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -17,17 +17,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from sae.arrays import Rows, as_tensor, open_rows
 from sae.config import SourceConfig
 from sae.errors import UsageError
-from toymodels.features import FeatureBatch, Features
-from toymodels.models import ToyModel
+from toymodels.experiments import NAMES, experiment
+from toymodels.features import FeatureBatch
 from toymodels.streams import generator
-from toymodels.training import train as train_toy
+from toymodels.worlds import Recipe, ToyRecipe, World
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -62,27 +62,21 @@ class Source(ABC):
         """Up to n rows for one purpose: always the same ones, disjoint from training and from the other purpose."""
 
 
-class ToySource(Source):
-    """The hidden activations of a toy model: an endless stream with known features."""
+class WorldSource(Source):
+    """The hidden activations of a toy world: an endless stream, with known features wherever there are features."""
 
-    def __init__(self, model: ToyModel, features: Features, seed: int = 0) -> None:
-        self.model, self.features, self.seed = model, features, seed
-        self.truth = model.W.detach()[0]
-        self.d_in = self.truth.shape[1]
+    def __init__(self, world: World, seed: int = 0) -> None:
+        self.world, self.seed = world, seed
+        self.truth, self.d_in = world.truth, world.d_hidden
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
         step = start
         while True:
-            yield self._sample(batch_size, generator(self.seed, "training", seed, step)).x
+            yield self.world.sample(batch_size, generator(self.seed, "training", seed, step)).hidden
             step += 1
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
-        return self._sample(n, generator(self.seed, purpose))
-
-    def _sample(self, n: int, stream: torch.Generator) -> HeldOut:
-        acts = self.features.sample(n, stream)
-        assert self.truth is not None
-        return HeldOut(acts.embed(self.truth), acts)
+        return HeldOut(*self.world.sample(n, generator(self.seed, purpose)))
 
 
 class ArraySource(Source):
@@ -272,52 +266,60 @@ class ToySourceConfig(SourceConfig):
     """The hidden activations of a toy model that is trained on the spot (Elhage et al. 2022)."""
 
     kind: Literal["toy"] = "toy"
-    n_features: int = Field(default=256, gt=0)
-    d_hidden: int = Field(default=64, gt=0)
-    feature_prob: float = Field(default=0.01, gt=0, le=1)
-    """Probability that a feature fires: 1 - sparsity."""
-    n_steps: int = Field(default=3000, gt=0)
-    """Steps that the toy model trains for."""
+    experiment: str | None = None
+    """An experiment of `toymodels list`, whose features and model these are; default independent features of one
+    frequency in a ReLU-output model, 256 in 64 dimensions at feature_prob 0.01."""
+    n_features: int | None = Field(default=None, gt=0)
+    """True features; default the experiment's."""
+    d_hidden: int | None = Field(default=None, gt=0)
+    """Dimensions that they are squeezed into, the SAE's d_in; default the experiment's."""
+    feature_prob: float | None = Field(default=None, gt=0, le=1)
+    """Probability that a feature fires, 1 - sparsity; default the experiment's."""
+    n_steps: int | None = Field(default=None, gt=0)
+    """Steps that the toy model trains for; default the experiment's."""
     seed: int = Field(default=0, ge=0)
     """Decides the toy model and its features; `train.seed` decides the SAE."""
     weights: Path | None = None
     """A toy model trained before, to load instead of training."""
 
-    def open(self) -> ToySource:
-        return ToySource(self.saved_model() or self.trained_model(), self.features, self.seed)
+    @field_validator("experiment")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None:
+            experiment(name)
+        return name
 
     @property
-    def features(self) -> Features:
-        return Features(self.n_features, self.feature_prob)
+    def recipe(self) -> Recipe:
+        """How the world is made.
 
-    def saved_model(self) -> ToyModel | None:
-        """The model in `weights`, if that is set."""
+        Raises:
+            UsageError: the experiment has no hidden activations, or not such sizes.
+        """
+        sizes = {"n_features": self.n_features, "d_hidden": self.d_hidden}
+        sizes |= {"feature_prob": self.feature_prob, "n_steps": self.n_steps}  # type: ignore[dict-item]
+        if self.experiment is None:
+            return ToyRecipe().resized(**sizes)  # type: ignore[arg-type]
+        recipe = experiment(self.experiment).recipe
+        if recipe is None:
+            with_hidden = [name for name in NAMES if experiment(name).recipe is not None]
+            raise UsageError(
+                f"source.experiment {self.experiment!r} has no hidden activations; use one of {', '.join(with_hidden)}"
+            )
+        return recipe.resized(**sizes)  # type: ignore[arg-type]
+
+    def open(self) -> WorldSource:
+        recipe = self.recipe
         if self.weights is None:
-            return None
+            return WorldSource(recipe.build(self.seed), self.seed)
+        if not isinstance(recipe, ToyRecipe):
+            raise UsageError(f"source.weights cannot be loaded into {self.experiment!r}; leave it out")
         try:
-            model = ToyModel.load(self.weights)
+            return WorldSource(recipe.load(self.weights), self.seed)
         except (OSError, ValueError, SafetensorError) as error:
             raise UsageError(
                 f"source.weights {self.weights} cannot be loaded: {error}; leave it out to train"
             ) from error
-        if (model.n_features, model.d_hidden) != (self.n_features, self.d_hidden):
-            raise UsageError(
-                f"source.weights {self.weights} holds {model.n_features} features in {model.d_hidden} dimensions, the "
-                f"source asks for {self.n_features} in {self.d_hidden}; make them agree"
-            )
-        return model
-
-    def trained_model(self, on_step: Callable[[int, Tensor], None] | None = None) -> ToyModel:
-        """The toy model, trained afresh; `on_step(step, losses)` is called after each step."""
-        model = ToyModel(self.n_features, self.d_hidden, generator=generator(self.seed, "toy", "weights"))
-        train_toy(
-            model,
-            self.features,
-            self.n_steps,
-            generator=generator(self.seed, "toy", "training"),
-            progress=on_step,
-        )
-        return model
 
 
 class ArraySourceConfig(SourceConfig):

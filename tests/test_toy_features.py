@@ -169,3 +169,44 @@ def test_mistakes_are_named():
             batch.embed(W)
     with pytest.raises(ValueError, match="cannot embed features of shape"):
         Features(3, 0.1).sample(4, generator(0)).embed(torch.ones(4, 3, 5))
+
+
+# Features that differ between instances, and signed ones
+
+
+@pytest.mark.parametrize("probs", [[[0.02], [0.1], [0.05]], [[0.9], [0.02], [0.4]]], ids=["sparse", "dense"])
+@pytest.mark.parametrize("how", ["sample", "sample_dense"])
+def test_each_instance_has_its_own_probabilities(probs, how):
+    table = torch.tensor(probs, dtype=torch.float64) * torch.tensor([1.0, 0.5, 0.1, 0.0])
+    features = Features(4, table)
+    x = getattr(features, how)(N // 2, generator(0, "test", how), 3)
+    x = x if isinstance(x, torch.Tensor) else x.dense()
+    sd = (table * (1 - table) / (N // 2)).sqrt()
+    assert x.shape == (3, N // 2, 4)
+    assert (((x > 0).double().mean(1) - table).abs() <= 5 * sd).all()
+    counts = (x > 0).sum(1)
+    means = x.sum(1) / counts.clamp(min=1)
+    assert ((means - 0.5).abs() < 5 / (12 * counts).sqrt())[counts > 0].all()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.8, 1.0])
+@pytest.mark.parametrize("how", ["sample", "sample_dense"])
+def test_signed_features_fire_as_often_and_to_both_sides(p, how):
+    features = Features(3, p, signed=True)
+    x = getattr(features, how)(N, generator(0, "test", how))
+    x = x if isinstance(x, torch.Tensor) else x.dense()
+    assert ((x != 0).double().mean(0) - p).abs().max() <= 5 * (p * (1 - p) / N) ** 0.5 + 1e-6
+    active = x[x != 0]
+    for t in (-0.8, -0.3, 0.0, 0.5, 0.9):  # the distribution function of U[-1, 1]
+        assert (active < t).double().mean().item() == pytest.approx((t + 1) / 2, abs=5 * 0.5 / len(active) ** 0.5)
+
+
+def test_instances_that_disagree_are_named():
+    with pytest.raises(ValueError, match="different numbers of instances"):
+        Features(2, [[0.1], [0.2]], [[1.0], [1.0], [0.5]])
+    features = Features(2, [[0.1], [0.2]])
+    assert features.n_instances == 2
+    assert Features(2, 0.1).n_instances is None
+    for n_instances in (None, 3):
+        with pytest.raises(ValueError, match="differ between n_instances=2 instances"):
+            features.sample(4, generator(0), n_instances)

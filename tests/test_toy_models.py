@@ -74,3 +74,45 @@ def test_mistakes_are_named(tmp_path):
     save_file({"W": torch.ones(1, 3, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is not a saved ToyModel"):
         ToyModel.load(tmp_path / "other.safetensors")
+
+
+# Hidden activations, and weights of its own to read them
+
+
+@pytest.mark.parametrize("hidden_activation", ["linear", "relu", "solu", "topk"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_form_is_its_equation_and_survives_saving(tmp_path, hidden_activation, tied):
+    k = 2 if hidden_activation == "topk" else None
+    model = ToyModel(7, 4, 3, hidden_activation=hidden_activation, k=k, tied=tied, generator=generator(0))
+    torch.nn.init.normal_(model.b, generator=generator(1))
+    x = Features(7, 0.5, signed=True).sample(11, generator(2), 3).dense()
+    for i in range(3):
+        a = x[i] @ model.W[i]
+        h = {
+            "linear": a,
+            "relu": a.clamp(min=0),
+            "solu": a * a.exp() / a.exp().sum(1, keepdim=True),
+            "topk": torch.where(a >= a.sort(1).values[:, [-2]], a.clamp(min=0), 0),
+        }[hidden_activation]
+        W_out = model.W[i].T if tied else model.W_out[i]
+        torch.testing.assert_close(model.hidden(x)[i], h)
+        torch.testing.assert_close(model(x)[i], (h @ W_out + model.b[i]).clamp(min=0))
+    assert model.tied == tied
+    assert model.W_out.shape == (3, 4, 7)
+    model.save(tmp_path / "toy.safetensors")
+    assert torch.equal(ToyModel.load(tmp_path / "toy.safetensors")(x), model(x))
+    assert torch.equal(model.instance(1)(x[1:2]), model(x)[1:2])
+
+
+def test_directions_are_the_answers_to_single_features():
+    model = ToyModel(5, 3, 2, hidden_activation="relu", tied=False, generator=generator(0))
+    one_hot = torch.eye(5).expand(2, 5, 5)
+    both = torch.cat([model.hidden(one_hot), model.hidden(-one_hot)], dim=1)
+    assert torch.equal(model.directions(signed=True), both)
+    assert torch.equal(model.directions(), both[:, :5])
+
+
+def test_a_k_that_does_not_fit_is_named():
+    for activation, k in (("topk", None), ("topk", 0), ("topk", 3), ("relu", 1)):
+        with pytest.raises(ValueError, match=r"needs a k in 1\.\.d_hidden=2"):
+            ToyModel(3, 2, hidden_activation=activation, k=k)

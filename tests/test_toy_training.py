@@ -10,7 +10,7 @@ from toymodels import geometry
 from toymodels.features import FeatureBatch, Features
 from toymodels.models import ToyModel
 from toymodels.streams import generator
-from toymodels.training import loss_and_gradients, train, weighted_error
+from toymodels.training import SCHEDULES, Objective, loss_and_gradients, train, weighted_error
 
 
 def trained(features, d_hidden, n_instances, n_steps, *, activation="relu", seed=0, **options):
@@ -33,11 +33,13 @@ def test_weighted_error_is_its_equation():
 @pytest.mark.parametrize("activation", ["relu", "linear"])
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("n_instances", [1, 3])
-def test_gradients_are_those_of_autograd(n_instances, probability, activation, layout):
+@pytest.mark.parametrize("own_importance", [False, True], ids=["one importance", "own importance"])
+def test_gradients_are_those_of_autograd(own_importance, n_instances, probability, activation, layout):
     n, d, batch = 7, 3, 13
     model = ToyModel(n, d, n_instances, activation, generator=generator(0)).double()
     torch.nn.init.normal_(model.b, std=0.3, generator=generator(1))
-    importance = torch.rand(n, generator=generator(2), dtype=torch.float64)
+    importance = torch.rand(n_instances, n, generator=generator(2), dtype=torch.float64)
+    importance = importance if own_importance else importance[0]
     x = Features(n, probability).sample(batch, generator(3), n_instances)
     x = FeatureBatch(x.indices, x.values.double(), x.offsets, x.shape)
     expected = weighted_error(x.dense(), model(x.dense()), importance)
@@ -140,5 +142,85 @@ def test_mistakes_are_named():
         train(model, Features(4, 0.1), 1, generator=generator(0))
     with pytest.raises(ValueError, match="n_steps must be at least 1, got 0"):
         train(model, Features(3, 0.1), 0, generator=generator(0))
-    with pytest.raises(ValueError, match="schedule must be one of .*, got 'sawtooth'"):
+    with pytest.raises(ValueError, match=r"schedule must be one of .*, got 'sawtooth'"):
         unwrap(train)(model, Features(3, 0.1), 1, generator=generator(0), schedule="sawtooth")
+
+
+# Other objectives, schedules and records
+
+
+def loss_of(objective, model, features, seed=3):
+    """What training would minimise, and on which batch."""
+    x = features.sample_dense(64, generator(seed), model.n_instances)
+    return objective.loss(model, x, features.importances, generator(seed)), x
+
+
+def test_an_objective_is_its_equation():
+    features = Features(5, 0.4, [0.9**i for i in range(5)], signed=True)
+    model = ToyModel(5, 3, 2, hidden_activation="relu", tied=False, generator=generator(0))
+    cost = torch.tensor([0.0, 0.3])
+    (error, total), x = loss_of(Objective(torch.abs, l1_hidden=cost, l1_weights=0.1), model, features)
+    torch.testing.assert_close(error, weighted_error(x.abs(), model(x), features.importances))
+    for i in range(2):
+        size = model.W[i].abs().sum() + model.W_out[i].abs().sum()
+        expected = error[i] + cost[i] * model.hidden(x)[i].abs().sum(1).mean() + 0.1 * size
+        torch.testing.assert_close(total[i], expected)
+
+
+def test_dropout_zeroes_a_share_and_keeps_the_mean():
+    features = Features(4, 1.0)
+    model = ToyModel(4, 50, 3, "linear", generator=generator(0))
+    q = torch.tensor([0.0, 0.2, 0.7])
+    read = []
+    model.read = lambda hidden: read.append(hidden) or ToyModel.read(model, hidden)
+    x = features.sample_dense(2000, generator(1), 3)
+    error, _ = Objective(dropout=q).loss(model, x, features.importances, generator(2))
+    hidden = model.hidden(x)
+    torch.testing.assert_close(error[0], weighted_error(x, model(x), features.importances)[0])
+    kept = read[0] != 0
+    assert (kept.double().mean((1, 2)) - (1 - q)).abs().max() < 0.01
+    torch.testing.assert_close(read[0], torch.where(kept, hidden / (1 - q)[:, None, None], 0))
+
+
+@pytest.mark.parametrize("hidden_activation", ["relu", "solu"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_any_form_and_objective_trains(hidden_activation, dropout):
+    features = Features(6, 0.3, signed=True)
+    model = ToyModel(6, 12, 2, hidden_activation=hidden_activation, tied=False, generator=generator(0))
+    objective = Objective(torch.abs, dropout=dropout)
+    run = train(model, features, 400, 256, generator=generator(1), objective=objective, schedule="linear")
+    assert (run.final_losses < 0.6 * run.losses[0]).all()
+
+
+def test_plain_objectives_agree_with_autograd_step_for_step():
+    """The hand-written path, and autograd on the same model with a penalty of nothing."""
+    features = Features(6, 0.3)
+    runs = []
+    for objective in (Objective(), Objective(l1_weights=torch.zeros(2))):
+        model = ToyModel(6, 2, 2, generator=generator(0))
+        train(model, features, 50, 64, generator=generator(1), objective=objective)
+        runs.append(model)
+    torch.testing.assert_close(runs[0].W, runs[1].W, rtol=1e-4, atol=1e-5)
+
+
+def test_snapshots_are_the_weights_on_the_way():
+    model = ToyModel(4, 2, 3, generator=generator(0))
+    first, seen = model.W.detach().clone(), []
+    run = train(
+        model,
+        Features(4, 0.5),
+        25,
+        32,
+        generator=generator(1),
+        snapshot_every=10,
+        progress=lambda step, losses: seen.append(model.W.detach().clone()),
+    )
+    assert torch.equal(run.snapshots, torch.stack([first, seen[9], seen[19], seen[24]]))
+    assert len(train(model, Features(4, 0.5), 2, 32, generator=generator(1)).snapshots) == 0
+
+
+def test_schedules_fall_from_one_to_nothing_or_stay():
+    for name, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)):
+        assert SCHEDULES[name](0.0) == 1
+        assert SCHEDULES[name](1.0) == pytest.approx(last)
+    assert SCHEDULES["linear"](0.25) == 0.75

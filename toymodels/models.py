@@ -64,7 +64,7 @@ class ToyModel(nn.Module):
         ):
             if value not in known:
                 raise UsageError(f"{name} must be one of {known}, got {value!r}")
-        if (hidden_activation == "topk") != (k is not None) or not 1 <= (k or 1) <= d_hidden:
+        if (hidden_activation == "topk") != (k is not None) or (k is not None and not 1 <= k <= d_hidden):
             raise UsageError(f"hidden_activation 'topk', and no other, needs a k in 1..d_hidden={d_hidden}, got {k}")
         if init_sd is None:
             init_sd = 0.45 if n_features <= 12 else n_features**-0.5

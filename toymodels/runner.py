@@ -1,4 +1,4 @@
-"""Runs an experiment, and writes what it found: figures, result.json, weights.safetensors."""
+"""Runs experiments side by side, and writes what each found: figures, result.json, weights.safetensors."""
 
 from __future__ import annotations
 
@@ -6,19 +6,91 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import Manager
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
 
 from toymodels import plots
+from toymodels.errors import UsageError
 from toymodels.experiments import experiment
 from toymodels.experiments.base import Context, Outcome
 from toymodels.files import save_tensors, write_text
+from toymodels.processes import one_thread_each
 
-RESULT, WEIGHTS = "result.json", "weights.safetensors"
+RESULT, WEIGHTS, ERROR = "result.json", "weights.safetensors", "error.txt"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an experiment ended: with its result, or with a traceback."""
+
+    name: str
+    result: dict[str, Any] | None
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """It ran, and all its claims hold."""
+        return self.result is not None and all(claim["holds"] for claim in self.result["claims"])
+
+
+def run_all(
+    names: Sequence[str],
+    out: Path,
+    seed: int,
+    fast: bool,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_end: Callable[[Ended], None] | None = None,
+) -> list[Ended]:
+    """Runs each experiment into the folder out/NAME, a process a core; one that fails does not stop the others.
+
+    `on_progress` is told an experiment's name and the steps done and expected, `on_end` how it ended.
+
+    Raises:
+        UsageError: what `check` finds.
+    """
+    check(names, out, seed)
+    # The slow ones first, so that no core waits for a long last one.
+    chosen = sorted((experiment(name) for name in names), key=lambda one: -one.seconds)
+    ended = []
+    with Manager() as manager, one_thread_each() as pool:
+        told: Queue[tuple[str, int, int]] = manager.Queue()
+        waiting: set[Future[Ended]] = {
+            pool.submit(_run_and_tell, one.name, out / one.name, seed, fast, told) for one in chosen
+        }
+        while waiting:
+            finished, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+            while not told.empty():
+                progress = told.get()
+                if on_progress is not None:
+                    on_progress(*progress)
+            for job in finished:
+                ended.append(job.result())
+                if on_end is not None:
+                    on_end(ended[-1])
+    return sorted(ended, key=lambda one: list(names).index(one.name))
+
+
+def check(names: Sequence[str], out: Path, seed: int) -> None:
+    """Finds what would stop a run before it begins, and clears the places of its results.
+
+    Raises:
+        UsageError: an unknown name, a negative seed, matplotlib is missing, or `out` cannot be written.
+    """
+    if seed < 0:
+        raise UsageError(f"seed must not be negative, got {seed}")
+    plots.require_matplotlib()
+    for name in names:
+        experiment(name)
+    for name in names:
+        _prepare(out / name)
 
 
 def run_experiment(
@@ -26,11 +98,10 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Runs one experiment into the folder `out`, and returns what result.json says.
 
-    Figures are written last: a drawing that fails does not lose a measurement.
+    What was measured is written before the figures are drawn: a drawing that fails does not lose it.
     """
     chosen = experiment(name)
-    plots.require_matplotlib()
-    out.mkdir(parents=True, exist_ok=True)
+    _prepare(out)
     began = time.perf_counter()
     outcome = chosen.run(Context(name, seed, fast, on_progress))
     result = {
@@ -39,18 +110,57 @@ def run_experiment(
         "seed": seed,
         "fast": fast,
         "n_seeds": outcome.n_seeds,
-        "claims": [claim_json(asdict(claim) | {"holds": claim.holds}) for claim in outcome.claims],
+        "claims": [_plain(asdict(claim) | {"holds": claim.holds}) for claim in outcome.claims],
         "conditions": outcome.conditions,
+        "figures": [],
         "seconds": round(time.perf_counter() - began, 2),
         "hardware": hardware(),
     }
     save_tensors(out / WEIGHTS, outcome.tensors)
-    write_text(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    result["pictures"] = draw(name, outcome, out)
+    _write_result(out, result)
+    result["figures"] = _draw(name, outcome, out)
+    result["seconds"] = round(time.perf_counter() - began, 2)
+    _write_result(out, result)
     return result
 
 
-def draw(name: str, outcome: Outcome, out: Path) -> list[dict[str, str]]:
+def hardware() -> str:
+    """Processor and library: "AMD EPYC, torch 2.13.0, Python 3.11.7"."""
+    return f"{_processor()}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+
+
+def _run_and_tell(name: str, out: Path, seed: int, fast: bool, told: Queue[tuple[str, int, int]]) -> Ended:
+    """One experiment in a process of its own."""
+    last = 0.0
+
+    def on_progress(done: int, expected: int) -> None:
+        nonlocal last
+        if time.perf_counter() - last > 0.1 or done >= expected:
+            last = time.perf_counter()
+            told.put((name, done, expected))
+
+    try:
+        return Ended(name, run_experiment(name, out, seed, fast, on_progress))
+    except Exception:
+        error = traceback.format_exc()
+        write_text(out / ERROR, error)
+        return Ended(name, None, error)
+
+
+def _prepare(out: Path) -> None:
+    """An empty place: what an earlier run found must not be taken for what this one finds."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, WEIGHTS, ERROR):
+            (out / name).unlink(missing_ok=True)
+        probe = out / f"{RESULT}.partial"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror}; give another folder as --out") from error
+
+
+def _draw(name: str, outcome: Outcome, out: Path) -> list[dict[str, str]]:
     """Writes the figures, and returns their names and captions."""
     with plots.style():
         pictures = experiment(name).draw(outcome)
@@ -59,14 +169,13 @@ def draw(name: str, outcome: Outcome, out: Path) -> list[dict[str, str]]:
     return [{"name": picture.name, "caption": picture.caption} for picture in pictures]
 
 
-def claim_json(claim: dict[str, Any]) -> dict[str, Any]:
+def _write_result(out: Path, result: dict[str, Any]) -> None:
+    write_text(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(claim: dict[str, Any]) -> dict[str, Any]:
     """JSON has no nan: a measurement that is none is null."""
     return claim | {"measured": claim["measured"] if math.isfinite(claim["measured"]) else None}
-
-
-def hardware() -> str:
-    """Processor and library: "AMD EPYC, torch 2.13.0, Python 3.11.7"."""
-    return f"{_processor()}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
 
 
 def _processor() -> str:

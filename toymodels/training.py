@@ -162,7 +162,8 @@ def train(
             losses[step], model.W.grad, model.b.grad = loss_and_gradients(model, x, importance, (y, error))
         else:
             assert isinstance(x, Tensor)
-            losses[step], total = objective.loss(model, x, importance, generator)
+            error, total = objective.loss(model, x, importance, generator)
+            losses[step] = error.detach()
             parameters = list(model.parameters())
             for parameter, gradient in zip(parameters, torch.autograd.grad(total.sum(), parameters), strict=True):
                 parameter.grad = gradient
@@ -225,7 +226,7 @@ def _dense(
 
 
 def _sparse(
-    model: ToyModel, x: FeatureBatch, importance: Float[Tensor, " n_features"]
+    model: ToyModel, x: FeatureBatch, importance: Float[Tensor, "*instances n_features"]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Around the hidden layer: y = relu(x K + b) with K = WWᵀ costs n_features for each active entry.
 

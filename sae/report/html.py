@@ -1,62 +1,18 @@
-"""The page: text that is escaped unless it was built here, and the pieces that sections are made of."""
+"""What the report's page has beyond a page: figures that plotly draws in the reader's colours."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from functools import cache
-from html import escape
 from importlib import resources
-from string import Template
 from typing import Any
 
 from sae.errors import UsageError
-from toymodels import palette
+from toymodels import pages
+from toymodels.pages import Html, tag
 
 Figure = dict[str, Any]
 """A plotly figure as plotly.js reads it: `data` and `layout`. Colours are named as in CSS: `var(--ink)`."""
-
-
-class Html(str):
-    """Text that is markup already."""
-
-    __slots__ = ()
-
-
-def text(value: object) -> Html:
-    """Markup stays as it is; anything else is escaped."""
-    return value if isinstance(value, Html) else Html(escape(str(value)))
-
-
-def join(parts: Iterable[object]) -> Html:
-    """The parts one after the other."""
-    return Html("\n".join(text(part) for part in parts))
-
-
-def tag(name: str, *content: object, **attributes: object) -> Html:
-    """One element; `class_` and `data_x` are written as class and data-x."""
-    written = "".join(
-        f' {key.removesuffix("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items()
-    )
-    return Html(f"<{name}{written}>{''.join(text(part) for part in content)}</{name}>")
-
-
-def section(title: str, reading: object, *content: object) -> Html:
-    """A titled part of the report with a sentence on how to read it."""
-    return tag("section", tag("h2", title), tag("p", reading, class_="reading"), *content)
-
-
-def folded(title: str, *content: object) -> Html:
-    """A box that opens on a click."""
-    return tag("details", tag("summary", title), *content)
-
-
-def table(header: Sequence[object], rows: Iterable[Sequence[object]], label: str) -> Html:
-    """The first column names the row; numbers are set flush right, in a box that scrolls by itself."""
-    head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
-    body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
-    inner = tag("table", tag("thead", head), tag("tbody", *body))
-    return tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
 def plot(figure: Figure, title: str, label: str, shape: str = "wide") -> Html:
@@ -70,21 +26,9 @@ def plot(figure: Figure, title: str, label: str, shape: str = "wide") -> Html:
     )
 
 
-def grid(*figures: object, columns: int) -> Html:
-    """Figures side by side, one below the other where there is no room."""
-    return tag("div", *figures, class_=f"grid columns-{columns}")
-
-
 def page(title: str, body: Html) -> str:
-    """The whole file: nothing in it is loaded from elsewhere, and its policy forbids to try."""
-    return Template(_read("page.html")).substitute(
-        title=escape(title),
-        colours=palette.css(),
-        style=_read("style.css"),
-        body=body,
-        plotly=plotly_js(),
-        script=_read("page.js"),
-    )
+    """The whole file."""
+    return pages.page(title, body, [plotly_js(), resources.files("sae.report").joinpath("page.js").read_text("utf-8")])
 
 
 @cache
@@ -99,7 +43,3 @@ def plotly_js() -> str:
     except ImportError as error:
         raise UsageError("plotly is not installed; pip install 'sae[report]'") from error
     return get_plotlyjs()
-
-
-def _read(name: str) -> str:
-    return resources.files("sae.report").joinpath(name).read_text(encoding="utf-8")

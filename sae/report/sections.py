@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sae.report import figures, tables
 from sae.report.data import FOUND, MAX_SHOWN, Collection, Run
-from sae.report.html import Html, folded, grid, join, plot, section, tag, text
+from sae.report.html import plot
+from toymodels.pages import Html, folded, grid, join, section, tag, text
 
 DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
 

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from sae.report.data import FOUND, Row, Run
-from sae.report.html import Html, join, table, tag, text
+from toymodels.pages import Html, join, table, tag, text
 
 MAX_MISSED = 30
 

@@ -64,7 +64,7 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
     axes[0, 0].set(ylabel="weight")
     caption = (
         "Two features in one dimension, 20 seeds at each probability p of a feature. A seed that finds the "
-        "superposition has its two weights at +1 and −1; the others keep one feature and drop the other. "
+        "superposition has its two weights at +1 and −1; the others read one feature and confuse the other with it. "
         "Percentages say how many seeds find it."
     )
     return [Picture("antipodal", figure, caption)]

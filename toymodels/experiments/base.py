@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ Status = Literal["RUN", "EXACT", "DERIVED", "PROPOSED"]
 """Where a target comes from: a trained model, quadrature of the expected loss, algebra, or a calibration whose
 reasoning stands in the experiment's file."""
 Relation = Literal["within", "at_least", "at_most", "equals"]
-Measured = float | Tensor
+Number = float | int
+Measured = float | int | Tensor
 Choice = TypeVar("Choice")
 
 
@@ -62,25 +63,35 @@ class Claims:
         self.row = row
         self.made: list[Claim] = []
 
-    def within(self, name: str, text: str, measured: Measured, target: float, tolerance: float, source: Status) -> None:
+    def within(self, name: str, text: str, measured: Measured, target: Number, tolerance: Number, source: Status) -> None:
         """|measured − target| ≤ tolerance."""
         self._add(name, text, measured, "within", target, tolerance, source)
 
-    def at_least(self, name: str, text: str, measured: Measured, target: float, source: Status) -> None:
+    def at_least(self, name: str, text: str, measured: Measured, target: Number, source: Status) -> None:
         """measured ≥ target."""
         self._add(name, text, measured, "at_least", target, 0.0, source)
 
-    def at_most(self, name: str, text: str, measured: Measured, target: float, source: Status) -> None:
+    def at_most(self, name: str, text: str, measured: Measured, target: Number, source: Status) -> None:
         """measured ≤ target."""
         self._add(name, text, measured, "at_most", target, 0.0, source)
 
-    def equals(self, name: str, text: str, measured: Measured, target: float, source: Status) -> None:
+    def equals(self, name: str, text: str, measured: Measured, target: Number, source: Status) -> None:
         """measured = target, for counts."""
         self._add(name, text, measured, "equals", target, 0.0, source)
 
-    def _add(self, name: str, text: str, measured: Measured, relation: Relation, *rest: object) -> None:
+    def _add(
+        self,
+        name: str,
+        text: str,
+        measured: Measured,
+        relation: Relation,
+        target: Number,
+        tolerance: Number,
+        source: Status,
+    ) -> None:
         assert all(claim.name != name for claim in self.made), f"two claims are named {name}"
-        self.made.append(Claim(self.row, name, text, float(measured), relation, *rest))  # type: ignore[arg-type]
+        numbers = float(measured), relation, float(target), float(tolerance)
+        self.made.append(Claim(self.row, name, text, *numbers, source))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +153,6 @@ class Context:
             self.on_progress(self._done, self._expected)
 
 
-class Run(Protocol):
-    """Trains and measures."""
-
-    def __call__(self, context: Context) -> Outcome: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Experiment:
     """One phenomenon, by name."""
@@ -159,9 +164,10 @@ class Experiment:
     """One sentence: what it shows."""
     reference: str
     """Where it was published."""
-    seconds: float
+    seconds: int
     """What --fast takes on one core."""
-    run: Run
+    run: Callable[[Context], Outcome]
+    """Trains and measures."""
     draw: Callable[[Outcome], Sequence[Picture]]
     recipe: Recipe | None = None
     """How to make a world of this kind, whose hidden activations an SAE can read; None if there are none."""

@@ -1,0 +1,87 @@
+"""Worlds as SAEs read them: hidden activations, and the features behind them."""
+
+import pytest
+import torch
+
+from sae import UsageError
+from sae.config import parse_config
+from sae.sources import ToySourceConfig
+from toymodels.co_firing import Together
+from toymodels.experiments import NAMES, experiment
+from toymodels.features import Features
+from toymodels.models import ToyModel
+from toymodels.streams import generator
+from toymodels.worlds import ToyRecipe, ToyWorld
+
+
+@pytest.mark.parametrize("hidden_activation", ["linear", "relu"])
+def test_a_world_pairs_hidden_activations_with_what_fired(hidden_activation):
+    model = ToyModel(6, 3, hidden_activation=hidden_activation, generator=generator(0))
+    world = ToyWorld(model, Features(6, 0.3))
+    hidden, acts = world.sample(50, generator(1))
+    assert hidden.shape == (50, 3)
+    assert not hidden.requires_grad
+    torch.testing.assert_close(hidden, model.hidden(acts.dense()[None])[0])
+    assert torch.equal(world.sample(50, generator(1)).hidden, hidden)
+
+
+def test_signed_features_are_two_each():
+    model = ToyModel(4, 9, hidden_activation="relu", tied=False, generator=generator(0))
+    world = ToyWorld(model, Features(4, 0.2, signed=True))
+    hidden, acts = world.sample(400, generator(1))
+    x = acts.dense()
+    assert world.truth.shape == (8, 9)
+    assert (x >= 0).all()
+    assert not ((x[:, :4] > 0) & (x[:, 4:] > 0)).any()
+    alone = (x > 0).sum(1) == 1  # one feature by itself: the hidden layer answers along its direction
+    assert alone.any()
+    torch.testing.assert_close(hidden[alone], (x @ world.truth)[alone])
+
+
+def test_a_recipe_takes_sizes_and_what_the_model_needs():
+    recipe = ToyRecipe(
+        make_features=lambda n, p: Features(n, p, co_firing=Together(2)),
+        model={"hidden_activation": "relu"},
+        training={"lr": 1e-3},
+    )
+    world = recipe.resized(n_features=8, d_hidden=3, feature_prob=0.25, n_steps=2).build(seed=0)
+    assert world.truth.shape == (8, 3)
+    assert world.model.hidden_activation == "relu"
+    assert world.features.co_firing == Together(2)
+    with pytest.raises(UsageError, match="n_features=7 must be a multiple of the group size"):
+        recipe.resized(n_features=7).build(seed=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_is_a_source_where_it_has_hidden_activations(name):
+    if experiment(name).recipe is None:
+        with pytest.raises(UsageError, match=f"{name!r} has no hidden activations; use one of antipodal"):
+            ToySourceConfig(experiment=name).open()
+        return
+    mapping = {"kind": "toy", "experiment": name} | ({"n_steps": 2} if name != "residual_interference" else {})
+    source = ToySourceConfig.model_validate(mapping).open()
+    x = next(source.batches(64, seed=0))
+    assert x.shape == (64, source.d_in)
+    assert torch.isfinite(x).all()
+    held = source.held_out("evaluation", 10)
+    if source.truth is not None:
+        assert held.acts.dense().shape == (10, len(source.truth))
+        assert source.truth.shape[1] == source.d_in
+
+
+def test_unknown_experiments_are_told_the_nearest():
+    with pytest.raises(
+        UsageError, match=r"source.experiment: unknown experiment 'corelated'; did you mean 'correlated'"
+    ):
+        parse_config(
+            {"source": {"kind": "toy", "experiment": "corelated"}, "sae": {"kind": "topk", "d_sae": 4, "k": 1}}
+        )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [({"d_hidden": 0}, "d_hidden"), ({"feature_prob": 1.5}, "feature_prob"), ({"n_features": -1}, "n_features")],
+)
+def test_impossible_sizes_are_named(sizes, message):
+    with pytest.raises(UsageError, match=message):
+        parse_config({"source": {"kind": "toy", **sizes}, "sae": {"kind": "topk", "d_sae": 4, "k": 1}})
