@@ -12,10 +12,34 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up: a room imports only rooms that stand before it. Lazy imports inside functions count too.
 LAYERS = {
-    "toymodels": ["streams", "features", "models", "training", "geometry", "sparse_coding", "toymodels"],
-    "sae": [
+    "toymodels": [
         "errors",
         "files",
+        "streams",
+        "palette",
+        "pages",
+        "plots",
+        "processes",
+        "co_firing",
+        "features",
+        "models",
+        "training",
+        "geometry",
+        "theory",
+        "sparse_coding",
+        "transformer",
+        "residual",
+        "memory",
+        "worlds",
+        "experiments",
+        "runner",
+        "gallery",
+        "progress",
+        "toymodels",
+        "cli",
+    ],
+    "sae": [
+        "errors",
         "codes",
         "config",
         "losses",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from toymodels.co_firing import CoFiring
 from toymodels.errors import UsageError
+from toymodels.streams import uniform_
 
 Numbers = float | Sequence[float] | Sequence[Sequence[float]] | Float[Tensor, "*instances n_features"]
 
@@ -239,14 +240,14 @@ class Features:
         gates = rearrange(self._gates, "... n -> ... n 1").to(device, torch.float32)
         if self.co_firing is not None:
             fires = self.co_firing.fire(gates.expand(groups, self.n_features, 1), batch_size, generator)
-            x.uniform_(-1.0 if self.signed else 0.0, 1.0, generator=generator).mul_(fires)
+            x = self._spread(uniform_(x, generator)).mul_(fires)
         elif self.mostly_dense:  # a draw u for each entry: it fires if u < p_i, at u / p_i
             tiny = gates.clamp(min=torch.finfo(torch.float32).tiny)
             if self.signed:  # u in [-1, 1] fires if |u| < p_i
-                x.uniform_(-1.0, 1.0, generator=generator).div_(tiny)
+                self._spread(uniform_(x, generator)).div_(tiny)
                 x.mul_(x.abs() < 1)
             else:
-                torch.threshold_(x.uniform_(generator=generator).div_(-tiny), -1.0, 0.0).abs_()
+                torch.threshold_(uniform_(x, generator).div_(-tiny), -1.0, 0.0).abs_()
         else:
             # With probabilities for each instance, the stack is one long row of features.
             stacked = self._gates.ndim == 2
@@ -256,8 +257,11 @@ class Features:
 
     def _values(self, n: int, generator: torch.Generator) -> Float[Tensor, " n"]:
         """U[0, 1], or U[−1, 1] when signed."""
-        values = torch.rand(n, generator=generator, device=generator.device)
-        return values.mul_(2).sub_(1) if self.signed else values
+        return self._spread(torch.rand(n, generator=generator, device=generator.device))
+
+    def _spread(self, uniform: Tensor) -> Tensor:
+        """Draws from U[0, 1], spread over [−1, 1] when signed."""
+        return uniform.mul_(2).sub_(1) if self.signed else uniform
 
     def _fire(self, groups: int, repeats: int, generator: torch.Generator) -> Int[Tensor, " nnz"]:
         """Increasing positions of the entries of a [groups, n_features, repeats] tensor that fire.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -22,3 +24,18 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
     path = "/".join(str(part) for part in (seed, *names))
     digest = blake2b(path.encode()).digest()[:8]
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def uniform_(x: Tensor, stream: torch.Generator) -> Tensor:
+    """Fills a contiguous float32 tensor with draws from U[0, 1), decided by the stream, and returns it.
+
+    On a CPU the stream seeds a generator whose bits come at half the cost of torch's own.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return x.uniform_(generator=stream)
+    seed = torch.randint(2**63 - 1, (1,), generator=stream).item()
+    bits = np.random.SFC64(int(seed)).random_raw((x.numel() + 1) // 2).view(np.uint32)[: x.numel()]
+    np.right_shift(bits, 8, out=bits)  # a float holds 24 of them
+    flat = x.view(-1).numpy()
+    np.multiply(bits, np.float32(2.0**-24), out=flat, casting="unsafe", dtype=np.float32)
+    return x

@@ -33,19 +33,15 @@ DROPPED, DEDICATED = 0.15, 0.85
 """D of the last feature below which it is dropped, above which it has a dimension to itself."""
 FATES = ("not represented", "in superposition", "dimension of its own")
 
-ALONE = {
-    2: {"last dropped": [[1], [0]], "first dropped": [[0], [1]]},
-    3: {"last dropped": [[1, 0], [0, 1], [0, 0]], "first dropped": [[0, 0], [0, 1], [1, 0]]},
-}
 SHARED = {
-    2: {"antipodal": [[1], [-1]]},
-    3: {
-        "last antipodal": [[1, 0], [0, 1], [0, -1]],
-        "first antipodal": [[0, 1], [0, -1], [1, 0]],
-        "triangle": [[0.87, -0.5], [-0.87, -0.5], [0, 1]],
-    },
+    2: [[[1], [-1]]],
+    3: [
+        [[1, 0], [0, 1], [0, -1]],
+        [[0, 1], [0, -1], [1, 0]],
+        [[0.87, -0.5], [-0.87, -0.5], [0, 1]],
+    ],
 }
-"""Arrangements of n features in n − 1 dimensions, from which the expected loss is minimised."""
+"""Starts for n features in n − 1 dimensions: the last two antipodal, the first two, a triangle."""
 TARGETS = {2: {0.2: 0.2956, 5.0: 0.2956, 0.5: 0.4845, 2.0: 0.4845}, 3: {0.5: 0.482}}
 """Critical p of n features at relative importance r."""
 
@@ -55,36 +51,44 @@ def importance(r: Float[Tensor, " cells"], n: int) -> Float[Tensor, "cells n"]:
     return torch.cat([torch.ones(len(r), n - 1, dtype=r.dtype), r[:, None]], dim=1)
 
 
-def minima(
-    arrangements: dict[str, list[list[int]]], p: Tensor, r: Tensor, points: tuple[int, ...] = theory.POINTS
-) -> theory.Minimum:
-    """The minimum below each arrangement [arrangements], for each p and r [cells]."""
-    W = torch.tensor(list(arrangements.values()), dtype=torch.float64)
-    n = W.shape[1]
-    W = W[:, None].expand(-1, len(p), -1, -1)
-    return theory.minimise(W, torch.zeros(W.shape[:-1]), p[:, None], importance(r, n), points=points, tolerance=1e-7)
+def shared(n: int, p: Tensor, r: Tensor, points: tuple[int, ...] = theory.POINTS) -> theory.Minimum:
+    """The best arrangement in superposition, for each p and r [cells].
+
+    Where there is none any more, the descent ends in one that drops a feature.
+    """
+    W = torch.tensor(SHARED[n], dtype=torch.float64)[:, None].expand(-1, len(p), -1, -1)
+    b = torch.zeros(W.shape[:-1])
+    found = theory.minimise(W, b, p[:, None], importance(r, n), points=points, tolerance=1e-7)
+    best = found.loss.argmin(0), torch.arange(len(p))
+    return theory.Minimum(found.W[best], found.b[best], found.loss[best])
+
+
+def dropped(n: int, p: Float[Tensor, " cells"], r: Float[Tensor, " cells"]) -> Float[Tensor, " cells"]:
+    """The loss of the n − 1 most important features in a dimension each, which is that of a linear model."""
+    return theory.linear_loss(importance(r, n), p[:, None], n - 1)
 
 
 def critical(n: int, r: Float[Tensor, " ratios"]) -> Float[Tensor, " ratios"]:
-    """The p below which some shared arrangement loses less than every other one, by bisection."""
+    """The p below which superposition loses less than dropping a feature, by bisection."""
     low, high = torch.zeros_like(r), torch.ones_like(r)
     for _ in range(14):
         p = (low + high) / 2
-        # Far above the critical p no shared minimum is left, and the descent ends where a feature is dropped.
-        shares = minima(SHARED[n], p, r).loss.amin(0) < minima(ALONE[n], p, r).loss.amin(0) - 1e-9
+        shares = shared(n, p, r).loss < dropped(n, p, r) - 1e-9
         low, high = torch.where(shares, p, low), torch.where(shares, high, p)
     return (low + high) / 2
 
 
 def optimum(n: int, p: Float[Tensor, " cells"], r: Float[Tensor, " cells"]) -> Float[Tensor, "cells n d_hidden"]:
     """The W of least expected loss."""
-    found = minima(ALONE[n] | SHARED[n], p, r, POINTS)
-    return found.W[found.loss.argmin(0), torch.arange(len(p))]
+    found = shared(n, p, r, POINTS)
+    kept = torch.eye(n, dtype=torch.float64)
+    alone = torch.where(r[:, None, None] < 1, kept[:, : n - 1], kept[:, 1:])
+    return torch.where((found.loss < dropped(n, p, r) - 1e-9)[:, None, None], found.W, alone)
 
 
 def fate(W: Float[Tensor, "cells n d_hidden"]) -> Int[Tensor, " cells"]:
     """What becomes of the last feature, as an index of FATES."""
-    return torch.bucketize(geometry.feature_dimensionality(W)[:, -1].float(), torch.tensor([DROPPED, DEDICATED]))
+    return torch.bucketize(geometry.feature_dimensionality(W)[:, -1].contiguous(), torch.tensor([DROPPED, DEDICATED], dtype=W.dtype))
 
 
 def grid(side: int) -> tuple[Float[Tensor, " cells"], Float[Tensor, " cells"]]:
@@ -107,8 +111,7 @@ def run(context: Context) -> Outcome:
             text = f"{condition}, r = {r:g}: p below which superposition is the global minimum"
             claims.within(f"critical_p_n={n}_r={r:g}", text, p, TARGETS[n][float(r)], tolerance, "EXACT")
         if n == 3:
-            below = minima(ALONE[n] | SHARED[n], p[None] - 0.005, r[None])
-            W = below.W[below.loss[:, 0].argmin(), 0]
+            (W,) = optimum(n, p[None] - 0.005, r[None])
             text = f"{condition}, r = {r:g}, p = {p - 0.005:.3f}: cosine of features 2 and 3"
             claims.within("cosine_below_critical_p", text, geometry.cosines(W)[1, 2], -1, 0.01, "EXACT")
 
