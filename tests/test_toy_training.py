@@ -56,6 +56,49 @@ def test_gradients_are_those_of_autograd(own_importance, n_instances, probabilit
     torch.testing.assert_close(db_by_hand, db, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["sparse", "dense"])
+@pytest.mark.parametrize("target", [None, torch.abs, torch.cos])
+@pytest.mark.parametrize("activation", ["relu", "linear"])
+@pytest.mark.parametrize("hidden_activation", ["relu", "linear"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_other_architectures_are_those_of_autograd(tied, hidden_activation, activation, target, layout):
+    n, d, batch = 7, 3, 201
+    model = ToyModel(n, d, 2, activation, hidden_activation=hidden_activation, tied=tied, generator=generator(0))
+    model.double()
+    torch.nn.init.normal_(model.b, std=0.3, generator=generator(1))
+    importance = torch.rand(n, generator=generator(2), dtype=torch.float64)
+    x = Features(n, 0.05, signed=True).sample_dense(batch, generator(3), 2).double()
+    assert (x != 0).any(2).sum(1).max() <= 128  # silent rows are left out until 64, 128, ... remain
+    assert (x @ model.W < 0).any()
+    assert (model(x) <= 0).any()
+    error, total = Objective(target).loss(model, x, importance, generator(4))
+    expected = torch.autograd.grad(total.sum(), list(model.parameters()))
+    given = FeatureBatch.from_dense(x) if layout == "sparse" else x
+    loss, *gradients = loss_and_gradients(model, given, importance, target)
+    torch.testing.assert_close(loss, error, rtol=1e-12, atol=1e-12)
+    for by_hand, by_autograd in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(by_hand, by_autograd, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("hidden_activation", ["relu", "solu"])  # by hand, by autograd
+def test_each_gradient_reaches_its_own_weight(tied, hidden_activation):
+    features, objective = Features(5, 0.6, signed=True), Objective(torch.abs)
+    options = {"hidden_activation": hidden_activation, "tied": tied}
+    start = ToyModel(5, 3, 2, generator=generator(0), **options)
+    reference = ToyModel(5, 3, 2, generator=generator(0), **options)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.01, foreach=False)
+    batches = generator(1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        x = features.sample_dense(32, batches, 2)
+        objective.loss(reference, x, features.importances, batches)[1].sum().backward()
+        optimizer.step()
+    train(start, features, 5, 32, generator=generator(1), objective=objective, schedule="constant")
+    for trained_weight, weight in zip(start.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(trained_weight, weight, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("probability", [0.02, 0.1, 0.7])  # sparse, drawn sparsely but dense, dense
 def test_training_is_adamw_on_the_loss(probability, schedule):

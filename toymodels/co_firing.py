@@ -6,10 +6,11 @@ Absorption) for why trees matter to SAEs. Features are grouped in order: 0 ... s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -27,7 +28,9 @@ class Together:
         """Raises UsageError when these features cannot be grouped so."""
         groups = _grouped(probs, self.size)
         if not (groups == groups[..., :1]).all():
-            raise UsageError(f"features that fire together need one feature_prob for each group of {self.size}")
+            raise UsageError(
+                f"features that fire together need one feature_prob for each group of {self.size}, got {probs.tolist()}"
+            )
 
     def marginals(self, probs: Float[Tensor, "*i n"]) -> Float[Tensor, "*i n"]:
         """P(feature fires)."""
@@ -50,8 +53,8 @@ class Exclusive:
         total = float(_grouped(probs, self.size).sum(-1).max())
         if total > 1 + 1e-9:
             raise UsageError(
-                f"probabilities of {self.size} mutually exclusive features must add up to at most 1, got {total:.4g}; "
-                "lower feature_prob"
+                f"the feature_prob of {self.size} mutually exclusive features must add up to at most 1, "
+                f"got {total:.4g}; lower it"
             )
 
     def marginals(self, probs: Float[Tensor, "*i n"]) -> Float[Tensor, "*i n"]:
@@ -60,11 +63,11 @@ class Exclusive:
 
     def fire(self, probs: Float[Tensor, "i n 1"], batch: int, stream: torch.Generator) -> Bool[Tensor, "i n batch"]:
         """One draw u for each group: member j fires when u falls into its share of [0, 1]."""
-        groups = rearrange(probs, "i (g size) 1 -> i g size 1", size=self.size)
-        upper = groups.cumsum(2)
-        n_instances, n_groups = groups.shape[:2]
+        upper = rearrange(probs, "i (g size) 1 -> i g size 1", size=self.size).cumsum(2)
+        lower = F.pad(upper[:, :, :-1], (0, 0, 1, 0))  # the very same numbers: shares neither overlap nor part
+        n_instances, n_groups = upper.shape[:2]
         u = torch.rand(n_instances, n_groups, 1, batch, generator=stream, device=stream.device)
-        return rearrange((u < upper) & (u >= upper - groups), "i g size b -> i (g size) b")
+        return rearrange((u >= lower) & (u < upper), "i g size b -> i (g size) b")
 
 
 @dataclass(frozen=True)
@@ -83,61 +86,57 @@ class Tree:
         """Raises UsageError when these features do not make such a tree."""
         n = probs.shape[-1]
         if not 1 <= self.n_roots <= n:
-            raise UsageError(f"n_roots must lie in 1..n_features={n}, got {self.n_roots}; lower n_roots")
+            raise UsageError(f"n_roots must lie in 1..n_features={n}, got {self.n_roots}; change one of them")
         if self.branching < 1:
-            raise UsageError(f"branching must be at least 1, got {self.branching}")
-        if self.exclusive:
-            for children in self.families(n):
-                total = float(probs[..., children].sum(-1).max())
-                if total > 1 + 1e-9:
-                    raise UsageError(
-                        f"probabilities of {len(children)} mutually exclusive children must add up to at most 1, "
-                        f"got {total:.4g}; lower feature_prob or branching"
-                    )
+            raise UsageError(f"branching must be at least 1, got {self.branching}; a chain has branching 1")
+        if self.exclusive and n > self.n_roots:
+            Exclusive(self.branching).check(self._families(probs))
 
     def parents(self, n: int) -> list[int]:
         """The parent of each feature, -1 for roots."""
         return [-1 if i < self.n_roots else (i - self.n_roots) // self.branching for i in range(n)]
 
-    def families(self, n: int) -> list[list[int]]:
-        """The children of each feature that has some, in the order of their parents."""
-        return _families(self.n_roots, self.branching, n)
-
     def marginals(self, probs: Float[Tensor, "*i n"]) -> Float[Tensor, "*i n"]:
-        """P(feature fires) = p_i · P(parent fires)."""
-        fires = probs.clone()
-        for i, parent in enumerate(self.parents(probs.shape[-1])):
-            if parent >= 0:
-                fires[..., i] *= fires[..., parent]
+        """P(feature fires) = p_i · P(its parent fires)."""
+        fires, parents = probs.clone(), torch.tensor(self.parents(probs.shape[-1]))
+        for children in self._descent(len(parents)):
+            fires[..., children] *= fires[..., parents[children]]
         return fires
 
     def fire(self, probs: Float[Tensor, "i n 1"], batch: int, stream: torch.Generator) -> Bool[Tensor, "i n batch"]:
-        """Which features fire in each of `batch` independent rows."""
+        """Which features fire in each of `batch` independent rows: each by itself, then only where its parent does."""
         n = probs.shape[1]
-        fires = _below(probs, batch, stream)
-        for children in self.families(n):
-            first, after = children[0], children[-1] + 1
-            if self.exclusive:
-                siblings = Exclusive(len(children))
-                fires[:, first:after] = siblings.fire(probs[:, first:after], batch, stream)
-            parent = (first - self.n_roots) // self.branching
-            fires[:, first:after] &= fires[:, parent : parent + 1]
+        if self.exclusive:
+            roots = _below(probs[:, : self.n_roots], batch, stream)
+            families = self._families(probs.squeeze(2)).unsqueeze(2)
+            fires = torch.cat([roots, Exclusive(self.branching).fire(families, batch, stream)], 1)[:, :n]
+        else:
+            fires = _below(probs, batch, stream)
+        parents = torch.tensor(self.parents(n), device=probs.device)
+        for children in self._descent(n):
+            fires[:, children] &= fires[:, parents[children]]
         return fires
+
+    def _descent(self, n: int) -> Iterator[slice]:
+        """Children, their children, ...: each generation lies in one piece, after that of its parents."""
+        start, size = self.n_roots, self.n_roots * self.branching
+        while start < n:
+            yield slice(start, min(start + size, n))
+            start, size = start + size, size * self.branching
+
+    def _families(self, probs: Float[Tensor, "*i n"]) -> Float[Tensor, "*i whole"]:
+        """All but the roots; the last family, if short, is filled up with children that never fire."""
+        children = probs[..., self.n_roots :]
+        return F.pad(children, (0, -children.shape[-1] % self.branching))
 
 
 CoFiring = Together | Exclusive | Tree
 
 
-@cache
-def _families(n_roots: int, branching: int, n: int) -> list[list[int]]:
-    starts = range(n_roots, n, branching)
-    return [list(range(start, min(start + branching, n))) for start in starts]
-
-
 def _grouped(probs: Tensor, size: int) -> Tensor:
     n = probs.shape[-1]
     if not 1 <= size <= n or n % size:
-        raise UsageError(f"n_features={n} must be a multiple of the group size, got {size}; change one of them")
+        raise UsageError(f"n_features={n} must be a multiple of the group size, got size={size}; change one of them")
     return rearrange(probs, "... (g size) -> ... g size", size=size)
 
 

@@ -48,6 +48,7 @@ STYLE = {
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
+    "text.hinting": "none",  # hinted digits of small labels look like another font
     "svg.fonttype": "path",
     "mathtext.fontset": "custom",
     "mathtext.default": "regular",

@@ -11,6 +11,7 @@ Models of Computation in Superposition) and Bushnaq & Mendel 2024 (Circuits in S
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from toymodels.errors import UsageError
 from toymodels.features import FeatureBatch, Features
-from toymodels.geometry import unit_rows
+from toymodels.geometry import cosines, unit_rows
 from toymodels.streams import generator as named_stream
 from toymodels.worlds import OnStep, Recipe, Sample, World
 
@@ -73,6 +74,33 @@ def exactly_active(
 def interference_sd(n_others: int, width: int) -> float:
     """√(n E[x²] / D): what n active others add to a read-in."""
     return sqrt(n_others * MEAN_SQUARE / width)
+
+
+def read_in_interference(
+    a: FeatureBatch, directions: Float[Tensor, "n_instances n_units width"]
+) -> Float[Tensor, "n_instances n_entries"]:
+    """Σ_{j≠i} a_j ⟨e_i, e_j⟩: what each active unit hears of the others.
+
+    Every instance needs as many active entries, as from `exactly_active`.
+    """
+    # ⟨e_i, r⟩ = Σ_j a_j ⟨e_i, e_j⟩: the cosines say it without the stream.
+    heard = a.embed(cosines(directions)).flatten()
+    return (heard[a.positions] - a.values).view(a.shape[0], -1)
+
+
+def read_out_effect(
+    a: FeatureBatch, directions: Float[Tensor, "n_instances n_units width"], read: Callable[[Tensor], Tensor]
+) -> Float[Tensor, " n_instances"]:
+    """Mean over i ≠ j of (read⟨e_i, r⟩ − read⟨e_i, r − a_j e_j⟩)², where j is the first active unit of its row.
+
+    Every row needs as many active entries, as from `exactly_active`.
+    """
+    overlaps = cosines(directions)
+    j, strength = (entries.view(*a.shape[:2], -1)[..., :1] for entries in (a.indices, a.values))
+    heard = a.embed(overlaps)
+    without = heard - strength * overlaps.gather(1, j.expand(-1, -1, a.n_features))
+    change = (read(heard) - read(without)).square().scatter(2, j, 0)
+    return change.sum((1, 2)) / (a.shape[1] * (a.n_features - 1))
 
 
 def gate(u: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*shape"]:
@@ -136,6 +164,12 @@ class CompressedNetworks:
         answers = self.networks(gate(r @ self.inputs.mT, threshold))
         return torch.baddbmm(r, answers, self.outputs) @ self.outputs.mT
 
+    def compare(
+        self, x: FeatureBatch, thresholds: Mapping[str, float]
+    ) -> dict[str, Float[Tensor, "n_instances batch n_networks"]]:
+        """f(x) of the networks alone, as "truth", and y at each threshold."""
+        return {"truth": self.networks(x.dense()), **{name: self(x, theta) for name, theta in thresholds.items()}}
+
     def expected_error(self, n_active: int, threshold: float = 0.0) -> float:
         """E(y_i − f_i)² / E f_i² of an active network, by the variances of the four things that disturb it.
 
@@ -162,6 +196,13 @@ class CompressedNetworks:
         others = n_active * MEAN_SQUARE + (n_active - 1) * answer.square().mean()
         resting = (n_networks - n_active) * answers(sizes * normal).square().mean()
         return float((own + (others + resting) / width) / truth.square().mean())
+
+
+def relative_error(
+    y: Float[Tensor, "n_instances samples"], truth: Float[Tensor, "n_instances samples"]
+) -> Float[Tensor, " n_instances"]:
+    """Σ(y − f)²/Σf²."""
+    return (y - truth).square().sum(1) / truth.square().sum(1)
 
 
 class ResidualWorld(World):

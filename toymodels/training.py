@@ -1,7 +1,7 @@
 """Trains a whole stack of toy models at once.
 
-The gradients of the plain models are written by hand, because the autograd tape costs more than the arithmetic
-at these sizes; other architectures and objectives go through autograd.
+The gradients of models with a linear or ReLU hidden layer are written by hand, because the autograd tape costs more
+than the arithmetic at these sizes; other architectures, dropout and penalties go through autograd.
 Two forms of the same equations share the work: one reads dense batches, the other only the active features,
 which wins when few of them are (3× at n = 256, m = 64, p = .01). Tests judge both by autograd in float64.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, pi, prod
 from typing import Literal
 
 import torch
@@ -68,10 +68,10 @@ class Objective:
     """Weight of Σ |W|, and of Σ |W_out| when it has weights of its own."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether there is nothing but the weighted error of x."""
+    def is_error(self) -> bool:
+        """Whether there is nothing but the weighted error of the target."""
         costs = (self.dropout, self.l1_hidden, self.l1_weights)
-        return self.target is None and all(isinstance(cost, float | int) and cost == 0 for cost in costs)
+        return all(isinstance(cost, float | int) and cost == 0 for cost in costs)
 
     def loss(
         self,
@@ -141,14 +141,17 @@ def train(
     if lr is None:
         lr = 1e-2 if model.n_features <= 12 else 5e-3
     importance = features.importances.to(model.W.device)
-    plain = objective.is_plain and model.tied and model.hidden_activation == "linear"
-    # Where the sparse form is faster, measured over n = 20 ... 256, m = 5 ... 64, p = .01 ... 1.
-    sparse = plain and features.probs.ndim == 1 and float(features.probs.sum()) < model.d_hidden / 10
+    by_hand = objective.is_error and model.hidden_activation in ("linear", "relu")
+    plain = by_hand and objective.target is None and model.tied and model.hidden_activation == "linear"
+    # Where the sparse forms are faster, measured over n = 20 ... 256, m = 5 ... 64, p = .01 ... 1.
+    few = features.probs.sum() < model.d_hidden / 10 if plain else (1 - features.probs).prod() > 0.2
+    sparse = by_hand and features.probs.ndim == 1 and bool(few)
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     losses = torch.empty(n_steps, model.n_instances, device=model.W.device)
     snapshots = []
     # Dense batches reuse their memory: touching fresh memory costs more than the arithmetic.
-    dense, y, error = torch.empty(3, *model.b.shape, batch_size, device=model.W.device)
+    scratch = scratch_for(model, batch_size)
     for step in range(n_steps):
         if snapshot_every is not None and step % snapshot_every == 0:
             snapshots.append(model.W.detach().clone())
@@ -156,17 +159,18 @@ def train(
         x = (
             features.sample(batch_size, generator, model.n_instances)
             if sparse
-            else features.sample_dense(batch_size, generator, model.n_instances, out=dense.mT)
+            else features.sample_dense(batch_size, generator, model.n_instances, out=scratch[0].mT)
         )
-        if plain:
-            losses[step], model.W.grad, model.b.grad = loss_and_gradients(model, x, importance, (y, error))
+        if by_hand:
+            losses[step], *gradients = loss_and_gradients(model, x, importance, objective.target, scratch)
         else:
             assert isinstance(x, Tensor)
             error, total = objective.loss(model, x, importance, generator)
             losses[step] = error.detach()
-            parameters = list(model.parameters())
-            for parameter, gradient in zip(parameters, torch.autograd.grad(total.sum(), parameters), strict=True):
-                parameter.grad = gradient
+            gradients = list(torch.autograd.grad(total.sum(), parameters))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            # Fused AdamW reads memory in the parameter's order, whatever the gradient's strides say.
+            parameter.grad = gradient.contiguous()
         optimizer.step()
         if progress is not None:
             progress(step, losses[step])
@@ -177,52 +181,96 @@ def train(
     return ToyTraining(losses, history)
 
 
+def scratch_for(model: ToyModel, batch_size: int) -> tuple[Tensor, ...]:
+    """Memory in which loss_and_gradients computes: three tensors of outputs, of which x may be the first, two of h."""
+    outputs = model.b.new_empty(3, *model.b.shape, batch_size)
+    return *outputs, *model.b.new_empty(2, model.n_instances, model.d_hidden, batch_size)
+
+
 @torch.no_grad()
 def loss_and_gradients(
     model: ToyModel,
     x: FeatureBatch | Float[Tensor, "n_instances batch n_features"],
     importance: Float[Tensor, "*instances n_features"],
-    scratch: tuple[Tensor, Tensor] | None = None,
-) -> tuple[
-    Float[Tensor, " n_instances"],
-    Float[Tensor, "n_instances n_features d_hidden"],
-    Float[Tensor, "n_instances n_features"],
-]:
-    """L, dL/dW and dL/db of each instance.
+    target: Callable[[Tensor], Tensor] | None = None,
+    scratch: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
+    """L of each instance, and its gradients in the order of model.parameters(): dL/dW, dL/db and, where the model
+    is not tied, dL/dW_out.
 
-    With the error e = y − x, and r = e where the output is active (everywhere in the linear model):
+    With the error e = y − target(x), r = I e where the output is active (everywhere if it is linear), and
+    g = r W_outᵀ where the hidden layer is active (everywhere if it is linear):
 
-        dL/dW = 2/B (M + Mᵀ) W,  M = xᵀ r I        dL/db = 2/B Σ_batch r I
+        dL/dW = 2/B xᵀ g        dL/dW_out = 2/B hᵀ r        dL/db = 2/B Σ_batch r
 
-    A dense x is best laid out as by `sample_dense`; `scratch`, two tensors shaped like x.mT, is overwritten.
+    The two products add up in a tied W, and in the plain model, whose h = xW and target is x, only xᵀ r is needed:
+    dL/dW = 2/B (M + Mᵀ) W, M = xᵀ r. Sparse batches take this way; other models pass over their silent rows.
+    A dense x is best laid out as by `sample_dense`; `scratch`, from scratch_for, is overwritten.
     """
-    if isinstance(x, FeatureBatch):
+    assert model.hidden_activation in ("linear", "relu")
+    plain = model.tied and model.hidden_activation == "linear" and target is None
+    if isinstance(x, FeatureBatch) and plain:
         return _sparse(model, x, importance)
-    y, error = scratch or (torch.empty_like(x.mT), torch.empty_like(x.mT))
-    return _dense(model, x.mT, importance, y, error)
+    batch = x.shape[1]
+    scratch = scratch or scratch_for(model, batch)
+    inputs = _firing_rows(x, scratch[0]) if isinstance(x, FeatureBatch) else x.mT
+    return _dense(model, inputs, importance, target, batch, scratch[1:])
+
+
+def _firing_rows(x: FeatureBatch, memory: Tensor) -> Float[Tensor, "n_instances n_features n_rows"]:
+    """The dense batch, laid out by features, without rows in which nothing fires: as many of them as every instance
+    can spare, for they are all alike."""
+    n_instances, batch, n = x.shape
+    fires = (x.offsets.diff() > 0).view(n_instances, batch)
+    place = fires.cumsum(1).sub_(1)
+    n_rows = min(batch, -(-int(place[:, -1].max() + 1) // 64) * 64)  # matrices of odd sizes multiply more slowly
+    row = x.positions // n
+    places = (x.indices + row // batch * n) * n_rows + place.view(-1)[row]
+    return _shaped(memory, n_instances, n, n_rows).zero_().put_(places, x.values)
+
+
+def _shaped(memory: Tensor, *shape: int) -> Tensor:
+    """The beginning of contiguous memory as a tensor of this shape."""
+    return memory.view(-1)[: prod(shape)].view(shape)
 
 
 def _dense(
     model: ToyModel,
-    x: Float[Tensor, "n_instances n_features batch"],
+    x: Float[Tensor, "n_instances n_features n_rows"],
     importance: Float[Tensor, "*instances n_features"],
-    y: Float[Tensor, "n_instances n_features batch"],
-    error: Float[Tensor, "n_instances n_features batch"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Through the hidden layer, MᵀW = I rᵀh and MW = xᵀ(r I W), in the memory of y and error."""
-    W, batch = model.W, x.shape[2]
+    target: Callable[[Tensor], Tensor] | None,
+    batch: int,
+    scratch: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """Through the hidden layer, with r and g as above but for I, which scales smaller things later.
+
+    The batch has more rows than x when silent ones were left out: there h = 0, and y is what b alone makes it.
+    """
+    W_read, d = model.W_out.mT, model.d_hidden
+    y, error = (_shaped(memory, *x.shape) for memory in scratch[:2])
+    h, g = (_shaped(memory, x.shape[0], d, x.shape[2]) for memory in scratch[2:])
     scale = rearrange(importance * (2 / batch), "... n -> ... n 1")
-    h = W.mT.contiguous() @ x
-    torch.baddbmm(rearrange(model.b, "i n -> i n 1"), W, h, out=y)
+    torch.bmm(model.W.mT.contiguous(), x, out=h)
+    if model.hidden_activation == "relu":
+        h.relu_()
+    torch.baddbmm(rearrange(model.b, "i n -> i n 1"), W_read, h, out=y)
     if model.activation == "relu":
         y.relu_()
-    r = torch.sub(y, x, out=error)
+    r = torch.sub(y, x if target is None else target(x), out=error)
     if model.activation == "relu":
         r = torch.ops.aten.threshold_backward.grad_input(error, y, 0, grad_input=y)  # error where y > 0
-    back = (scale * W).mT.contiguous() @ r
-    dW = scale * (r @ h.mT) + x @ back.mT
-    db = reduce(r, "i n b -> i n", "sum") * scale.squeeze(-1)
-    return (reduce(error.square_(), "i n b -> i n", "sum") * importance).sum(1) / batch, dW, db
+    torch.bmm((scale * W_read).mT.contiguous(), r, out=g)
+    if model.hidden_activation == "relu":
+        torch.ops.aten.threshold_backward.grad_input(g, h, 0, grad_input=g)
+    dW, dW_read = x @ g.mT, scale * (r @ h.mT)
+    r_sum, errors = reduce(r, "i n b -> i n", "sum"), reduce(error.square_(), "i n b -> i n", "sum")
+    if n_silent := batch - x.shape[2]:
+        y_silent = model.b.relu() if model.activation == "relu" else model.b
+        silent = y_silent if target is None else y_silent - target(torch.zeros_like(y_silent))
+        errors += n_silent * silent.square()
+        r_sum += n_silent * (silent * (y_silent > 0) if model.activation == "relu" else silent)
+    loss, db = (errors * importance).sum(1) / batch, r_sum * scale.squeeze(-1)
+    return (loss, dW_read.add_(dW), db) if model.tied else (loss, dW, db, dW_read.mT)
 
 
 def _sparse(
