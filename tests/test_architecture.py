@@ -27,6 +27,7 @@ LAYERS = {
         "geometry",
         "theory",
         "sparse_coding",
+        "sequences",
         "transformer",
         "residual",
         "memory",

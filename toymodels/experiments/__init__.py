@@ -16,6 +16,7 @@ NAMES = (
     "uniform",
     "pentagon_to_digons",
     "correlated",
+    "hierarchy",
     "energy_levels",
     "privileged_basis",
     "absolute_value",

@@ -15,6 +15,8 @@ from toymodels.experiments.base import Outcome, Picture
 
 ALONE, LONG = "n=3, S=0", "S=0.99, longer"
 """The conditions of 10a, and of 10c and d; those of 10b are S=0.8 and the like."""
+SHOWN = (0.0, 0.8, 0.95, 0.99)
+"""The sparsities of 10b whose neurons are drawn."""
 COMPUTED = 0.5
 """A feature is computed when less of its variance than this stays unexplained."""
 
@@ -67,15 +69,21 @@ def _alone(outcome: Outcome) -> Picture:
     W, W_out, b = _weights(outcome, ALONE)
     colours = _colours(3)
     _stacked(axes[0, 0], W, W_out)
-    axes[0, 0].set(ylabel="|W ∘ W_out|", xlabel="six neurons", title="each neuron serves one feature")
+    axes[0, 0].set(ylabel="in × out weight", xlabel="six neurons", title="each neuron serves one feature")
     sweep = torch.linspace(-1, 1, 101)
     for i in range(3):
         ax, x = axes[0, 1 + i], torch.zeros(len(sweep), 3)
         x[:, i] = sweep
         y = ((x @ W).relu() @ W_out + b).relu()
         ax.plot(sweep, y[:, i], color=colours(i), linewidth=3)
-        ax.plot(sweep, sweep.abs(), "--", color=plots.INK, linewidth=1)
-        ax.set(xlabel=f"x{'₁₂₃'[i]}", title=f"feature {i + 1}", xticks=(-1, 0, 1), yticks=(0, 1), ylim=(-0.05, 1.1))
+        ax.plot(sweep, sweep.abs(), "--", color=plots.INK, linewidth=1, zorder=3)
+        ax.set(
+            xlabel=f"x, feature {i + 1} alone",
+            title=f"feature {i + 1}",
+            xticks=(-1, 0, 1),
+            yticks=(0, 1),
+            ylim=(-0.05, 1.1),
+        )
     axes[0, 1].set(ylabel="output y")
     caption = (
         "Three features that always fire, six neurons: two for each feature, one for each sign. The outputs lie on "
@@ -93,17 +101,17 @@ def _neurons(outcome: Outcome) -> Picture:
     from matplotlib.cm import ScalarMappable  # noqa: PLC0415
     from matplotlib.colors import ListedColormap, Normalize  # noqa: PLC0415
 
-    shown = _superposed_conditions(outcome)
+    shown = [(S, condition) for S, condition in _superposed_conditions(outcome) if S in SHOWN]
     figure, axes = plots.figure(len(shown), 1, width=10, height=0.6 + 1.75 * len(shown), sharey=True)
     for ax, (S, condition) in zip(axes[:, 0], shown, strict=True):
         W, W_out, _ = _weights(outcome, condition)
         _stacked(ax, W, W_out)
         pure = float(neurons.pure_neurons(W[None], W_out[None]))
-        ax.set(ylabel="|W ∘ W_out|", title=f"S = {S:g}: {pure:.0%} of the neurons are pure")
+        ax.set(ylabel="in × out weight", title=f"S = {S:g}: {pure:.0%} of the neurons are pure")
     axes[-1, 0].set(xlabel="40 neurons, ordered by the feature that each serves most")
-    scale = ScalarMappable(Normalize(0, 40), ListedColormap([_colours(100)(i) for i in range(40)]))
+    scale = ScalarMappable(Normalize(0.5, 40.5), ListedColormap([_colours(100)(i) for i in range(40)]))
     bar = figure.colorbar(
-        scale, ax=axes, label="feature, by falling importance", aspect=45, pad=0.01, ticks=(0, 20, 40)
+        scale, ax=axes, label="feature, by falling importance", aspect=45, pad=0.01, ticks=(1, 20, 40)
     )
     bar.outline.set_visible(False)
     caption = (
@@ -130,7 +138,7 @@ def _sharing(outcome: Outcome) -> Picture:
     axes[0, 1].set(ylim=(0, 5.4))
     caption = (
         f"Left: neurons of which one feature has more than {neurons.PURE:.0%} of the weight. Right: features with at "
-        f"least {neurons.SERVED:.0%} of a neuron's weight. A point is a run, the line their mean."
+        f"least {neurons.SERVED:.1%} of a neuron's weight. A point is a run, the line their mean."
     )
     return Picture("sharing", figure, caption)
 
@@ -170,14 +178,14 @@ def _motif(outcome: Outcome) -> Picture:
     for offset, i in ((-0.2, loud), (0.2, faint)):
         heights = [float(W[i, k].abs()), float(W_out[k, i])]
         ax.bar(places + offset, heights, 0.36, color=colours[i], label=f"feature {i + 1}")
-    ax.set(xticks=places, xticklabels=("in: |W|", "out: W_out"), title="one neuron, two features")
+    ax.set(xticks=places, xticklabels=("in: |W|", "out: W_out"), ylabel="weight", title="one neuron, two features")
     ax.tick_params(axis="x", length=0)
     ax.legend(loc="upper left")
 
     sweep = torch.linspace(-1, 1, 201)
     for ax, i in ((axes[0, 1], loud), (axes[0, 2], faint)):
         hidden = (sweep[:, None] * W[i]).relu()
-        ax.plot(sweep, sweep.abs(), "--", color=plots.INK, linewidth=1)
+        ax.plot(sweep, sweep.abs(), "--", color=plots.INK, linewidth=1, zorder=3)
         ax.plot(sweep, (hidden @ W_out[:, i] + b[i]).relu(), color=colours[i], linewidth=2.4)
         ax.set(xlabel=f"x, feature {i + 1} alone", title=f"output {i + 1}", xticks=(-1, 0, 1), ylim=(-0.05, 1.15))
     axes[0, 1].set(ylabel="y")
@@ -185,7 +193,7 @@ def _motif(outcome: Outcome) -> Picture:
     ax, hidden = axes[0, 3], (sweep[:, None] * W[loud]).relu()
     ax.plot(sweep, (hidden @ W_out[:, faint].relu() + b[faint]).relu(), ":", color=plots.MUTED, label="uninhibited")
     ax.plot(sweep, (hidden @ W_out[:, faint] + b[faint]).relu(), color=colours[faint], linewidth=2.4, label="trained")
-    ax.set(xlabel=f"x, feature {loud + 1} alone", title=f"output {faint + 1}", xticks=(-1, 0, 1))
+    ax.set(xlabel=f"x, feature {loud + 1} alone", title=f"output {faint + 1}, which should be 0", xticks=(-1, 0, 1))
     ax.legend(loc="upper center")
     caption = (
         f"The asymmetric motif: a neuron reads feature {loud + 1} strongly and writes it weakly, and the other way "

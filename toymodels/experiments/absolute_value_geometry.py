@@ -18,7 +18,7 @@ LIVE = 0.05
 """A neuron of less weight than this part of its network's largest is dead, and left out."""
 PURE = 0.75
 """A neuron is pure when a single feature has more of its weight than this."""
-SERVED = 0.06
+SERVED = 0.056
 """A neuron serves the features that have at least this share of its weight."""
 RATIO = 1.5
 """How much larger one weight of an asymmetric pair is than the other."""

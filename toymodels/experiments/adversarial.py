@@ -12,7 +12,10 @@ input of a sparsity. What the model drops anyway is loss before the attack and a
 Two attackers: one chooses a step for each input (`worst_steps`); the other, as in the paper, takes for all inputs the
 single one of the steps ±K_i/‖K_i‖, the fastest that raises or lowers output i, which does most harm.
 
-CALIBRATION
+Measured with --fast over seeds 0 ... 4, mean ± sd; the targets lie more than 5 sd away. Vulnerability at S = 0, .9,
+.95 and .99: .993 ± .009, 18.9 ± .3, 25.0 ± .6, 11.3 ± .5; with one step for all inputs at S = .9: 3.72 ± .07. Rank
+correlation with 1/D*: .929 in every seed, the last sparsity being out of order: there most outputs rest silent behind
+negative biases, which absorb small steps. The worst m = n model up to S = .95: 1.036 ± .011 times ε².
 """
 
 from __future__ import annotations
@@ -63,7 +66,8 @@ def worst_steps(
     It starts from the worst `n_starts` of the feature steps, which find outputs that are silent and have no gradient,
     and ascends by δ ← eps · ∇/‖∇‖, ∇ ∝ ((y − x) [y > 0]) K: the maximum over the ball of the loss made linear. Each
     ascent raises a convex loss, and this one is convex but where the output of an active feature is cut off.
-    Tests judge it by brute force in two hidden dimensions; 46 starts with 30 ascents find RISES more.
+    Tests judge it by brute force in two hidden dimensions; on the trained models
+    100 starts with 40 ascents raise the loss by 0 to 3 % more.
     """
     radius = rearrange(eps, "i -> i 1 1")
     starts = radius * feature_steps(model)
@@ -96,13 +100,13 @@ def run(context: Context) -> Outcome:
             text = "S = 0, no superposition: rise of the loss over that of the m = n model"
             claims.within("ratio_S=0", text, vulnerability[i], 1.0, 0.1, "PROPOSED")
         elif p < 0.101:
-            text = f"S = {1 - p:.2f}: rise of the loss over that of the m = n model"
-            claims.at_least(f"ratio_S={1 - p:.2f}", text, vulnerability[i], 5.0, "PROPOSED")
+            text = f"S = {1 - p:.3g}: rise of the loss over that of the m = n model"
+            claims.at_least(f"ratio_S={1 - p:.3g}", text, vulnerability[i], 5.0, "PROPOSED")
     text = "rank correlation of the vulnerability with 1/D* over the sparsities"
     claims.at_least("rank_correlation", text, _rank_correlation(vulnerability, per_dimension), 0.8, "PROPOSED")
-    text = "S = 0.90: the same for one step on all inputs"
+    text = "S = 0.9: the same for one step on all inputs"
     one_for_all = (narrow["rise_one_for_all"] / wide["rise_one_for_all"]).mean(1)[(inverse - 10).abs() < 0.1]
-    claims.at_least("ratio_one_for_all_S=0.90", text, one_for_all, 2.0, "PROPOSED")
+    claims.at_least("ratio_one_for_all_S=0.9", text, one_for_all, 2.0, "PROPOSED")
     text = "worst rise of the loss of an m = n model over ε², S ≤ 0.95"
     worst = (wide["rise"] / wide["eps"].square())[inverse <= 20.5].max()
     claims.within("m=n_costs_eps_squared", text, worst, 1.0, 0.1, "PROPOSED")
@@ -161,8 +165,6 @@ def _rank_correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> Tensor:
 
 def draw(outcome: Outcome) -> Sequence[Picture]:
     """Vulnerability and features per dimension over the sparsity, and what an attack looks like."""
-    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter  # noqa: PLC0415
-
     figure, axes = plots.figure(1, 2, width=10.5, height=4.2, width_ratios=(1.15, 1))
     narrow = [name for name in outcome.conditions if name.startswith("m=20")]
     wide = [name for name in outcome.conditions if name.startswith("m=n")]
@@ -185,10 +187,9 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
     ax.plot(inverse, per_dimension, "-", color=plots.SERIES[0], linewidth=2.6, label="features per dimension, 1/D*")
     ax.plot(inverse, curve(wide, "rise"), "o-", color=plots.SERIES[6], label="no superposition, m = n", markersize=3.5)
     ax.set(xscale="log", yscale="log", xlabel="1/(1 − S)", ylabel="rise of the loss / ε²,  and 1/D*", ylim=(0.85, 90))
-    for axis, ticks in ((ax.xaxis, (1, 3, 10, 30, 100)), (ax.yaxis, (1, 2, 5, 10, 20, 50))):
-        axis.set_major_locator(FixedLocator(ticks))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_locator(NullLocator())
+    for set_ticks, ticks in ((ax.set_xticks, (1, 3, 10, 30, 100)), (ax.set_yticks, (1, 2, 5, 10, 20, 50))):
+        set_ticks(ticks, map(str, ticks))
+        set_ticks((), minor=True)
     ax.set(title="Features per dimension make a network vulnerable")
     ax.legend(loc="upper left")
 

@@ -6,9 +6,10 @@ looks for the present token among these copies, the induction head. Neither pays
 happens for a while and then both form at once: the loss, the ICL score and prefix matching turn together. One layer
 can only learn to expect again whatever has occurred.
 
-On text that quotes itself, what can be learned from the corpus comes first and slows down, and the same change
-makes the loss fall faster again: the bump (Olsson et al. 2022). A loss that only ever slows down has a bump of at
-most 1; its targets are calibrated on seeds 0..4, 3 models each, 500 steps: BUMP_MEASURED
+Text that quotes itself can also be learned from the corpus, ever more slowly; then the same change makes the loss
+fall faster again, in a bump (Olsson et al. 2022). `bump` is by how much: about 1 for a curve that only slows down.
+Measured over seeds 0..2, nine models of each depth: 4.35, sd .28, with two layers and 1.06, sd .03, with one. The
+targets, at least 2.5 and at most 1.5, lie more than 6 sd away on the sides of what they claim.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from toymodels.sequences import QuotingText, RepeatedBlocks, Sequences
 from toymodels.transformer import Transformer, TransformerRecipe, in_context_score, measure, train_transformer
 
 N_SEEDS, BATCH, LR = 3, 32, 1e-3
-N_STEPS = 420  # the slowest of 15 models on blocks has prefix matching .85 after 360 steps, .89 at the end
+N_STEPS = 420  # the slowest of 24 models on blocks has prefix matching .85 after 370 steps, .888 at the end
 MEASURE_EVERY, N_MEASURED, N_HELD_OUT = 10, 64, 512
 WINDOW = 100
 """Steps over which the bump looks how far the loss falls."""
@@ -61,9 +62,12 @@ def run(context: Context) -> Outcome:
     claims.at_least("icl_one_layer", "1 layer: ICL score, lowest of 3 seeds", min(one["icl"]), -1.5, "RUN")
     claims.at_most("prefix_one_layer", "1 layer: prefix matching, highest of 3 seeds", max(one["prefix"]), 0.15, "RUN")
     bumps = {depth: conditions[f"text_{depth}"]["bump"] for depth in N_LAYERS}
-    for depth, claim, worst in (("two_layers", claims.at_least, min), ("one_layer", claims.at_most, max)):
+    for depth, claim, worst, target in (
+        ("two_layers", claims.at_least, min, 2.5),
+        ("one_layer", claims.at_most, max, 1.5),
+    ):
         label = f"text, {LABELS[depth]}: the loss falls faster again, by a factor"
-        claim(f"bump_{depth}", label, worst(bumps[depth]), 2.0, "PROPOSED")
+        claim(f"bump_{depth}", label, worst(bumps[depth]), target, "PROPOSED")
     return Outcome(claims.made, tensors, conditions, N_SEEDS)
 
 
@@ -145,14 +149,8 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
 
 def _training(outcome: Outcome) -> Picture:
     figure, axes = plots.figure(1, 3, width=10, height=3.1)
-    for ax, (quantity, label) in zip(axes[0], QUANTITIES.items(), strict=True):
-        mark_change(ax, outcome, "two_layers")
-        for place, condition in enumerate(N_LAYERS):
-            steps = outcome.tensors[f"{condition}/measured_at"]
-            for seed, curve in enumerate(outcome.tensors[f"{condition}/{quantity}"].T):
-                name = LABELS[condition] if seed == 0 else None
-                ax.plot(steps, curve, color=plots.SERIES[place], alpha=0.8, linewidth=1.4, label=name)
-        ax.set(xlabel="training steps", ylabel=label, xlim=(0, N_STEPS), xticks=range(0, N_STEPS + 1, 100))
+    for ax, quantity in zip(axes[0], QUANTITIES, strict=True):
+        curves(ax, outcome, "", quantity)
     axes[0, 0].set(ylim=(1, 4.4))
     axes[0, 1].set(ylim=(-5, 0.3))
     axes[0, 2].set(ylim=(0, 1))
@@ -165,10 +163,17 @@ def _training(outcome: Outcome) -> Picture:
     return Picture("phase_change", figure, caption)
 
 
-def mark_change(ax: plots.Axes, outcome: Outcome, condition: str) -> None:
-    """Shades 40 steps to either side of where prefix matching comes half-way, over all seeds."""
-    steps: list[int] = outcome.conditions[condition]["prefix_half_risen"]  # type: ignore[assignment]
+def curves(ax: plots.Axes, outcome: Outcome, task: str, quantity: str) -> None:
+    """A quantity through training, one line for each model. The shade covers the steps at which prefix matching of
+    two layers comes half-way, and 40 to either side."""
+    steps: list[int] = outcome.conditions[f"{task}two_layers"]["prefix_half_risen"]  # type: ignore[assignment]
     ax.axvspan(min(steps) - 40, max(steps) + 40, color=plots.RULE, alpha=0.6, linewidth=0)
+    for place, depth in enumerate(N_LAYERS):
+        measured_at = outcome.tensors[f"{task}{depth}/measured_at"]
+        for seed, curve in enumerate(outcome.tensors[f"{task}{depth}/{quantity}"].T):
+            name = LABELS[depth] if seed == 0 else None
+            ax.plot(measured_at, curve, color=plots.SERIES[place], alpha=0.8, linewidth=1.4, label=name)
+    ax.set(xlabel="training steps", ylabel=QUANTITIES[quantity], xlim=(0, N_STEPS), xticks=range(0, N_STEPS, 100))
 
 
 def _per_token(outcome: Outcome) -> Picture:
@@ -184,11 +189,13 @@ def _per_token(outcome: Outcome) -> Picture:
             ax.plot(range(1, 64), curve, color=plots.SERIES[place], alpha=0.8, linewidth=1.4, label=name)
     before = outcome.tensors["two_layers/loss_per_token_history"][BEFORE // MEASURE_EVERY].mean(0)
     ax.plot(range(1, 64), before, ":", color=plots.SERIES[1], linewidth=1.4, label=f"2 layers, step {BEFORE}")
-    ax.set(xlabel="token index", ylabel="loss (nats)", xlim=(1, 63), ylim=(0, 5.2))
+    ax.set(xlabel="token index", ylabel="loss (nats)", xlim=(1, 63), ylim=(0, 5.6))
     ax.legend(loc="center right")
     caption = (
         "Loss of each token after training, 512 held-out sequences. Once the block comes round again, which is "
-        "between tokens 10 and 26, two layers know what is next; one layer knows only which tokens occur."
+        "between tokens 10 and 26, two layers know what is next; one layer knows only which tokens occur. The hump "
+        "near token 50: the heads of layer 0 look back one token only up to about token 22, so that the ends of the "
+        "longest blocks are not found again."
     )
     return Picture("loss_per_token", figure, caption)
 
@@ -196,7 +203,7 @@ def _per_token(outcome: Outcome) -> Picture:
 def _heads(outcome: Outcome) -> Picture:
     facts, tokens = outcome.conditions["two_layers"], outcome.tensors["two_layers/tokens"][0]
     length = int((tokens[1:] == tokens[0]).nonzero()[0]) + 1
-    figure, axes = plots.figure(1, 2, width=9.4, height=4.3)
+    figure, axes = plots.figure(1, 2, width=9.4, height=4.7)
     titles = ("layer 0, head {}: the token before", "layer 1, head {}: what came next last time")
     patterns = outcome.tensors["two_layers/patterns"]
     for ax, pattern, title, head in zip(axes[0], patterns, titles, facts["heads_shown"], strict=True):  # type: ignore[call-overload]
@@ -218,12 +225,7 @@ def _heads(outcome: Outcome) -> Picture:
 def _text(outcome: Outcome) -> Picture:
     figure, axes = plots.figure(1, 2, width=9.4, height=3.3)
     for ax, quantity in zip(axes[0], ("held_out_losses", "prefix"), strict=True):
-        mark_change(ax, outcome, "text_two_layers")
-        for place, depth in enumerate(N_LAYERS):
-            steps = outcome.tensors[f"text_{depth}/measured_at"]
-            for seed, curve in enumerate(outcome.tensors[f"text_{depth}/{quantity}"].T):
-                ax.plot(steps, curve, color=plots.SERIES[place], label=LABELS[depth] if seed == 0 else None)
-        ax.set(xlabel="training steps", ylabel=QUANTITIES[quantity], xlim=(0, N_STEPS), xticks=range(0, 401, 100))
+        curves(ax, outcome, "text_", quantity)
     axes[0, 1].set(ylim=(0, 1))
     axes[0, 0].legend(loc="lower left")
     caption = (

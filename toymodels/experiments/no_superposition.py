@@ -1,32 +1,28 @@
 """Row 12: architectures that avoid superposition, and what it costs.
 
-Twenty features at S = 0.9, of importance 0.9^i, in ten hidden units. A network is free to store the features along
-any directions unless something favours the units: purity is a property of the basis, and that of a linear hidden
-layer says nothing, because W R with any rotation R computes the same. The baseline is therefore h = relu(xW),
-y = relu(hWᵀ + b), whose units mean something and are polysemantic nonetheless. Against it, at the same sizes:
+Twenty features at S = 0.9, of importance 0.9^i, in ten hidden units. Purity is a property of a basis: a linear hidden
+layer has none, as W R with any rotation R computes the same, and its purity says nothing. The baseline is therefore
+h = relu(xW), y = relu(hWᵀ + b), whose units mean something and are mixed nonetheless. Against it, at the same sizes:
 
-    L1 on h        + λ Σ_k |h_k|        an activation in one unit is cheaper than in several
-    L1 on W        + λ Σ |W|            a feature in one unit is cheaper than in several
-    top-k          all but the k largest h_k are cut off, and with them what interferes
-    SoLU           h = a softmax(a), a = xW: the largest unit suppresses the others
-    room           m = n
+    L1 on h    + λ Σ_k |h_k|           what one unit says costs less than what several say
+    L1 on W    + λ Σ |W|               so do the weights
+    top-k      all but the k largest h_k are cut off, and with them what interferes
+    SoLU       h = a softmax(a), a = xW: the largest unit suppresses the others
+    m = n      room; with a linear hidden layer, as only its interference Σ_{j≠i} (Ŵ_i · W_j)² is claimed
 
-A unit says φ(W_i)_k of feature i alone (`ToyModel.directions`), and is pure if that is about one feature:
+A unit says φ(W_i)_k of feature i alone (`ToyModel.directions`): purity_k = max_i |φ(W_i)_k| / Σ_i |φ(W_i)_k|. A unit
+that fires (h_k > 0.01) on fewer than 0.1 % of the inputs is dead, and its purity is 0. The purity of the weights,
+|W_ik| for |φ(W_i)_k|, is lower, because it counts what inhibits a unit against it.
 
-    purity_k = max_i |φ(W_i)_k| / Σ_i |φ(W_i)_k|
+L1 on h needs tied weights: free ones would shrink h and read it louder. SoLU needs free ones, because softmax is sharp
+only where a is large: what enters must be on a larger scale than what leaves. Its baseline is the ReLU network with
+read-out weights of its own and of the same start, W times the scale and W_out over it. From an ordinary start SoLU is
+nearly linear, and as mixed as its baseline; and where what its units say is pure, its weights are not.
 
-A unit that hardly ever fires (h_k > 0.01 on fewer than 0.1 % of the inputs) is dead, and its purity is 0. Purity of the
-weights, |W_ik| for |φ(W_i)_k|, is measured too: it counts what inhibits a unit against it.
-
-L1 on h needs tied weights: free ones would shrink h and read it louder. SoLU needs free ones: softmax is sharp only
-where a is large, so that what enters must be on a larger scale than what leaves; its baseline is the ReLU network with
-read-out weights of its own and of the same start, W times the scale and W_out over it. From an ordinary start SoLU is nearly
-linear, and training prefers it so: its purity is that of the baseline. Elhage et al. 2022 (Softmax Linear Units,
-section 4.3) likewise find features hidden in SoLU's small activations.
-
-Nothing is free: in ten units ten features are pure, and the other ten are lost.
-
-CALIBRATION
+Measured with --fast over seeds 0 ... 5, mean ± sd; the targets lie at least 4 sd away. Rise of the purity, and loss
+over that of the baseline: L1 on h .53 ± .04 at 1.36 ± .04; L1 on W .78 ± .02 at 1.52 ± .10; top-k .77 ± .01 at
+2.50 ± .09; SoLU .42 ± .02 at 2.12 ± .22, and .012 ± .003 from an ordinary start. Rise of the weights' purity: L1 on W
+.84 ± .02; top-k .51 ± .02. Interference: below 10⁻⁵ with m = n, 1.01 ± .01 with half the room.
 """
 
 from __future__ import annotations
@@ -46,7 +42,7 @@ from toymodels.worlds import ToyRecipe
 
 N_FEATURES, D_HIDDEN, FEATURE_PROB = 20, 10, 0.1
 IMPORTANCE = [0.9**i for i in range(N_FEATURES)]
-N_STEPS, BATCH, LR, N_INPUTS = 1000, 256, 1e-2, 2048
+N_STEPS, BATCH, LR, N_INPUTS = 1000, 128, 1e-2, 2048
 FIRES, ALIVE = 0.01, 1e-3
 AVOIDING = {
     "L1 on h": ("L1 on h, 0.1", "ReLU", 2.0),
@@ -55,7 +51,6 @@ AVOIDING = {
     "SoLU": ("SoLU, 30", "untied ReLU, 30", 4.0),
 }
 """Of each architecture: the condition that the claims are about, its baseline, and the most that it may cost."""
-MEASURES = ("losses", "purity", "purity_of_weights", "dead", "interference")
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class Architecture:
 
 def architectures(context: Context) -> list[Architecture]:
     """All of them; the claims' own settings are in the reduced grids too."""
-    on_hidden = context.pick(fast=(0.03, 0.1, 0.2), full=(0.01, 0.03, 0.06, 0.1, 0.15, 0.2))
+    on_hidden = context.pick(fast=(0.03, 0.1), full=(0.01, 0.03, 0.06, 0.1, 0.15, 0.2))
     on_weights = context.pick(fast=(0.001, 0.004, 0.01), full=(0.0003, 0.001, 0.002, 0.004, 0.006, 0.01))
     scales = context.pick(fast=(1.0, 30.0), full=(1.0, 3.0, 10.0, 30.0))
     return [
@@ -101,21 +96,14 @@ def measure(context: Context, architecture: Architecture, n_seeds: int) -> dict[
     setting = torch.tensor(architecture.settings).repeat_interleave(n_seeds)
     names = (architecture.kind, architecture.k or 0)
     features = Features(N_FEATURES, FEATURE_PROB, IMPORTANCE)
-    model = ToyModel(
-        N_FEATURES,
-        architecture.d_hidden,
-        len(setting),
-        hidden_activation=architecture.hidden,
-        k=architecture.k,
-        tied=not architecture.scaled,
-        generator=context.stream(*names, "weights"),
-    )
+    sizes = (N_FEATURES, architecture.d_hidden, len(setting))
+    kind = {"hidden_activation": architecture.hidden, "k": architecture.k, "tied": not architecture.scaled}
+    model = ToyModel(*sizes, generator=context.stream(*names, "weights"), **kind)  # type: ignore[arg-type]
     if architecture.scaled:
         with torch.no_grad():
             model.W_out.copy_(model.W.mT / setting[:, None, None])
             model.W.mul_(setting[:, None, None])
-    objective = architecture.objective(setting)
-    stream = context.stream(*names, "batches")
+    objective, stream = architecture.objective(setting), context.stream(*names, "batches")
     training = train(model, features, N_STEPS, BATCH, LR, generator=stream, objective=objective, progress=context.tick)
     with torch.no_grad():
         hidden = model.hidden(features.sample_dense(N_INPUTS, context.stream(*names, "inputs"), len(setting)))
@@ -140,52 +128,47 @@ def run(context: Context) -> Outcome:
     context.expect(N_STEPS * len(todo))
     tensors: dict[str, Tensor] = {}
     conditions: dict[str, dict[str, object]] = {}
+    training = {"feature_prob": FEATURE_PROB, "n_steps": N_STEPS, "batch_size": BATCH, "lr": LR}
     for architecture in todo:
         found = measure(context, architecture, n_seeds)
         for i, condition in enumerate(architecture.conditions):
             tensors |= {f"{condition}/{name}": t[i * n_seeds : (i + 1) * n_seeds] for name, t in found.items()}
-            facts: dict[str, object] = {
+            conditions[condition] = training | {
                 "kind": architecture.kind,
                 "setting": architecture.k or architecture.settings[i],
                 "hidden_activation": architecture.hidden,
-                "tied": not architecture.scaled,
                 "d_hidden": architecture.d_hidden,
-                "feature_prob": FEATURE_PROB,
-                "n_steps": N_STEPS,
-                "batch_size": BATCH,
-                "lr": LR,
-                "best": int(tensors[f"{condition}/losses"].argmin()),
             }
-            conditions[condition] = facts | {name: float(tensors[f"{condition}/{name}"].mean()) for name in MEASURES}
-    return Outcome(_claims(conditions), tensors, conditions, n_seeds)
+    return Outcome(_claims(tensors), tensors, conditions, n_seeds)
 
 
-def _claims(conditions: Mapping[str, Mapping[str, object]]) -> Sequence[Claim]:
+def _claims(tensors: Mapping[str, Tensor]) -> Sequence[Claim]:
     """Purity against that of the matched baseline, and what it costs."""
     claims = Claims("12")
 
     def mean(condition: str, measure: str) -> float:
-        value = conditions[condition][measure]
-        assert isinstance(value, float)
-        return value
+        return float(tensors[f"{condition}/{measure}"].mean())
+
+    def rise(measure: str, condition: str, baseline: str) -> float:
+        return mean(condition, measure) - mean(baseline, measure)
 
     for kind, (condition, baseline, cost) in AVOIDING.items():
         key = kind.replace(" ", "_")
-        rise = mean(condition, "purity") - mean(baseline, "purity")
         times = mean(condition, "losses") / mean(baseline, "losses")
-        claims.at_least(
-            f"purity_{key}", f"{condition}: rise of the purity, at {times:.1f} × the loss", rise, 0.15, "PROPOSED"
-        )
-        claims.at_most(f"loss_{key}", f"{condition}: its loss over that of the baseline", times, cost, "PROPOSED")
-        if kind in ("L1 on W", "top-k"):
-            rise = mean(condition, "purity_of_weights") - mean(baseline, "purity_of_weights")
-            claims.at_least(
-                f"purity_of_weights_{key}", f"{condition}: rise of the weights' purity", rise, 0.15, "PROPOSED"
-            )
-    rise = mean("SoLU, 1", "purity") - mean("untied ReLU, 1", "purity")
-    claims.at_most("purity_SoLU_unscaled", "SoLU from an ordinary start: rise of the purity", rise, 0.15, "PROPOSED")
-    claims.at_most("interference_m=n", "m = n: interference", mean("m = n", "interference"), 0.01, "PROPOSED")
-    claims.at_least("interference_m<n", "linear, m = n/2: the same", mean("linear", "interference"), 0.1, "PROPOSED")
+        text = f"{condition}: rise of the purity, at {times:.1f} × the loss of {baseline}"
+        claims.at_least(f"purity_{key}", text, rise("purity", condition, baseline), 0.15, "PROPOSED")
+        claims.at_most(f"loss_{key}", f"{condition}: its loss over that of {baseline}", times, cost, "PROPOSED")
+    for kind in ("L1 on W", "top-k"):
+        condition, baseline, _ = AVOIDING[kind]
+        higher = rise("purity_of_weights", condition, baseline)
+        text = f"{condition}: rise of the purity of the weights"
+        claims.at_least(f"purity_of_weights_{kind.replace(' ', '_')}", text, higher, 0.15, "PROPOSED")
+    higher = rise("purity", "SoLU, 1", "untied ReLU, 1")
+    claims.at_most("purity_SoLU_unscaled", "SoLU from an ordinary start: rise of the purity", higher, 0.15, "PROPOSED")
+    best = tensors["m = n/interference"][tensors["m = n/losses"].argmin()]
+    claims.at_most("interference_m=n", "m = n, best seed: mean interference of a feature", best, 0.01, "PROPOSED")
+    without_room = mean("linear", "interference")
+    claims.at_least("interference_m<n", "m = n/2, linear: the same, mean of the seeds", without_room, 0.5, "PROPOSED")
     return claims.made
 
 
@@ -195,31 +178,24 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
 
 
 def _trade_off(outcome: Outcome) -> Picture:
-    """Purity and interference against the loss, a line for each architecture."""
-    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter  # noqa: PLC0415
-
+    """Purity against the loss, a line for each architecture."""
     panels = (("purity", "Purity of what the units say"), ("purity_of_weights", "Purity of their weights"))
     figure, axes = plots.figure(1, 2, width=9, height=4.2, sharey=True)
-    kinds = list(dict.fromkeys(str(facts["kind"]) for facts in outcome.conditions.values()))
-    styles = {kind: (plots.SERIES[i], "o") for i, kind in enumerate(k for k in kinds if k in AVOIDING)}
+    styles = {kind: (plots.SERIES[i], "o") for i, kind in enumerate(AVOIDING)}
     styles |= {"ReLU": (plots.INK, "D"), "untied ReLU": (plots.MUTED, "D"), "linear": (plots.INK, "^")}
     for ax, (measure, label) in zip(axes[0], panels, strict=True):
-        for kind in kinds:
-            if kind == "m = n":
-                continue
-            facts = [facts for facts in outcome.conditions.values() if facts["kind"] == kind]
-            colour, marker = styles[kind]
-            points = torch.tensor([[fact[name] for name in ("losses", measure, "dead")] for fact in facts])
-            points = points[points[:, 0].argsort()]
-            ax.plot(*points.T[:2], color=colour, linewidth=1.4, label=None)
-            for loss, value, dead in points.tolist():
-                face = "white" if dead >= 1 else colour
-                ax.plot(loss, value, marker, color=colour, markerfacecolor=face)
-            ax.plot([], [], marker + ("-" if len(points) > 1 else ""), color=colour, label=kind)
+        for kind, (colour, marker) in styles.items():
+            named = [name for name, facts in outcome.conditions.items() if facts["kind"] == kind]
+            measures = ("losses", measure, "dead")
+            points = [[float(outcome.tensors[f"{name}/{shown}"].mean()) for shown in measures] for name in named]
+            losses, values, _ = zip(*sorted(points), strict=True)
+            ax.plot(losses, values, marker + ("-" if len(points) > 1 else ""), color=colour, linewidth=1.4, label=kind)
+            for loss, value, dead in points:
+                if dead >= 1:
+                    ax.plot(loss, value, marker, color=colour, markerfacecolor="white")
         ax.set(xscale="log", xlabel="loss", title=label, ylim=(0, 1.03))
-        ax.xaxis.set_major_locator(FixedLocator((0.02, 0.05, 0.1, 0.2)))
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks((0.02, 0.05, 0.1), ("0.02", "0.05", "0.1"))
+        ax.set_xticks((), minor=True)
     axes[0, 0].set(ylabel="mean purity of a hidden unit")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     caption = (
@@ -234,23 +210,23 @@ def _trade_off(outcome: Outcome) -> Picture:
 def _answers(outcome: Outcome) -> Picture:
     """What each hidden unit says of each feature alone, as a matrix, units sorted by their favourite feature."""
     shown = ["ReLU", *(condition for condition, *_ in AVOIDING.values()), "m = n"]
-    figure, axes = plots.figure(1, len(shown), width=11, height=4.0, width_ratios=[1] * 5 + [2])
+    figure, axes = plots.figure(1, len(shown), width=11, height=3.8, width_ratios=[1] * 5 + [2])
     for ax, condition in zip(axes[0], shown, strict=True):
-        facts = outcome.conditions[condition]
-        best = outcome.tensors[f"{condition}/losses"].argmin()
+        found = {name: outcome.tensors[f"{condition}/{name}"] for name in ("losses", "purity", "interference")}
+        best = int(found["losses"].argmin())
         answers = outcome.tensors[f"{condition}/answers"][best]
         largest = answers.abs().amax(0)
         answers = answers / largest.where(largest > 0, 1)
-        order = answers.abs().argmax(0).argsort(stable=True)
-        measured = "interference" if condition == "m = n" else "purity"
-        measured = f"{measured} {facts[measured]:.2f}\nloss {facts['losses']:.3f}"
-        plots.matrix(ax, answers[:, order].numpy(), title=f"{facts['kind']}\n{measured}")
+        answers = answers[:, answers.abs().argmax(0).argsort(stable=True)]
+        shows = "interference" if condition == "m = n" else "purity"
+        title = f"{condition.split(',')[0]}\n{shows} {found[shows][best]:.2f}\nloss {found['losses'][best]:.3f}"
+        plots.matrix(ax, answers.numpy(), title=title)
         ax.set(xlabel=f"{answers.shape[1]} units")
     axes[0, 0].set(ylabel="20 features, the most important on top")
     caption = (
         "What each hidden unit (column) says of each feature (row) alone, relative to its loudest answer, in the best "
         "of the seeds; units sorted by their favourite feature. A pure unit has one dark cell. Ten pure units leave "
-        "ten features out; a network with m = n leaves none and has no interference, but its linear basis is any."
+        "ten features out; a network with m = n leaves none and has no interference, though its basis is arbitrary."
     )
     return Picture("answers", figure, caption)
 
@@ -261,15 +237,12 @@ EXPERIMENT = Experiment(
     title="Avoiding superposition",
     claim="Penalties, competition or room make hidden units pure, and each has its price in the loss.",
     reference="Elhage et al. 2022, Strategic Picture; Softmax Linear Units",
-    seconds=20,
+    seconds=16,
     run=run,
     draw=draw,
     recipe=ToyRecipe(
-        n_features=N_FEATURES,
-        d_hidden=D_HIDDEN,
-        feature_prob=FEATURE_PROB,
-        n_steps=N_STEPS,
+        *(N_FEATURES, D_HIDDEN, FEATURE_PROB, N_STEPS),
         model={"hidden_activation": "relu"},
-        training={"objective": Objective(l1_weights=0.004)},
+        training={"objective": Objective(l1_hidden=0.1)},  # the cost that keeps its meaning at another sparsity
     ),
 )

@@ -133,7 +133,8 @@ def run(context: Context) -> Outcome:
         "theory/digons_b": digons.b,
         "curves/rho": fine,
         "curves/two_digons": curves[0, n_rho:],
-        "curves/pentagon": torch.where(exists, curves[1, n_rho:], torch.nan),
+        "curves/pentagon_rho": fine[exists],
+        "curves/pentagon": curves[1, n_rho:][exists],
         "trained/W": W,
         "trained/b": b,
         "trained/feature_prob": each,
@@ -156,15 +157,15 @@ def _losses(outcome: Outcome) -> Picture:
     figure, axes = plots.figure(1, 3, width=10, height=3.8, width_ratios=[1, 3, 1])
     left, ax, right = axes[0]
     chosen = list(TARGETS).index(TRAINED_PROB)
-    rho, pentagon = tensors["curves/rho"], tensors["curves/pentagon"]
-    ax.plot(rho, tensors["curves/two_digons"], color=COLOURS[0])
-    ax.plot(rho, pentagon, color=COLOURS[1])
+    ax.plot(tensors["curves/rho"], tensors["curves/two_digons"], color=COLOURS[0])
+    ax.plot(tensors["curves/pentagon_rho"], tensors["curves/pentagon"], color=COLOURS[1])
     for kind, colour in enumerate(COLOURS):
         cell, seed = (tensors["trained/shapes"] == kind).nonzero().unbind(1)
         points = tensors["trained/rho"][cell], tensors["trained/losses"][cell, seed]
         ax.plot(*points, "o", color=colour, markersize=6, markerfacecolor="none")
     rho_star = float(tensors["theory/rho_star"][chosen])
-    crossing_at = float(pentagon[(rho - rho_star).abs().argmin()])
+    W, b = (tensors[f"theory/digons_{name}"][chosen] for name in ("W", "b"))
+    crossing_at = float(theory.expected_loss(W, b, TRAINED_PROB * torch.tensor([rho_star, 1, 1, 1, 1])))
     ax.plot([rho_star] * 2, [0, crossing_at], color=plots.MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     ax.text(rho_star + 0.015, 0.0005, f"ρ* = {rho_star:.3f}")
     ax.text(0.71, 0.0142, "two digons", color=COLOURS[0], ha="right")
@@ -172,9 +173,9 @@ def _losses(outcome: Outcome) -> Picture:
     ax.set(xlabel="relative density ρ of feature 0", ylabel="expected loss", xlim=(0, 1.03), ylim=(0, 0.0185))
     ax.set_yticks([0, 0.005, 0.01, 0.015])
     for axis, name, title in ((left, "digons", "two digons"), (right, "pentagon", "pentagon")):
-        W = tensors[f"theory/{name}_W"][chosen].roll(-1, 0).numpy()
         # Feature 0 comes last, so that it is seen where it is dropped; the others are alike.
-        plots.vectors(axis, W, (*[plots.INK] * 4, plots.SERIES[2]))
+        arrows = tensors[f"theory/{name}_W"][chosen].roll(-1, 0).numpy()
+        plots.vectors(axis, arrows, (*[plots.INK] * 4, plots.SERIES[2]))
         axis.set_title(f"{title} at ρ*", loc="center")
     caption = (
         "Five features in two dimensions: feature 0 (green) fires with probability ρp, the others with "
