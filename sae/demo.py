@@ -30,6 +30,7 @@ from sae.optim import adam
 from sae.run import check_out, require_report, train
 from sae.sources import ToySourceConfig
 from toymodels.processes import one_thread_each
+from toymodels.worlds import ToyRecipe
 
 N_SEEDS = 3
 K = 3
@@ -85,7 +86,9 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     ]
     for _, _, config in saes:
         check_out(config.out, resume=False, overwrite=overwrite)
-    n_steps = toy.recipe.n_steps + sum(config.n_steps for _, _, config in saes)
+    recipe = toy.recipe
+    assert isinstance(recipe, ToyRecipe)
+    n_steps = recipe.n_steps + sum(config.n_steps for _, _, config in saes)
     with tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar, one_thread_each() as pool:
         bar.set_description("toy model")
         for _ in saes:
@@ -94,7 +97,7 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
         def toy_step(step: int, losses: Tensor) -> None:
             bar.update()
 
-        world = toy.recipe.build(toy.seed, on_step=toy_step)
+        world = recipe.build(toy.seed, on_step=toy_step)
         out.mkdir(parents=True, exist_ok=True)
         world.model.save(out / TOY)
         rows = train_and_measure(pool, out, toy, saes, bar)

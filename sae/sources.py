@@ -296,17 +296,15 @@ class ToySourceConfig(SourceConfig):
         Raises:
             UsageError: the experiment has no hidden activations, or not such sizes.
         """
-        sizes = {"n_features": self.n_features, "d_hidden": self.d_hidden}
-        sizes |= {"feature_prob": self.feature_prob, "n_steps": self.n_steps}  # type: ignore[dict-item]
-        if self.experiment is None:
-            return ToyRecipe().resized(**sizes)  # type: ignore[arg-type]
-        recipe = experiment(self.experiment).recipe
+        recipe = ToyRecipe() if self.experiment is None else experiment(self.experiment).recipe
         if recipe is None:
             with_hidden = [name for name in NAMES if experiment(name).recipe is not None]
             raise UsageError(
                 f"source.experiment {self.experiment!r} has no hidden activations; use one of {', '.join(with_hidden)}"
             )
-        return recipe.resized(**sizes)  # type: ignore[arg-type]
+        return recipe.resized(
+            n_features=self.n_features, d_hidden=self.d_hidden, feature_prob=self.feature_prob, n_steps=self.n_steps
+        )
 
     def open(self) -> WorldSource:
         recipe = self.recipe

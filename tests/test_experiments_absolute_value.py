@@ -85,7 +85,9 @@ def test_the_motif_is_found_once_and_its_interference_is_inhibited():
     assert neurons.inhibited(W, W_out, found).tolist() == [0]
 
 
-@pytest.mark.parametrize(("read", "write"), [((1.4, 1.0), (0.5, 1.0)), ((2.0, 1.0), (0.7, 1.0)), ((2.0, 1.0), (-0.5, 1.0))])
+@pytest.mark.parametrize(
+    ("read", "write"), [((1.4, 1.0), (0.5, 1.0)), ((2.0, 1.0), (0.7, 1.0)), ((2.0, 1.0), (-0.5, 1.0))]
+)
 def test_no_motif_without_both_ratios_and_two_positive_outputs(read, write):
     W, W_out = torch.tensor(read)[None, :, None].float(), torch.tensor(write)[None, None].float()
     assert len(neurons.motifs(W, W_out).neuron) == 0

@@ -40,6 +40,7 @@ class ToyModel(nn.Module):
 
     W: Float[Tensor, "n_instances n_features d_hidden"]
     b: Float[Tensor, "n_instances n_features"]
+    own_W_out: Float[Tensor, "n_instances d_hidden n_features"] | None
 
     def __init__(
         self,

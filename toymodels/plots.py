@@ -25,7 +25,7 @@ INK, MUTED, RULE, WASH = (palette.LIGHT[name] for name in ("ink", "muted", "rule
 SERIES = palette.SERIES_LIGHT
 """Colours of lines and groups, in order."""
 FONTS = ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"]
-STYLE = {
+STYLE: Any = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
     "axes.titlelocation": "left",
@@ -150,8 +150,8 @@ def norms_and_interference(
     *,
     title: str = "",
 ) -> Any:
-    """A bar ‖W_i‖ for each feature, coloured by Σ_{j≠i} (Ŵ_i·W_j)² (Elhage et al. 2022, section 2); returns the
-    colour scale, for a colour bar."""
+    """An upright bar ‖W_i‖ for each feature, coloured by Σ_{j≠i} (Ŵ_i·W_j)² (Elhage et al. 2022, section 2), at the
+    places of a matrix's columns above it; returns the colour scale, for a colour bar."""
     from matplotlib.cm import ScalarMappable  # noqa: PLC0415
     from matplotlib.colors import LinearSegmentedColormap, Normalize  # noqa: PLC0415
 
@@ -159,6 +159,6 @@ def norms_and_interference(
     colours = LinearSegmentedColormap.from_list("shared", [SERIES[0], "#b9c0c7", SERIES[1]])
     scale = ScalarMappable(Normalize(0, 1), colours)
     places = np.arange(len(norms))
-    axes.barh(places, norms, color=scale.to_rgba(np.clip(interference, 0, 1)), height=0.8)
-    axes.set(ylim=(len(norms) - 0.5, -0.5), xlim=(0, 1.4), title=title, yticks=[])
+    axes.bar(places, norms, color=scale.to_rgba(np.clip(interference, 0, 1)), width=0.8)
+    axes.set(xlim=(-0.5, len(norms) - 0.5), ylim=(0, 1.3), title=title, xticks=[])
     return scale

@@ -7,15 +7,21 @@ inhibit. Much of this is the asymmetric motif (d): a neuron reads one feature st
 the other way round. The first would shout into the second's output, if inhibition did not silence it there.
 
 Definitions, on the weights |W ∘ W_outᵀ| of a neuron over features: it is *pure* if one feature has over 3/4 of them,
-and *serves* the features with at least 5.6 % each. Dead neurons (under 5 % of the largest) are left out: PLACE
-The RUN targets of b came without definitions, and 5.6 % is where the mean at S = .99 is that of its target (5 % gives
-4.81, 6 % gives 4.44). So 12 runs, 22 at S = .99, gave (mean ± sd over runs): S = .8: pure .97 ± .04; S = .95: pure
-.55 ± .09; S = .99: 4.57 ± .23 features per neuron, and 2 pure neurons among 880, so that the claim "none pure" is
-about the median run.
+and *serves* the features with at least 5.6 % each. Dead neurons (under 5 % of the largest) are left out; none was.
+The RUN targets of b came without definitions: at S = .99, 5 % would give 4.8 features per neuron, 6 % 4.4, and 5.6 %
+the middle of the target. Over the runs of seeds 0 to 4 (mean ± sd over runs): S = .8: pure .99 ± .02 (15 runs);
+S = .95: pure .56 ± .08 (20); S = .99: 4.55 ± .22 features per neuron (25), and one pure neuron among 1000, so that the
+claim "none pure" is about the median run. In a, 33 of 50 runs succeed.
 
-c depends on the initial weights. At their sd of .03, 10 runs compute 21.1 ± 1.9 features (18 to 24); at .1 they
-compute 10, because large starts keep neurons busy with features that do not matter; at .01, used here, CALIBC
-d, PROPOSED: CALIBD
+c depends on the initial weights. From their sd of .03, as in b, 10 runs compute 21.1 ± 1.9 features (18 to 24), so
+that one in three has no more than m/2; from .1 five runs compute 10; from .01, used here, 25 runs compute 22.8 ± 1.7
+(20 to 26, two of them 20), and the mean over five runs is 22.8 ± .5.
+
+d, PROPOSED, over the same 25 runs: 180 ± 18 motifs in a run, 3.90 ± .12 times as many (mean and sd of five seeds) as
+when each feature's output weights are dealt to the neurons anew; none of 100 such shuffles reached a run's count.
+Inhibition takes back .999 (sd .0003) of the interference, .320 ± .005 more than under a shuffle. The motif is common
+because sharing is: neurons serve 4.5 times as many pairs of features as shuffled ones, of which 55 % are asymmetric,
+against 63 % of the shuffled pairs.
 """
 
 from __future__ import annotations

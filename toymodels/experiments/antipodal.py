@@ -7,8 +7,10 @@ Not every start gets there, so that the claim is about the best of the seeds; ho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from toymodels import plots
 from toymodels.experiments.base import Claims, Context, Experiment, Outcome, Picture
@@ -29,7 +31,9 @@ def run(context: Context) -> Outcome:
     training = train(
         model, Features(2, probs), N_STEPS, BATCH, generator=context.stream("batches"), progress=context.tick
     )
-    claims, tensors, conditions = Claims("1"), {}, {}
+    claims = Claims("1")
+    tensors: dict[str, Tensor] = {}
+    conditions: dict[str, dict[str, Any]] = {}
     for p, W, b, losses in zip(
         PROBS, *(t.split(N_SEEDS) for t in (model.W, model.b, training.final_losses)), strict=True
     ):

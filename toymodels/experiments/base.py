@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,9 @@ class Claims:
         self.row = row
         self.made: list[Claim] = []
 
-    def within(self, name: str, text: str, measured: Measured, target: Number, tolerance: Number, source: Status) -> None:
+    def within(
+        self, name: str, text: str, measured: Measured, target: Number, tolerance: Number, source: Status
+    ) -> None:
         """|measured − target| ≤ tolerance."""
         self._add(name, text, measured, "within", target, tolerance, source)
 
@@ -102,7 +104,7 @@ class Outcome:
     tensors: Mapping[str, Tensor]
     """`<condition>/W [n_instances, n_features, d_hidden]`, `<condition>/b`, and whatever else a figure shows or a
     reader may want to check, under names of its own. Saved as weights.safetensors."""
-    conditions: Mapping[str, Mapping[str, object]]
+    conditions: Mapping[str, Mapping[str, Any]]
     """Condition → what it was trained on: {"feature_prob": .05, "n_steps": 1000, ...}, plain JSON values."""
     n_seeds: int
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -115,7 +116,7 @@ def judge_together(claims: Claims, tensors: dict[str, Tensor], conditions: dict[
     rate = success.float().mean()
     conditions[TOGETHER]["success_rate"] = float(rate)
     claims.at_least("orthogonal_rate", f"share of {len(W)} seeds: |cosine| ≤ .15, all represented", rate, 0.9, "RUN")
-    best = tensors[f"{THREE_PAIRS}/W"][conditions[THREE_PAIRS]["best"]]  # type: ignore[call-overload]
+    best = tensors[f"{THREE_PAIRS}/W"][cast(int, conditions[THREE_PAIRS]["best"])]
     claims.equals(
         "side_by_side_represented", "six features: represented", geometry.represented(best).sum(), 6, "PROPOSED"
     )
@@ -127,7 +128,7 @@ def judge_exclusive(claims: Claims, tensors: dict[str, Tensor], conditions: dict
     """7b: antipodal inside a pair."""
     cosine = inside_pairs(tensors[f"{EXCLUSIVE}/W"])
     conditions[EXCLUSIVE]["success_rate"] = float((cosine < -0.95).all(1).float().mean())
-    best = cosine[conditions[EXCLUSIVE]["best"]].max()  # type: ignore[call-overload]
+    best = cosine[cast(int, conditions[EXCLUSIVE]["best"])].max()
     claims.at_most("antipodal", "best run: cosine inside a pair", best, -0.95, "RUN")
 
 
@@ -136,7 +137,7 @@ def judge_sums(claims: Claims, tensors: dict[str, Tensor], conditions: dict[str,
     kept = {}
     for condition, facts in conditions.items():
         if condition.startswith("together"):
-            kept[facts["feature_prob"]] = min(facts["cosine_to_sum"])  # type: ignore[call-overload]
+            kept[facts["feature_prob"]] = min(cast(list[float], facts["cosine_to_sum"]))
     for p in (0.4, 0.6, 0.9):
         claims.at_least(f"sum_p={p}", f"p = {p}: least cosine of a pair's sum to the plane", kept[p], 0.95, "PROPOSED")
     claims.at_most("no_sum_below", "p = .18: the same", kept[0.18], 0.85, "PROPOSED")
@@ -174,16 +175,16 @@ def draw_arrows(outcome: Outcome) -> Picture:
 def draw_sweep(outcome: Outcome) -> Picture:
     """Arrows, cosines and losses against p."""
     found = {
-        facts["feature_prob"]: condition
+        cast(float, facts["feature_prob"]): condition
         for condition, facts in outcome.conditions.items()
         if outcome.tensors[f"{condition}/W"].shape[1] == 4 and condition != EXCLUSIVE
     }
-    probs = sorted(found)  # type: ignore[type-var]
+    probs = sorted(found)
     shown = [probs[round(i * (len(probs) - 1) / 7)] for i in range(8)]
     made, axes = plots.figure(2, 8, width=10, height=4.6, height_ratios=[1, 2.2])
     for ax, p in zip(axes[0], shown, strict=True):
-        best = outcome.conditions[found[p]]["best"]
-        plots.vectors(ax, outcome.tensors[f"{found[p]}/W"][best].numpy(), PAIRS, title=f"p = {p}")  # type: ignore[call-overload]
+        best = cast(int, outcome.conditions[found[p]]["best"])
+        plots.vectors(ax, outcome.tensors[f"{found[p]}/W"][best].numpy(), PAIRS, title=f"p = {p}")
     grid = axes[1, 0].get_gridspec()
     for ax in axes[1]:
         ax.remove()

@@ -21,6 +21,7 @@ PROPOSED, calibrated over seeds 0 to 4, 5 models at each q (mean, sd over seeds)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from einops import einsum
@@ -62,7 +63,8 @@ def run(context: Context) -> Outcome:
     x = features.sample_dense(N_ROWS // 4, context.stream("evaluation"), len(q))
     loss, rises, explained = ablations(model, x, features.importances)
     W = model.W.detach()
-    tensors, conditions = {}, {}
+    tensors: dict[str, Tensor] = {}
+    conditions: dict[str, dict[str, object]] = {}
     represented, rise, share = [], [], []
     parts = (W, model.b.detach(), loss, rises, explained)
     for rate, (W_q, b, losses, rises_q, explained_q) in zip(
@@ -161,11 +163,11 @@ def penalty(
 
 def draw(outcome: Outcome) -> Sequence[Picture]:
     """W at four rates; features represented and the rise of an ablation against q."""
-    rates = {facts["dropout"]: name for name, facts in outcome.conditions.items() if name != "linear"}
+    rates = {cast(float, facts["dropout"]): name for name, facts in outcome.conditions.items() if name != "linear"}
     shown = [q for q in (0.0, 0.2, 0.5, 0.8) if q in rates]
     made, axes = plots.figure(1, len(shown) + 2, width=10.4, height=3.4, width_ratios=[1] * len(shown) + [2, 2])
     for ax, q in zip(axes[0], shown, strict=False):
-        W = outcome.tensors[f"{rates[q]}/W"][outcome.conditions[rates[q]]["best"]]  # type: ignore[call-overload]
+        W = outcome.tensors[f"{rates[q]}/W"][cast(int, outcome.conditions[rates[q]]["best"])]
         image = plots.matrix(ax, W.numpy(), limit=1.0, title=f"q = {q:g}")
         ax.set(xlabel="hidden units")
     axes[0, 0].set(ylabel="features")

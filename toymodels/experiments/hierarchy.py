@@ -23,6 +23,7 @@ and all of them are represented.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,8 +53,9 @@ def run(context: Context) -> Outcome:
     context.expect(len(KINDS) * N_STEPS)
     tree = Tree(N_ROOTS, BRANCHING)
     pairs = kinship(tree)
-    claims, tensors, conditions = Claims("18"), {}, {}
-    rms, mean = {}, {}
+    claims, rms, mean = Claims("18"), {}, {}
+    tensors: dict[str, Tensor] = {}
+    conditions: dict[str, dict[str, object]] = {}
     for kind in KINDS:
         features = Features(N_FEATURES, PROB, co_firing=Tree(N_ROOTS, BRANCHING, kind == "exclusive siblings"))
         if kind == "independent features":
@@ -114,7 +116,7 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
     size = 1 + BRANCHING
     for (kind, title), top, below in zip(KINDS.items(), axes[0], axes[1], strict=True):
         cosines = geometry.cosines(outcome.tensors[f"{kind}/W"])
-        best = families_in_order(cosines[outcome.conditions[kind]["best"]])  # type: ignore[call-overload]
+        best = families_in_order(cosines[cast(int, outcome.conditions[kind]["best"])])
         image = plots.matrix(top, best.numpy(), title=title)
         for start in range(0, N_FEATURES, size):
             xs, ys = zip(*((start - 0.5 + x * size, start - 0.5 + y * size) for x, y in SQUARE), strict=True)

@@ -11,6 +11,7 @@ The expected loss of the trained weights is computed exactly, from the first two
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import einsum
@@ -54,7 +55,9 @@ def run(context: Context) -> Outcome:
     n_seeds, n_relu = context.pick(fast=3, full=8), context.pick(fast=3, full=8)
     dims = context.pick(fast=(2, SHOWN), full=(1, 2, 3, SHOWN))
     context.expect((len(dims) + 1) * N_STEPS)
-    claims, tensors, conditions = Claims("2c"), {}, {}
+    claims = Claims("2c")
+    tensors: dict[str, Tensor] = {}
+    conditions: dict[str, dict[str, Any]] = {}
     for m in dims:
         p = torch.tensor(PROBS, dtype=torch.float64).repeat_interleave(n_seeds)[:, None]
         model = ToyModel(N, m, len(p), "linear", init_sd=INIT_SD, generator=context.stream("weights", m))

@@ -210,7 +210,7 @@ def _trade_off(outcome: Outcome) -> Picture:
 def _answers(outcome: Outcome) -> Picture:
     """What each hidden unit says of each feature alone, as a matrix, units sorted by their favourite feature."""
     shown = ["ReLU", *(condition for condition, *_ in AVOIDING.values()), "m = n"]
-    figure, axes = plots.figure(1, len(shown), width=11, height=3.8, width_ratios=[1] * 5 + [2])
+    figure, axes = plots.figure(1, len(shown), width=11, height=4.1, width_ratios=[1] * 5 + [2])
     for ax, condition in zip(axes[0], shown, strict=True):
         found = {name: outcome.tensors[f"{condition}/{name}"] for name in ("losses", "purity", "interference")}
         best = int(found["losses"].argmin())

@@ -11,7 +11,7 @@ each arrangement; 48 random starts at each of 88 points (p, r) of either diagram
 by 2e-4 of the loss (n = 3, p = .9, r = 1.05: a lopsided triangle).
 
 Calibration, seeds 0–7 reduced, 0–1 full: trained and theory agree in all the cells that no boundary crosses; of all
-cells, in 1.000 (n = 2) and .997 (sd .004, n = 3). With 8 seeds a cell instead of 16, up to one cell in thirty failed.
+(seeds 0–5), in 1.000 (n = 2) and .997 (sd .004, n = 3). With 8 seeds a cell instead of 16, one cell in thirty failed.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ QUADRATURE = (12, 8, 6, 4)
 
 def name(base: float, sparsity: float) -> str:
     """A condition: importances I_i = base^i, at this sparsity."""
-    return f"I={'1' if base == 1 else f'{base}^i'}, S={sparsity}"
+    return f"I={'1' if base == 1 else f'{base}^i'}, S={sparsity:g}"
 
 
 def angle_gaps(W: Float[Tensor, "n_features 2"]) -> Float[Tensor, " n_features"]:
@@ -81,11 +81,11 @@ def run(context: Context) -> Outcome:
     """Three stacks, by how long their sparsity must be trained; then the exact losses of two polygons."""
     some = context.pick(fast=5, full=N_SEEDS)
     middle = context.pick(fast=SURE, full=dict.fromkeys((0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.999), 2 * N_SEEDS))
-    dense = {name(1, 0): (1.0, [0.0] * 2), name(0.9, 0): (0.9, [0.0] * N_SEEDS)}
-    sparse = {name(1, s): (1.0, [s] * n_runs) for s, n_runs in middle.items()}
+    dense = {name(1.0, 0.0): (1.0, [0.0] * 2), name(0.9, 0.0): (0.9, [0.0] * N_SEEDS)}
+    sparse = {name(1.0, s): (1.0, [s] * n_runs) for s, n_runs in middle.items()}
     sparse |= {name(0.9, s): (0.9, [s] * some) for s in sorted({*middle, 0.95})}
     spread = [0.955 + 0.005 * i for i in range(N_SEEDS // 2)]
-    pentagons = {name(1, 0.95): (1.0, [0.95] * (N_SEEDS // 2)), RANGE: (1.0, spread)}
+    pentagons = {name(1.0, 0.95): (1.0, [0.95] * (N_SEEDS // 2)), RANGE: (1.0, spread)}
     stacks = (("dense", dense, 6000, 512), ("sparse", sparse, 1000, 512), ("pentagons", pentagons, 1500, 1024))
     context.expect(sum(n_steps for _, _, n_steps, _ in stacks))
     tensors: dict[str, Tensor] = {}
@@ -117,7 +117,7 @@ def run(context: Context) -> Outcome:
 
 def exact_losses() -> dict[str, Tensor]:
     """Where square and pentagon end when the exact expected loss is followed downhill, for equal importances."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for shape, (largest, n) in THEORY.items():
         p = torch.logspace(log10(largest), -3, 25, dtype=torch.float64)
         starts = regular_polygon(n, 1.0).expand(len(p), N, M)
@@ -130,17 +130,17 @@ def exact_losses() -> dict[str, Tensor]:
 def pentagon_claims(tensors: Mapping[str, Tensor], conditions: Mapping[str, Mapping[str, Any]]) -> Sequence[Claim]:
     """2a: every run at S = .95, and the shape of every run up to .99."""
     claims = Claims("2a")
-    W, b = (tensors[f"{name(1, 0.95)}/{part}"] for part in ("W", "b"))
+    W, b = (tensors[f"{name(1.0, 0.95)}/{part}"] for part in ("W", "b"))
     gaps = torch.stack([angle_gaps(w) for w in W])
     for key, what, values, target, tolerance in (
-        ("angle_gap", "the angle between neighbours", gaps, 72, DEGREES),
+        ("angle_gap", "the angle between neighbours", gaps, 72.0, DEGREES),
         ("norm", "the norm ‖W_i‖", norms(W), 1.13, 0.05),
         ("dimensionality", "the dimensionality D_i", feature_dimensionality(W), 0.4, 0.01),
         ("bias", "the bias b_i", b, -0.245, 0.03),
     ):
-        text = f"S = 0.95: {what} farthest from {target} in {len(W)} runs"
+        text = f"S = 0.95: {what} farthest from {target:g} in {len(W)} runs"
         claims.within(key, text, farthest(values, target), target, tolerance, "RUN")
-    n_pentagons = sum(conditions[at]["shapes"].get("pentagon", 0) for at in (name(1, 0.95), RANGE))
+    n_pentagons = sum(conditions[at]["shapes"].get("pentagon", 0) for at in (name(1.0, 0.95), RANGE))
     claims.equals("pentagons", f"pentagons in {N_SEEDS} runs at S = 0.95 to 0.99", n_pentagons, N_SEEDS, "RUN")
     return claims.made
 
@@ -148,17 +148,17 @@ def pentagon_claims(tensors: Mapping[str, Tensor], conditions: Mapping[str, Mapp
 def polygon_claims(tensors: Mapping[str, Tensor], conditions: Mapping[str, Mapping[str, Any]]) -> Sequence[Claim]:
     """2b: the best run at each sparsity, and dense features of falling importance."""
     claims = Claims("2b")
-    for sparsity, n, angle in ((0.5, 4, 90), (0.7, 4, 90), *((s, 5, 72) for s in (0.8, 0.9, 0.95, 0.999))):
-        condition = name(1, sparsity)
+    for sparsity, n, angle in ((0.5, 4, 90.0), (0.7, 4, 90.0), *((s, 5, 72.0) for s in (0.8, 0.9, 0.95, 0.999))):
+        condition = name(1.0, sparsity)
         best = tensors[f"{condition}/W"][conditions[condition]["best"]]
         kept = best[represented(best)]
         claims.equals(f"represented_S={sparsity}", f"S = {sparsity}: features represented", len(kept), n, "RUN")
-        text = f"S = {sparsity}: the angle between neighbours farthest from {angle}°"
+        text = f"S = {sparsity}: the angle between neighbours farthest from {angle:g}°"
         claims.within(f"angle_gap_S={sparsity}", text, farthest(angle_gaps(kept), angle), angle, DEGREES, "RUN")
         if n < N:
             text = f"S = {sparsity}: norm of the dropped feature"
             claims.at_most(f"dropped_S={sparsity}", text, norms(best).min(), 0.1, "RUN")
-    pairs = conditions[name(0.9, 0)]["shapes"].get("orthogonal pair", 0)
+    pairs = conditions[name(0.9, 0.0)]["shapes"].get("orthogonal pair", 0)
     claims.equals("orthogonal_pairs", f"I = 0.9^i, S = 0: orthogonal pairs in {N_SEEDS} runs", pairs, N_SEEDS, "RUN")
     return claims.made
 
@@ -170,9 +170,9 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
 
 def arrows(outcome: Outcome) -> Picture:
     """Elhage et al. 2022, section 2: a row for each importance, a column for each sparsity."""
-    shown = [s for s in (0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.999) if name(1, s) in outcome.conditions]
+    shown = [s for s in (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.999) if name(1.0, s) in outcome.conditions]
     figure, axes = plots.figure(2, len(shown), width=10, height=3.5)
-    for row, (base, label) in zip(axes, ((1, "I = 1"), (0.9, "I = 0.9$^i$")), strict=True):
+    for row, (base, label) in zip(axes, ((1.0, "I = 1"), (0.9, "I = 0.9$^i$")), strict=True):
         for ax, sparsity in zip(row, shown, strict=True):
             condition = name(base, sparsity)
             W = outcome.tensors[f"{condition}/W"][outcome.conditions[condition]["best"]]
@@ -182,7 +182,7 @@ def arrows(outcome: Outcome) -> Picture:
             ax.set_xlabel(polygon(W).replace("other", "no polygon"), color=plots.MUTED, fontsize=9.5)
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8, fontsize=11.5)
     for ax, sparsity in zip(axes[0], shown, strict=True):
-        ax.set_title(f"S = {sparsity}", loc="center")
+        ax.set_title(f"S = {sparsity:g}", loc="center")
     caption = (
         "Five features in two dimensions, from dense (left) to sparse: a coloured line is the direction of a feature, "
         "an open dot one that is hardly represented. A square of four gives way to a pentagon of all five; "

@@ -10,8 +10,9 @@ purity, that of its noise, but serves nothing. (None died in any run behind the 
 
 At S = 0 the pull towards the basis is weak. Turn two neurons by a small angle θ: the ReLU cuts off what falls below
 zero, a wedge of area θ/2 in which the excess is at most θ, so that the loss grows as θ³/12 only; in sparser data the
-features that are alone pay p(1 − p)θ²/3. Hence a long run at a high rate: at 2000 steps and lr 1e-2 mean purity
-at S = 0 was still .46, at 6000 and 3e-2 it is .96.
+features that are alone pay p(1 − p)θ²/3. Hence the long run at S = 0 and the high rate: after 2000 steps at 1e-2 the
+mean purity was .46, after 6000 at 3e-2 it is .97 in nine of ten models. The tenth is stuck with two neurons that
+share two features (.64 to .85), so that the claims are about the median over seeds of the mean over neurons.
 
 PROPOSED, calibrated over seeds 0 to 4, 5 models each (mean purity, sd over seeds):
 @CALIBRATION@
@@ -20,9 +21,10 @@ PROPOSED, calibrated over seeds 0 to 4, 5 models each (mean purity, sd over seed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
+from typing import Any, cast
 
 import torch
-from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,54 +37,69 @@ from toymodels.worlds import ToyRecipe
 
 N_FEATURES, D_HIDDEN, IMPORTANCE = 10, 5, [0.75**i for i in range(10)]
 BATCH, LR = 256, 3e-2
-N_STEPS = {"relu": 6000, "linear": 2000}
+N_STEPS = {"relu": (6000, 2000), "linear": (1000, 1000)}  # at S = 0, and at all other sparsities
 ALIVE = 0.5
-SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
-SPARSITIES_FAST = (0.0, 0.3, 0.5, 0.7, 0.9, 0.97)
+SPARSITIES = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
+SPARSITIES_FAST = (0.5, 0.7, 0.9, 0.97)
 HIDDEN: dict[HiddenActivation, str] = {"relu": "h = relu(xW)", "linear": "h = xW"}
 
 
 def run(context: Context) -> Outcome:
-    """A stack of seeds and sparsities, with the ReLU and without."""
-    sparsities = context.pick(fast=SPARSITIES_FAST, full=SPARSITIES)
-    n_seeds = context.pick(fast=5, full=20)
-    context.expect(sum(N_STEPS.values()))
-    probs = 1 - torch.tensor(sparsities, dtype=torch.float64).repeat_interleave(n_seeds)[:, None]
-    features = Features(N_FEATURES, probs, IMPORTANCE)
-    claims, tensors, conditions = Claims("9"), {}, {}
-    purity = {}
-    for hidden in HIDDEN:
+    """A stack at S = 0 and one at all other sparsities, with the ReLU and without."""
+    n_seeds = context.pick(fast=7, full=20)
+    stacks: tuple[tuple[float, ...], ...] = ((0.0,), context.pick(fast=SPARSITIES_FAST, full=SPARSITIES))
+    context.expect(sum(sum(n_steps) for n_steps in N_STEPS.values()))
+    claims, purity = Claims("9"), {}
+    tensors: dict[str, Tensor] = {}
+    conditions: dict[str, dict[str, Any]] = {}
+    for hidden, number in product(HIDDEN, range(len(stacks))):
+        names, stack, n_steps = (hidden, number), stacks[number], N_STEPS[hidden][number]
+        probs = 1 - torch.tensor(stack, dtype=torch.float64).repeat_interleave(n_seeds)[:, None]
         model = ToyModel(
             N_FEATURES,
             D_HIDDEN,
             len(probs),
             hidden_activation=hidden,
-            generator=context.stream("weights", hidden),
+            generator=context.stream("weights", *names),
         )
-        batches = context.stream("batches", hidden)
-        training = train(model, features, N_STEPS[hidden], BATCH, LR, generator=batches, progress=context.tick)
+        training = train(
+            model,
+            Features(N_FEATURES, probs, IMPORTANCE),
+            n_steps,
+            BATCH,
+            LR,
+            schedule="linear",
+            generator=context.stream("batches", *names),
+            progress=context.tick,
+        )
         parts = zip(*(t.detach().split(n_seeds) for t in (model.W, model.b, training.final_losses)), strict=True)
-        for S, (W, b, losses) in zip(sparsities, parts, strict=True):
+        for S, (W, b, losses) in zip(stack, parts, strict=True):
             condition = f"{hidden} S={S}"
-            alive = W.norm(dim=1) > ALIVE
-            mean = purity[hidden, S] = float(geometry.purity_weights(W)[alive].mean())
+            mean, n_dead = mean_purity(W)
+            purity[hidden, S] = float(mean.quantile(0.5))
             tensors |= {f"{condition}/W": W, f"{condition}/b": b, f"{condition}/losses": losses}
             conditions[condition] = {
                 "hidden_activation": hidden,
-                "feature_prob": 1 - S,
+                "sparsity": S,
                 "importance": IMPORTANCE,
-                "n_steps": N_STEPS[hidden],
+                "n_steps": n_steps,
                 "batch_size": BATCH,
                 "lr": LR,
                 "best": int(losses.argmin()),
-                "dead_neurons": int((~alive).sum()),
-                "mean_purity": mean,
+                "dead_neurons": n_dead,
+                "median_purity": purity[hidden, S],
             }
-    claims.at_least("pure_dense", "mean purity at S = 0", purity["relu", 0.0], 0.9, "PROPOSED")
+    claims.at_least("pure_dense", "median over seeds of the mean purity, S = 0", purity["relu", 0.0], 0.9, "PROPOSED")
     for S in (0.9, 0.97):
-        claims.at_most(f"mixed_S={S}", f"mean purity at S = {S}", purity["relu", S], 0.6, "PROPOSED")
-    claims.at_most("rotated", "the same at S = 0 without a hidden ReLU", purity["linear", 0.0], 0.6, "PROPOSED")
+        claims.at_most(f"mixed_S={S}", f"the same at S = {S}", purity["relu", S], 0.6, "PROPOSED")
+    claims.at_most("rotated", "the same at S = 0, without a hidden ReLU", purity["linear", 0.0], 0.6, "PROPOSED")
     return Outcome(claims.made, tensors, conditions, n_seeds)
+
+
+def mean_purity(W: Float[Tensor, "seeds n m"]) -> tuple[Float[Tensor, " seeds"], int]:
+    """The mean purity of each model's neurons that are alive, and how many of all are not."""
+    alive = W.norm(dim=1) > ALIVE
+    return (geometry.purity_weights(W) * alive).sum(1) / alive.sum(1).clamp(min=1), int((~alive).sum())
 
 
 def neurons_in_order(W: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
@@ -90,14 +107,18 @@ def neurons_in_order(W: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     return W[:, W.abs().argmax(0).argsort(stable=True)]
 
 
+def of_hidden(outcome: Outcome, hidden: HiddenActivation) -> dict[float, str]:
+    """Sparsity → condition."""
+    facts_of = outcome.conditions.items()
+    return {cast(float, facts["sparsity"]): name for name, facts in facts_of if facts["hidden_activation"] == hidden}
+
+
 def best_of(outcome: Outcome, hidden: HiddenActivation) -> dict[float, Float[Tensor, "n m"]]:
     """Sparsity → W of the model of lowest loss."""
-    best = {}
-    for condition, facts in outcome.conditions.items():
-        if facts["hidden_activation"] == hidden:
-            S = round(1 - facts["feature_prob"], 4)  # type: ignore[operator]
-            best[S] = neurons_in_order(outcome.tensors[f"{condition}/W"][facts["best"]])  # type: ignore[call-overload]
-    return best
+    return {
+        S: neurons_in_order(outcome.tensors[f"{condition}/W"][cast(int, outcome.conditions[condition]["best"])])
+        for S, condition in of_hidden(outcome, hidden).items()
+    }
 
 
 def draw(outcome: Outcome) -> Sequence[Picture]:
@@ -108,7 +129,7 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
 def draw_matrices(outcome: Outcome) -> Picture:
     """Rows are features, columns neurons."""
     rows = {hidden: best_of(outcome, hidden) for hidden in HIDDEN}
-    shown = [S for S in SPARSITIES_FAST if S in rows["relu"]]
+    shown = [S for S in (0.0, *SPARSITIES_FAST) if S in rows["relu"]]
     made, axes = plots.figure(2, len(shown), width=8.6, height=5.2)
     for (hidden, title), row in zip(HIDDEN.items(), axes, strict=True):
         for ax, S in zip(row, shown, strict=True):
@@ -144,24 +165,18 @@ def draw_neurons(outcome: Outcome) -> Picture:
     axes[0, 0].set(ylabel="|W|, stacked by feature")
     right = axes[0, -1]
     for number, hidden in enumerate(HIDDEN):
-        mean = {}
-        for condition, facts in outcome.conditions.items():
-            if facts["hidden_activation"] == hidden:
-                S = round(1 - facts["feature_prob"], 4)  # type: ignore[operator]
-                W = outcome.tensors[f"{condition}/W"]
-                alive = W.norm(dim=1) > ALIVE
-                purity = (geometry.purity_weights(W) * alive).sum(1) / alive.sum(1).clamp(min=1)
-                places = repeat(torch.tensor(S), "-> seeds", seeds=len(W))
-                right.plot(
-                    places, purity, "o", color=plots.SERIES[number], markersize=3.5, alpha=0.35, markeredgewidth=0
-                )
-                mean[S] = facts["mean_purity"]
-        right.plot(list(mean), list(mean.values()), color=plots.SERIES[number], label=HIDDEN[hidden])
+        median = {}
+        for S, condition in of_hidden(outcome, hidden).items():
+            purity, _ = mean_purity(outcome.tensors[f"{condition}/W"])
+            dots = {"color": plots.SERIES[number], "markersize": 3.5, "alpha": 0.35, "markeredgewidth": 0}
+            right.plot([S] * len(purity), purity, "o", **dots)
+            median[S] = outcome.conditions[condition]["median_purity"]
+        right.plot(list(median), list(median.values()), color=plots.SERIES[number], label=HIDDEN[hidden])
     right.set(xlabel="sparsity S = 1 − p", ylabel="mean purity of neurons", xlim=(-0.03, 1.03), ylim=(0, 1.03))
     right.legend(loc="lower left")
     caption = (
         "What the neurons of h = relu(xW) are made of: |W| of each feature, the most important dark and at the bottom. "
-        "Right, the share of a neuron's largest weight, averaged over neurons (dots: seeds)."
+        "Right, the share of a neuron's largest weight, averaged over neurons (dots: seeds; line: their median)."
     )
     return Picture("privileged_basis_neurons", made, caption)
 
