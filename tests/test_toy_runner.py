@@ -143,10 +143,10 @@ def test_the_page_shows_claims_figures_and_failures(tmp_path, stand_in):
 
 
 def test_one_failure_does_not_stop_the_others(tmp_path):
-    """Through processes, as the command line does: a folder that turns out to be a file fails one of two."""
+    """Through processes, as the command line does: a folder in the place of a figure fails one of two."""
     names = ("antipodal", "linear")
     runner.check(names, tmp_path, 0)
-    (tmp_path / "linear" / "weights.safetensors").mkdir()
+    (tmp_path / "linear" / "linear.png").mkdir(parents=True)
     ended = {}
     runs = runner.run_all(names, tmp_path, 0, True, on_end=lambda one: ended.setdefault(one.name, one))
     assert [one.name for one in runs] == list(names)

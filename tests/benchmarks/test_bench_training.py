@@ -7,8 +7,9 @@ import torch
 
 from sae.config import TrainConfig
 from sae.run import start
-from sae.sources import ToySource
+from sae.sources import WorldSource
 from toymodels import Features, ToyModel, generator
+from toymodels.worlds import ToyWorld
 
 D_IN, D_SAE, K, BATCH = 64, 512, 8, 1024
 KINDS = {
@@ -21,7 +22,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_step(benchmark, say, kind):
     config = TrainConfig.model_validate({"sae": KINDS[kind] | {"d_sae": D_SAE}, "train": {"batch_size": BATCH}})
-    source = ToySource(ToyModel(D_SAE, D_IN, generator=generator(0, "bench")), Features(D_SAE, K / D_SAE))
+    source = WorldSource(ToyWorld(ToyModel(D_SAE, D_IN, generator=generator(0, "bench")), Features(D_SAE, K / D_SAE)))
     trainer, unit = start(config, source, source.held_out("calibration", 4096))
     stream = source.batches(BATCH, seed=0)
     batches = cycle([next(stream) / unit for _ in range(32)])

@@ -15,7 +15,10 @@ second, the sum of the five rises over all that the layer explains (the loss of 
 without dropout): near 1 where each unit holds a share of its own, below it where one stands in for another.
 
 PROPOSED, calibrated over seeds 0 to 4, 5 models at each q (mean, sd over seeds):
-@CALIBRATION@
+    rank correlation of q and features represented     −.986 ± .020
+    represented at q = 0 less those at q = .5          3.3 ± .4
+    rise of an ablation, q = .5 to q = 0               .553 ± .015
+    rises over explained, q = 0; q = .5                .956 ± .016; .662 ± .016
 """
 
 from __future__ import annotations
@@ -172,7 +175,7 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
         ax.set(xlabel="hidden units")
     axes[0, 0].set(ylabel="features")
     made.colorbar(
-        image, ax=axes[0, : len(shown)].tolist(), label="weight W", location="bottom", shrink=0.4, ticks=[-1, 0, 1]
+        image, ax=axes[0, : len(shown)].tolist(), label="weight W", shrink=0.6, pad=0.04, ticks=[-1, 0, 1]
     )
     left, right = axes[0, -2:]
     baseline = outcome.tensors[f"{rates[0.0]}/ablation_rises"].mean()

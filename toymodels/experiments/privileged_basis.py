@@ -14,8 +14,9 @@ features that are alone pay p(1 − p)θ²/3. Hence the long run at S = 0 and th
 mean purity was .46, after 6000 at 3e-2 it is .97 in nine of ten models. The tenth is stuck with two neurons that
 share two features (.64 to .85), so that the claims are about the median over seeds of the mean over neurons.
 
-PROPOSED, calibrated over seeds 0 to 4, 5 models each (mean purity, sd over seeds):
-@CALIBRATION@
+PROPOSED, calibrated over seeds 0 to 4, medians of 7 models each (mean, sd over seeds):
+    h = relu(xW)    S = 0: .970 ± .008    S = .9: .339 ± .038    S = .97: .249 ± .020
+    h = xW          S = 0: .380 ± .022
 """
 
 from __future__ import annotations

@@ -184,9 +184,7 @@ def draw_dimensions(weights: Weights) -> Picture:
     above.plot(list(measured), [float(values.mean()) for values in measured.values()], color=plots.SERIES[0])
     for inverse, values in measured.items():
         above.plot([inverse] * len(values), values, "o", color=plots.SERIES[0])
-    above.set(
-        ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel=r"dimensions per feature, $D^* = m\,/\,\Sigma_i |W_i|^2$"
-    )
+    above.set(ylim=(0, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="dimensions per feature, D*")
     for inverse, W in weights.items():
         D, chosen = geometry.feature_dimensionality(W[0]), geometry.represented(W[0])
         places = inverse * torch.linspace(-0.045, 0.045, n).exp()
@@ -203,7 +201,7 @@ def draw_dimensions(weights: Weights) -> Picture:
     below.set_xticks(ticks, [f"{inverse:g}" for inverse in ticks])
     below.minorticks_off()
     caption = (
-        f"{n} equal features in {m} dimensions. Above: D* stays at 1 while the features are dense, rests at 1/2, where "
+        f"{n} equal features in {m} dimensions. Above: D* = m / Σ ‖W_i‖² is 1 for dense features, rests at 1/2, where "
         "they form antipodal pairs, and then falls. Below: the dimensionality of every feature, blue where it is "
         "represented (‖W_i‖ > 0.5), with lines where exact polytopes lie. At every sparsity they add up to m."
     )
