@@ -178,13 +178,14 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
         ax.fill_between(steps, 0, 1, where=marked, transform=whole, color=plots.RULE, alpha=0.5, zorder=0, linewidth=0)
     below.plot(steps, loss, color=plots.INK)
     late = loss[FORMED:]
-    below.set(ylim=(float(late.min()) - 0.002, float(late.max()) + 0.004), xlim=(0, N_STEPS / 2))
+    shown_steps = min(N_STEPS, max([N_STEPS // 2, *(steps[marked] + N_STEPS // 20).tolist()]))
+    below.set(ylim=(float(late.min()) - 0.002, float(late.max()) + 0.004), xlim=(0, shown_steps))
     below.set(xlabel="training step", ylabel="loss on a fixed batch")
     above.set(ylim=(-0.02, 0.7), ylabel="dimensionality of a feature, $D_i$")
     caption = (
         f"{D_HIDDEN} dimensions, {N_FEATURES} features, learning rate constant. Above: the dimensionality of each "
         "feature; features that jump after step 400 are coloured, and the 5 % of the run in which they do are marked. "
-        "Below: the loss falls in the same windows. The first half of the run; nothing moves in the second."
+        f"Below: the loss falls in the same windows. The run goes on to step {N_STEPS}."
     )
     return [Picture("energy_levels", figure, caption)]
 

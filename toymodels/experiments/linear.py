@@ -112,8 +112,7 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
         W = outcome.tensors[f"{condition}/W"][outcome.conditions[condition]["best"]]
         image = plots.matrix(ax, (W @ W.T).numpy(), title=title)
         ax.set_xlabel("feature, most important first")
-    bar = figure.colorbar(image, ax=matrices, shrink=0.8, ticks=(-1, 0, 1))
-    bar.set_label("W$_i$ · W$_j$", rotation=0, labelpad=14, va="center")
+    figure.colorbar(image, ax=matrices, shrink=0.8, ticks=(-1, 0, 1)).ax.set_title("W$_i$ · W$_j$", fontsize=9.5, pad=8)
     caption = (
         f"Left: the loss of linear models of m dimensions, trained (dots) and Σ_(i>m) I_i (p/3 − p²/4) (lines). Right: "
         f"ten features in m = {SHOWN} dimensions at p = {SPARSE}. Without a ReLU the five most important features are "

@@ -185,8 +185,9 @@ def arrows(outcome: Outcome) -> Picture:
         ax.set_title(f"S = {sparsity:g}", loc="center")
     caption = (
         "Five features in two dimensions, from dense (left) to sparse: a coloured line is the direction of a feature, "
-        "an open dot one that is hardly represented. A square of four gives way to a pentagon of all five; "
-        "dense features of falling importance (below) get a dimension each or nothing. The best run at each sparsity S."
+        "an open dot one that is hardly represented. A square of four gives way to a pentagon of all five. Below, "
+        "importance falls in the order blue, orange, green, purple, ochre: dense, the first two get a dimension each. "
+        "The best run at each sparsity S."
     )
     return Picture("polygons", figure, caption)
 
