@@ -82,7 +82,9 @@ def style() -> Iterator[None]:
     from matplotlib.font_manager import fontManager  # noqa: PLC0415
 
     installed = {font.name for font in fontManager.ttflist}
-    with rc_context(STYLE | {"font.family": [name for name in FONTS if name in installed][:1]}):
+    family = next((name for name in FONTS if name in installed), "sans-serif")
+    mathtext = {f"mathtext.{face}": family for face in ("rm", "it", "bf", "cal", "sf", "tt")}
+    with rc_context(STYLE | mathtext | {"font.family": [family]}):
         yield
 
 

@@ -155,7 +155,7 @@ def run(context: Context) -> Outcome:
 
 
 def draw(outcome: Outcome) -> Sequence[Picture]:
-    """D_i of the model with the most jumps, above its loss."""
+    """D_i above the loss, in the model whose jumps lie farthest apart."""
     facts = outcome.conditions[CONDITION]
     D, loss = outcome.tensors[f"{CONDITION}/D"], outcome.tensors[f"{CONDITION}/loss"]
     shown = int(str(facts["shown"]))
@@ -183,8 +183,9 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
     below.set(xlabel="training step", ylabel="loss on a fixed batch")
     above.set(ylim=(-0.02, 0.7), ylabel="dimensionality of a feature, $D_i$")
     caption = (
-        f"{D_HIDDEN} dimensions, {N_FEATURES} features, learning rate constant. Above: the dimensionality of each "
-        "feature; features that jump after step 400 are coloured, and the 5 % of the run in which they do are marked. "
+        f"{D_HIDDEN} dimensions, {N_FEATURES} features, constant learning rate; the model whose jumps lie farthest "
+        "apart. Above: the dimensionality of each feature; those that jump after step 400 are coloured, and the 5 % of "
+        "the run in which they do are marked. "
         f"Below: the loss falls in the same windows. The run goes on to step {N_STEPS}."
     )
     return [Picture("energy_levels", figure, caption)]

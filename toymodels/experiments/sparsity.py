@@ -2,8 +2,8 @@
 
 Twenty features of falling importance in five dimensions. Dense features are read back by five dimensions, one for
 each of the most important. Features that rarely fire together can share: the count of those represented grows to
-more than twice the dimensions, first as pairs in opposite directions, then as larger groups, while the most
-important keep a dimension to themselves for long.
+more than twice the dimensions, first as pairs in opposite directions, then as larger groups; the most
+important are the last to share.
 
 Counts of single runs at neighbouring sparsities overlap, so that the claims are about means over four runs. Over
 seeds 0 to 4 these never fell from one sparsity to the next; the smallest growth beyond S = 0.5 was 0.75, and at
@@ -12,7 +12,7 @@ S = 0.999 they were 13.2 (sd 0.7).
 How many dimensions would be enough? An ideal reader knows the directions W and looks for the sparsest non-negative
 code x with x W = h. It recovers codes of which k of n are active from m ≈ 1.1 k ln(n/k) dimensions, in a sharp
 transition: the logarithm is why superposition can store many more features than dimensions. Curves for different n
-and k fall on one another.
+and k nearly fall on one another.
 
 Over the same seeds, half of the codes were recovered at m / (k ln(n/k)) = 1.049 (sd 0.003, mean over n and k; 1.07
 with the larger n of a full run), 1.113 (sd 0.009) from learned directions; curves differed by 0.16 (sd 0.02). A linear
@@ -226,8 +226,8 @@ def recovery(outcome: Outcome) -> Picture:
     ax.legend(loc="lower right")
     caption = (
         "Codes of which k of n features are active, recovered by non-negative sparse coding from m dimensions. "
-        "Measured in k ln(n/k), the number of dimensions that it takes is the same for all of them, about 1.1; "
-        "the directions that a toy model learned do as well as random ones."
+        "Measured in k ln(n/k), the number of dimensions that it takes is nearly the same for all of them, about 1.1, "
+        "and so it is for the directions that a toy model learned."
     )
     return Picture("recovery", figure, caption)
 
@@ -238,7 +238,7 @@ EXPERIMENT = Experiment(
     title="Sparsity makes superposition",
     claim="The sparser the features, the more are stored; sparse codes can be recovered from few dimensions.",
     reference="Elhage et al. 2022, section 2; Donoho & Tanner 2005",
-    seconds=20,
+    seconds=15,
     run=run,
     draw=draw,
     recipe=ToyRecipe(n_features=N, d_hidden=M, feature_prob=0.03, n_steps=N_STEPS),
