@@ -2,6 +2,7 @@
 
 import json
 import sys
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -201,3 +202,22 @@ def test_names_are_those_of_the_modules():
         assert chosen.seconds > 0
     with pytest.raises(UsageError, match="did you mean 'uniform'"):
         experiment("unifrom")
+
+
+def test_a_killed_process_does_not_stop_the_others(tmp_path):
+    """The first experiment that says how far it is loses its process."""
+    killed = []
+
+    def kill(name, done, expected):
+        if not killed:
+            killed.append(name)
+            for child in active_children():
+                if "Manager" not in child.name:
+                    child.kill()
+
+    ended = runner.run_all(("antipodal", "linear"), tmp_path, 0, True, on_progress=kill)
+    assert killed
+    assert [one.name for one in ended] == ["antipodal", "linear"]
+    assert sum(one.ok for one in ended) >= 1
+    page = gallery.write_gallery(tmp_path).read_text()
+    assert all(one.ok or "its process was killed" in page for one in ended)

@@ -267,3 +267,11 @@ def test_schedules_fall_from_one_to_nothing_or_stay():
         assert SCHEDULES[name](0.0) == 1
         assert SCHEDULES[name](1.0) == pytest.approx(last)
     assert SCHEDULES["linear"](0.25) == 0.75
+
+
+@pytest.mark.parametrize(
+    "costs", [{"dropout": 1.0}, {"dropout": -0.1}, {"l1_hidden": -1.0}, {"l1_weights": float("nan")}]
+)
+def test_impossible_costs_are_named(costs):
+    with pytest.raises(ValueError, match=f"{next(iter(costs))} must"):
+        Objective(**costs)

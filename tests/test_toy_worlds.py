@@ -11,7 +11,7 @@ from toymodels.experiments import NAMES, experiment
 from toymodels.features import Features
 from toymodels.models import ToyModel
 from toymodels.streams import generator
-from toymodels.worlds import ToyRecipe, ToyWorld
+from toymodels.worlds import ToyRecipe, ToyWorld, falling_importance
 
 
 @pytest.mark.parametrize("hidden_activation", ["linear", "relu"])
@@ -85,3 +85,25 @@ def test_unknown_experiments_are_told_the_nearest():
 def test_impossible_sizes_are_named(sizes, message):
     with pytest.raises(UsageError, match=message):
         parse_config({"source": {"kind": "toy", **sizes}, "sae": {"kind": "topk", "d_sae": 4, "k": 1}})
+
+
+def test_a_saved_model_of_another_form_is_refused(tmp_path):
+    recipe = ToyRecipe(6, 3, model={"hidden_activation": "relu"})
+    right = ToyModel(6, 3, hidden_activation="relu", generator=generator(0))
+    right.save(tmp_path / "toy.safetensors")
+    assert torch.equal(recipe.load(tmp_path / "toy.safetensors").model.W, right.W)
+    for wrong in (
+        ToyModel(6, 3),
+        ToyModel(6, 3, 2, hidden_activation="relu"),
+        ToyModel(6, 3, hidden_activation="relu", tied=False),
+        ToyModel(5, 3, hidden_activation="relu"),
+    ):
+        wrong.save(tmp_path / "toy.safetensors")
+        with pytest.raises(UsageError, match=r"(was|were) asked for"):
+            recipe.load(tmp_path / "toy.safetensors")
+
+
+def test_importance_falls_alike_at_every_size():
+    make = falling_importance(0.7, 20)
+    assert make(20, 0.1).importances.tolist() == pytest.approx([0.7**i for i in range(20)])
+    assert make(80, 0.1).importances[::4].tolist() == pytest.approx([0.7**i for i in range(20)])

@@ -11,9 +11,8 @@ from typing import Any
 from toymodels.experiments import NAMES, experiment
 from toymodels.files import write_text
 from toymodels.pages import Html, folded, join, page, table, tag
-from toymodels.runner import ERROR, RESULT
+from toymodels.runner import ERROR, INDEX, RESULT
 
-INDEX = "index.html"
 # Above this size a drawing of many points is smaller, and quicker, as a picture.
 MAX_SVG_BYTES = 400_000
 N_SHOWN = 8
@@ -28,8 +27,8 @@ SOURCES = {
 
 def write_gallery(out: Path) -> Path:
     """Writes out/index.html about every experiment in `out`, and returns where it is."""
-    found = [(name, _read(out / name)) for name in NAMES if (out / name / RESULT).exists()]
     failed = [name for name in NAMES if (out / name / ERROR).exists()]
+    found = [(name, _read(out / name)) for name in NAMES if name not in failed and (out / name / RESULT).exists()]
     title = "Toy models of superposition"
     body = join(
         [
@@ -161,7 +160,7 @@ def _footer(results: Sequence[Mapping[str, Any]]) -> Html:
         return Html("")
     machines = " and ".join(dict.fromkeys(result["hardware"] for result in results))
     seeds = ", ".join(dict.fromkeys(str(result["seed"]) for result in results))
-    sizes = "reduced sizes (--fast)" if all(result["fast"] for result in results) else "full sizes"
+    sizes = " and ".join(dict.fromkeys("reduced sizes (--fast)" if one["fast"] else "full sizes" for one in results))
     seconds = sum(result["seconds"] for result in results)
     words = f"Seed {seeds}, {sizes}, {seconds:.0f} s of one core. {machines}."
     return tag("section", tag("p", words, class_="note"))

@@ -143,16 +143,18 @@ class ToyModel(nn.Module):
 
     def instance(self, i: int) -> ToyModel:
         """A copy of the i-th model alone."""
-        return self._with_weights({name: weight[i][None] for name, weight in self.state_dict().items()}, self._kind())
+        return self._with_weights({name: weight[i][None] for name, weight in self.state_dict().items()}, self.form)
 
-    def _kind(self) -> dict[str, str]:
+    @property
+    def form(self) -> dict[str, str]:
+        """The activations, as a saved model's metadata says them."""
         kind = {"activation": self.activation, "hidden_activation": self.hidden_activation}
         return kind | ({} if self.k is None else {"k": str(self.k)})
 
     def save(self, path: str | Path) -> None:
         """Writes the weights as safetensors, the activations in its metadata."""
         weights = {name: weight.contiguous() for name, weight in self.state_dict().items()}
-        save_file(weights, path, metadata={"kind": "ToyModel", **self._kind()})
+        save_file(weights, path, metadata={"kind": "ToyModel", **self.form})
 
     @classmethod
     def load(cls, path: str | Path) -> ToyModel:

@@ -7,12 +7,13 @@ import math
 import platform
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import Manager
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from toymodels.experiments.base import Context, Outcome
 from toymodels.files import save_tensors, write_text
 from toymodels.processes import one_thread_each
 
-RESULT, WEIGHTS, ERROR = "result.json", "weights.safetensors", "error.txt"
+Told = Any
+"""A queue between processes, of (name, steps done, steps expected)."""
+RESULT, WEIGHTS, ERROR, INDEX = "result.json", "weights.safetensors", "error.txt", "index.html"
 
 
 @dataclass(frozen=True)
@@ -59,23 +62,25 @@ def run_all(
     check(names, out, seed)
     # The slow ones first, so that no core waits for a long last one.
     chosen = sorted((experiment(name) for name in names), key=lambda one: -one.seconds)
-    ended = []
-    with Manager() as manager, one_thread_each() as pool:
-        told: Queue[tuple[str, int, int]] = manager.Queue()
-        waiting: set[Future[Ended]] = {
-            pool.submit(_run_and_tell, one.name, out / one.name, seed, fast, told) for one in chosen
-        }
-        while waiting:
-            finished, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
-            while not told.empty():
-                progress = told.get()
-                if on_progress is not None:
-                    on_progress(*progress)
-            for job in finished:
-                ended.append(job.result())
+    todo, ended = [one.name for one in chosen], {}
+    with Manager() as manager:
+        told = manager.Queue()
+        while todo:
+            with one_thread_each() as pool:
+                jobs = {pool.submit(_run_and_tell, name, out / name, seed, fast, told): name for name in todo}
+                for name, how in _as_they_end(jobs, told, on_progress):
+                    ended[name] = how
+                    if on_end is not None:
+                        on_end(how)
+            left = [name for name in todo if name not in ended]
+            if len(left) == len(todo):
+                # A process was killed, for want of memory perhaps. It took the pool with it: the others go on.
+                name = left.pop(0)
+                ended[name] = _failed(name, out / name, "its process was killed; is there enough memory?")
                 if on_end is not None:
-                    on_end(ended[-1])
-    return sorted(ended, key=lambda one: list(names).index(one.name))
+                    on_end(ended[name])
+            todo = left
+    return [ended[name] for name in names]
 
 
 def check(names: Sequence[str], out: Path, seed: int) -> None:
@@ -89,6 +94,8 @@ def check(names: Sequence[str], out: Path, seed: int) -> None:
     plots.require_matplotlib()
     for name in names:
         experiment(name)
+    if (out / INDEX).is_dir():
+        raise UsageError(f"cannot write {out / INDEX}: it is a folder; give another folder as --out")
     for name in names:
         _prepare(out / name)
 
@@ -110,8 +117,8 @@ def run_experiment(
         "seed": seed,
         "fast": fast,
         "n_seeds": outcome.n_seeds,
-        "claims": [_plain(asdict(claim) | {"holds": claim.holds}) for claim in outcome.claims],
-        "conditions": outcome.conditions,
+        "claims": [_finite(asdict(claim) | {"holds": claim.holds}) for claim in outcome.claims],
+        "conditions": _finite(outcome.conditions),
         "figures": [],
         "seconds": round(time.perf_counter() - began, 2),
         "hardware": hardware(),
@@ -129,7 +136,32 @@ def hardware() -> str:
     return f"{_processor()}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
 
 
-def _run_and_tell(name: str, out: Path, seed: int, fast: bool, told: Queue[tuple[str, int, int]]) -> Ended:
+def _as_they_end(
+    jobs: Mapping[Future[Ended], str],
+    told: Told,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> Iterator[tuple[str, Ended]]:
+    """Each job when it ends, but for those whose process was killed or that waited in a pool that broke."""
+    waiting = set(jobs)
+    while waiting:
+        finished, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+        while not told.empty():
+            progress = told.get()
+            if on_progress is not None:
+                on_progress(*progress)
+        for job in finished:
+            if not isinstance(job.exception(), BrokenProcessPool):
+                yield jobs[job], job.result()
+
+
+def _failed(name: str, out: Path, error: str) -> Ended:
+    """Keeps the error beside the results, if the disk still takes it."""
+    with suppress(OSError):
+        write_text(out / ERROR, error)
+    return Ended(name, None, error)
+
+
+def _run_and_tell(name: str, out: Path, seed: int, fast: bool, told: Told) -> Ended:
     """One experiment in a process of its own."""
     last = 0.0
 
@@ -142,9 +174,7 @@ def _run_and_tell(name: str, out: Path, seed: int, fast: bool, told: Queue[tuple
     try:
         return Ended(name, run_experiment(name, out, seed, fast, on_progress))
     except Exception:
-        error = traceback.format_exc()
-        write_text(out / ERROR, error)
-        return Ended(name, None, error)
+        return _failed(name, out, traceback.format_exc())
 
 
 def _prepare(out: Path) -> None:
@@ -173,9 +203,13 @@ def _write_result(out: Path, result: dict[str, Any]) -> None:
     write_text(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _plain(claim: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no nan: a measurement that is none is null."""
-    return claim | {"measured": claim["measured"] if math.isfinite(claim["measured"]) else None}
+def _finite(value: Any) -> Any:
+    """JSON has no nan: a number that is none is null."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _processor() -> str:

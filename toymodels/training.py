@@ -67,6 +67,13 @@ class Objective:
     l1_weights: PerInstance = 0.0
     """Weight of Σ |W|, and of Σ |W_out| when it has weights of its own."""
 
+    def __post_init__(self) -> None:
+        for name in ("dropout", "l1_hidden", "l1_weights"):
+            values = torch.as_tensor(getattr(self, name))
+            if not ((values >= 0) & (values < (1 if name == "dropout" else torch.inf))).all():
+                rule = "lie in [0, 1)" if name == "dropout" else "be finite and not negative"
+                raise UsageError(f"{name} must {rule}, got {values.tolist()}")
+
     @property
     def is_error(self) -> bool:
         """Whether there is nothing but the weighted error of the target."""

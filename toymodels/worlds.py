@@ -89,6 +89,16 @@ def _both_signs(acts: FeatureBatch) -> FeatureBatch:
     return FeatureBatch(indices, acts.values.abs(), acts.offsets, (*acts.shape[:-1], 2 * acts.n_features))
 
 
+def falling_importance(ratio: float, n_reference: int) -> Callable[[int, float], Features]:
+    """Features of importance ratio^i at n_reference features; at any other number, the same fall from first to last."""
+
+    def make_features(n_features: int, feature_prob: float) -> Features:
+        step = ratio ** (n_reference / n_features)
+        return Features(n_features, feature_prob, [step**i for i in range(n_features)])
+
+    return make_features
+
+
 @dataclass(frozen=True)
 class ToyRecipe(Recipe):
     """Trains one toy model. `features(n_features, feature_prob)` says what fires."""
@@ -130,12 +140,18 @@ class ToyRecipe(Recipe):
         """The same world around a model that was saved.
 
         Raises:
-            UsageError: it is of another size.
+            UsageError: it is of another size or form, or a stack of several.
         """
         model = ToyModel.load(path)
         if (model.n_features, model.d_hidden) != (self.n_features, self.d_hidden):
             raise UsageError(
                 f"it holds {model.n_features} features in {model.d_hidden} dimensions, {self.n_features} in "
                 f"{self.d_hidden} were asked for; make them agree"
+            )
+        expected = ToyModel(1, self.d_hidden, **self.model)
+        if (model.form, model.tied, model.n_instances) != (expected.form, expected.tied, 1):
+            raise UsageError(
+                f"it holds {model.n_instances} models with {model.form}, tied={model.tied}; one with {expected.form}, "
+                f"tied={expected.tied} was asked for; save it as that, with model.instance(i)"
             )
         return ToyWorld(model, self.features)

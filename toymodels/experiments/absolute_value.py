@@ -44,7 +44,7 @@ from toymodels.training import Objective, train
 from toymodels.worlds import ToyRecipe
 
 N_FEATURES, D_HIDDEN = 100, 40
-FAST = {0.8: 3, 0.95: 4, 0.99: 5}
+FAST = {0.8: 2, 0.95: 3, 0.99: 5}
 """Runs at each sparsity."""
 FULL = {0.0: 5, 0.5: 5, 0.8: 5, 0.9: 5, 0.95: 8, 0.97: 5, 0.99: 10}
 N_SAMPLES, N_SHUFFLES = 1 << 17, 100
@@ -90,7 +90,7 @@ def run(context: Context) -> Outcome:
     n_runs = context.pick(fast=FAST, full=FULL)
     context.expect(2000 + 5000 * len(n_runs) + 6000)
     small = Features(3, 1.0, signed=True)
-    stacks = {ALONE: train_stack(context, ALONE, small, 6, 10, 0.45, n_steps=2000, batch_size=512, lr=1e-2)}
+    stacks = {ALONE: train_stack(context, ALONE, small, 6, 5, 0.45, n_steps=2000, batch_size=512, lr=1e-2)}
     sparsities = {f"S={S}": S for S in n_runs}
     for condition, S in sparsities.items():
         features, size = make_features(N_FEATURES, round(1 - S, 9)), {"n_steps": 5000, "batch_size": 512}

@@ -108,6 +108,10 @@ class Outcome:
     """Condition → what it was trained on: {"feature_prob": .05, "n_steps": 1000, ...}, plain JSON values."""
     n_seeds: int
 
+    def __post_init__(self) -> None:
+        names = [claim.name for claim in self.claims]
+        assert len(set(names)) == len(names), f"two claims have one name: {sorted(names)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Picture:

@@ -38,7 +38,7 @@ from toymodels.experiments.base import Claims, Context, Experiment, Outcome, Pic
 from toymodels.features import Features
 from toymodels.models import ToyModel
 from toymodels.training import Objective, train, weighted_error
-from toymodels.worlds import ToyRecipe
+from toymodels.worlds import ToyRecipe, falling_importance
 
 N_FEATURES, D_HIDDEN, PROB, IMPORTANCE = 10, 5, 0.1, [0.75**i for i in range(10)]
 N_STEPS, BATCH = 1500, 256
@@ -213,5 +213,7 @@ EXPERIMENT = Experiment(
     seconds=6,
     run=run,
     draw=draw,
-    recipe=ToyRecipe(training={"objective": Objective(dropout=0.2)}),
+    recipe=ToyRecipe(
+        make_features=falling_importance(0.75, N_FEATURES), training={"objective": Objective(dropout=0.2)}
+    ),
 )

@@ -139,6 +139,8 @@ def bump(held_out_losses: Float[Tensor, "n_measured n_seeds"]) -> Float[Tensor, 
     width = WINDOW // MEASURE_EVERY
     loss = held_out_losses[width:]
     falls = loss[:-width] - loss[width:]
+    # A loss that stands still, or rises, falls by as good as nothing: no ratio is negative, and none 0 / 0.
+    falls = falls.clamp(min=1e-3)
     return (falls / falls.cummin(0).values).amax(0)
 
 

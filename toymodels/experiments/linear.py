@@ -24,7 +24,7 @@ from toymodels.features import Features
 from toymodels.geometry import represented
 from toymodels.models import ToyModel
 from toymodels.training import train
-from toymodels.worlds import ToyRecipe
+from toymodels.worlds import ToyRecipe, falling_importance
 
 N, N_STEPS, BATCH = 10, 3000, 512
 INIT_SD = N**-0.5
@@ -131,5 +131,5 @@ EXPERIMENT = Experiment(
     seconds=6,
     run=run,
     draw=draw,
-    recipe=ToyRecipe(n_features=N, d_hidden=SHOWN, feature_prob=0.1, n_steps=N_STEPS, model={"activation": "linear"}),
+    recipe=ToyRecipe(N, SHOWN, 0.1, N_STEPS, falling_importance(0.7, N), model={"activation": "linear"}),
 )

@@ -38,7 +38,7 @@ from toymodels.experiments.base import Claim, Claims, Context, Experiment, Outco
 from toymodels.features import Features
 from toymodels.models import HiddenActivation, ToyModel
 from toymodels.training import Objective, train
-from toymodels.worlds import ToyRecipe
+from toymodels.worlds import ToyRecipe, falling_importance
 
 N_FEATURES, D_HIDDEN, FEATURE_PROB = 20, 10, 0.1
 IMPORTANCE = [0.9**i for i in range(N_FEATURES)]
@@ -241,7 +241,7 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     recipe=ToyRecipe(
-        *(N_FEATURES, D_HIDDEN, FEATURE_PROB, N_STEPS),
+        *(N_FEATURES, D_HIDDEN, FEATURE_PROB, N_STEPS, falling_importance(0.9, N_FEATURES)),
         model={"hidden_activation": "relu"},
         training={"objective": Objective(l1_hidden=0.1)},  # the cost that keeps its meaning at another sparsity
     ),

@@ -146,6 +146,11 @@ def run(context: Context) -> Outcome:
     return Outcome(claims.made, tensors, {"trained": facts}, n_seeds)
 
 
+def one_rarer(n_features: int, feature_prob: float) -> Features:
+    """Feature 0 half as likely as the others."""
+    return Features(n_features, [0.5 * feature_prob] + [feature_prob] * (n_features - 1))
+
+
 def draw(outcome: Outcome) -> Sequence[Picture]:
     """Both loss curves with every trained run on them; and ρ* against p."""
     return [_losses(outcome), _crossings(outcome)]
@@ -217,5 +222,5 @@ EXPERIMENT = Experiment(
     seconds=10,
     run=run,
     draw=draw,
-    recipe=ToyRecipe(n_features=5, d_hidden=2, feature_prob=TRAINED_PROB, n_steps=N_STEPS),
+    recipe=ToyRecipe(5, 2, TRAINED_PROB, N_STEPS, one_rarer),
 )

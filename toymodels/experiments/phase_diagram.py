@@ -135,7 +135,7 @@ def run(context: Context) -> Outcome:
         p_star = critical(n, ratios)
         for ratio, measured in zip(TARGETS[n], p_star, strict=True):
             text = f"{condition}, r = {ratio:g}: density below which superposition is the global minimum"
-            claims.within(f"p_star_r={ratio:g}", text, measured, TARGETS[n][ratio], TOLERANCE[n], "EXACT")
+            claims.within(f"p_star_n={n}_r={ratio:g}", text, measured, TARGETS[n][ratio], TOLERANCE[n], "EXACT")
         if n == 2:
             text = f"{condition}: largest relative difference of fixed-weight losses from their closed forms"
             claims.within("fixed_weight_forms", text, fixed_weight_difference(), 0, 1e-9, "DERIVED")

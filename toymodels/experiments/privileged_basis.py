@@ -34,7 +34,7 @@ from toymodels.experiments.base import Claims, Context, Experiment, Outcome, Pic
 from toymodels.features import Features
 from toymodels.models import HiddenActivation, ToyModel
 from toymodels.training import train
-from toymodels.worlds import ToyRecipe
+from toymodels.worlds import ToyRecipe, falling_importance
 
 N_FEATURES, D_HIDDEN, IMPORTANCE = 10, 5, [0.75**i for i in range(10)]
 BATCH, LR = 256, 3e-2
@@ -191,5 +191,5 @@ EXPERIMENT = Experiment(
     seconds=6,
     run=run,
     draw=draw,
-    recipe=ToyRecipe(model={"hidden_activation": "relu"}),
+    recipe=ToyRecipe(make_features=falling_importance(0.75, N_FEATURES), model={"hidden_activation": "relu"}),
 )

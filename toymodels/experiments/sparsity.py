@@ -36,7 +36,7 @@ from toymodels.geometry import interference, norms, represented, unit_rows
 from toymodels.models import ToyModel
 from toymodels.sparse_coding import sparse_code
 from toymodels.training import train, weighted_error
-from toymodels.worlds import ToyRecipe
+from toymodels.worlds import ToyRecipe, falling_importance
 
 N, M, N_STEPS = 20, 5, 3000
 IMPORTANCE = [0.7**i for i in range(N)]
@@ -241,5 +241,5 @@ EXPERIMENT = Experiment(
     seconds=15,
     run=run,
     draw=draw,
-    recipe=ToyRecipe(n_features=N, d_hidden=M, feature_prob=0.03, n_steps=N_STEPS),
+    recipe=ToyRecipe(N, M, 0.03, N_STEPS, falling_importance(0.7, N)),
 )
