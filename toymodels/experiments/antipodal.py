@@ -67,8 +67,8 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
         ax.set(title=f"p = {facts['feature_prob']}: {facts['success_rate']:.0%}", xticks=[], xlabel="seeds")
     axes[0, 0].set(ylabel="weight")
     caption = (
-        "Two features in one dimension, 20 seeds at each probability p of a feature. A seed that finds the "
-        "superposition has its two weights at +1 and −1; the others read one feature and confuse the other with it. "
+        "Two features (blue, orange) in one dimension, 20 seeds at each probability p of a feature. A seed that "
+        "finds the superposition has its two weights at +1 and −1; the others read one feature and confuse the other with it. "
         "Percentages say how many seeds find it."
     )
     return [Picture("antipodal", figure, caption)]
@@ -78,7 +78,7 @@ EXPERIMENT = Experiment(
     name="antipodal",
     row="1",
     title="An antipodal pair",
-    claim="Two sparse features share one dimension by pointing in opposite directions.",
+    claim="Two sparse features share one dimension by pointing in opposite directions, in the best of the seeds.",
     reference="Elhage et al. 2022, section 2",
     seconds=2,
     run=run,

@@ -142,8 +142,8 @@ def draw_knees(outcome: Outcome) -> Picture:
     share.legend(loc="lower left")
     caption = (
         f"Memories of T sparse values under random keys of d = {D}. Left: the share whose nearest value is the right "
-        "one. Right: noise; lines are theory, (T − 1)/d and T/d − 1. A ReLU put on after training halves the noise "
-        "and recalls nothing more; one trained through moves the knee. Softmax keeps every key and value."
+        "one. Right: noise; solid lines are theory, (T − 1)/d and T/d − 1. A ReLU put on after training halves the "
+        "noise and recalls nothing more; one trained through moves the knee. Softmax keeps every key and value."
     )
     return Picture("knees", figure, caption)
 

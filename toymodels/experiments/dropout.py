@@ -198,8 +198,9 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
     right.legend(loc="lower left")
     caption = (
         "Left, W of the model of lowest loss at each rate of dropout q (features from the most important down): as q "
-        "grows, fewer features are kept. Right, what it costs to lose one hidden unit: less and less, and the units' "
-        "costs add up to less than all that the layer explains, because others stand in (dots: seeds; lines: means)."
+        "grows, fewer features are kept (middle). Right, what it costs to lose one hidden unit: less and less "
+        "(orange). With dropout the units' costs add up to less than all that the layer explains, because others stand in "
+        "(green). Dots: seeds; lines: means."
     )
     return [Picture("dropout", made, caption)]
 

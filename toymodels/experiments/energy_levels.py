@@ -185,8 +185,8 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
     above.set(ylim=(-0.02, 0.7), ylabel="dimensionality of a feature, $D_i$")
     caption = (
         f"{D_HIDDEN} dimensions, {N_FEATURES} features, constant learning rate; the model whose jumps lie farthest "
-        "apart. Above: the dimensionality of each feature; those that jump after step 400 are coloured, and the 5 % of "
-        "the run in which they do are marked. "
+        "apart. Above: the dimensionality of each feature; those that jump after step 400, by more than .15 within 5 % "
+        "of the run, are coloured, and that part of the run is marked. "
         f"Below: the loss falls in the same windows. The run goes on to step {N_STEPS}."
     )
     return [Picture("energy_levels", figure, caption)]

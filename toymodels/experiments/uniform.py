@@ -203,9 +203,10 @@ def draw_dimensions(weights: Weights) -> Picture:
     below.set_xticks(ticks, [f"{inverse:g}" for inverse in ticks])
     below.minorticks_off()
     caption = (
-        f"{n} equal features in {m} dimensions. Above: D* = m / Σ ‖W_i‖² is 1 for dense features, rests at 1/2, where "
-        "they form antipodal pairs, and then falls. Below: the dimensionality of every feature, blue where it is "
-        "represented (‖W_i‖ > 0.5), with lines where exact polytopes lie. At every sparsity they add up to m."
+        f"{n} equal features in {m} dimensions. Above: D* = m / Σ ‖W_i‖² is 1 for dense features, whose m directions "
+        "are mixtures of all of them, rests at 1/2, where they form antipodal pairs, and then falls. Below: the "
+        "dimensionality of every feature, blue where it is represented (‖W_i‖ > 0.5), with lines where exact polytopes "
+        "lie; beyond the pairs features interfere with many others, and slide down. At every sparsity they add up to m."
     )
     return Picture("uniform", figure, caption)
 
@@ -240,7 +241,7 @@ EXPERIMENT = Experiment(
     name="uniform",
     row="5",
     title="The geometry of uniform superposition",
-    claim="As features become sparser they share dimensions in steps, and each settles at one of few dimensionalities.",
+    claim="As features become sparser they share dimensions, and rest where two share one, as antipodal pairs.",
     reference="Elhage et al. 2022, The Geometry of Superposition",
     seconds=45,
     run=run,
