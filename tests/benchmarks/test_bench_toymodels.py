@@ -17,8 +17,10 @@ def test_sampling(against, say, n_features, feature_prob):
     )
 
 
-def test_stack_of_models(against, say):
-    features = Features(20, 0.01)
+@pytest.mark.parametrize("feature_prob", [0.01, 0.1, 0.5])
+def test_stack_of_models(against, say, feature_prob):
+    """The denser the features, the more of a step is drawing them, which a stack cannot share."""
+    features = Features(20, feature_prob)
 
     def trained(n_instances: int) -> None:
         stream = generator(0, "bench")
@@ -26,6 +28,6 @@ def test_stack_of_models(against, say):
 
     stacked, one_by_one = against(lambda: trained(64), lambda: [trained(1) for _ in range(64)], rounds=3)
     say(
-        f"64 toy models (n 20, m 5, batch 1024, p .01), 50 steps: stacked {stacked:.2f} s, "
+        f"64 toy models (n 20, m 5, batch 1024, p {feature_prob}), 50 steps: stacked {stacked:.2f} s, "
         f"one after another {one_by_one:.2f} s, ratio {one_by_one / stacked:.2f}"
     )

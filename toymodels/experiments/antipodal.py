@@ -68,8 +68,8 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
     axes[0, 0].set(ylabel="weight")
     caption = (
         "Two features (blue, orange) in one dimension, 20 seeds at each probability p of a feature. A seed that "
-        "finds the superposition has its two weights at +1 and −1; the others read one feature and confuse the other with it. "
-        "Percentages say how many seeds find it."
+        "finds the superposition has its two weights at +1 and −1; the others read one feature and confuse "
+        "the other with it. Percentages say how many seeds find it."
     )
     return [Picture("antipodal", figure, caption)]
 

@@ -199,8 +199,8 @@ def draw(outcome: Outcome) -> Sequence[Picture]:
     caption = (
         "Left, W of the model of lowest loss at each rate of dropout q (features from the most important down): as q "
         "grows, fewer features are kept (middle). Right, what it costs to lose one hidden unit: less and less "
-        "(orange). With dropout the units' costs add up to less than all that the layer explains, because others stand in "
-        "(green). Dots: seeds; lines: means."
+        "(orange). With dropout the units' costs add up to less than all that the layer explains, because others "
+        "stand in (green). Dots: seeds; lines: means."
     )
     return [Picture("dropout", made, caption)]
 
