@@ -44,7 +44,7 @@ from toymodels.training import Objective, train
 from toymodels.worlds import ToyRecipe
 
 N_FEATURES, D_HIDDEN = 100, 40
-FAST = {0.8: 2, 0.95: 3, 0.99: 5}
+FAST = {0.8: 1, 0.95: 3, 0.99: 4}
 """Runs at each sparsity."""
 FULL = {0.0: 5, 0.5: 5, 0.8: 5, 0.9: 5, 0.95: 8, 0.97: 5, 0.99: 10}
 N_SAMPLES, N_SHUFFLES = 1 << 17, 100
