@@ -221,7 +221,7 @@ EXPERIMENT = Experiment(
     title="Adversarial examples",
     claim="Superposition makes a network vulnerable: a small step costs many times what it costs without.",
     reference="Elhage et al. 2022, Relationship to Adversarial Robustness",
-    seconds=20,
+    seconds=19,
     run=run,
     draw=draw,
     recipe=ToyRecipe(n_features=N_FEATURES, d_hidden=D_HIDDEN, feature_prob=0.1, n_steps=N_STEPS),

@@ -80,7 +80,7 @@ EXPERIMENT = Experiment(
     title="An antipodal pair",
     claim="Two sparse features share one dimension by pointing in opposite directions, in the best of the seeds.",
     reference="Elhage et al. 2022, section 2",
-    seconds=2,
+    seconds=7,
     run=run,
     draw=draw,
     recipe=ToyRecipe(n_features=2, d_hidden=1, feature_prob=0.1, n_steps=N_STEPS),

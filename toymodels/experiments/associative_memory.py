@@ -174,7 +174,7 @@ EXPERIMENT = Experiment(
     title="An associative memory",
     claim="One matrix recalls many values in superposition; a ReLU that it is trained through lets it recall more.",
     reference="Kohonen 1972; Ramsauer et al. 2021",
-    seconds=10,
+    seconds=7,
     run=run,
     draw=draw,
 )

@@ -235,7 +235,7 @@ EXPERIMENT = Experiment(
     title="Correlated and exclusive pairs",
     claim="Features that fire together become orthogonal, exclusive ones antipodal; too frequent pairs merge.",
     reference="Elhage et al. 2022, Correlated and Anticorrelated Features",
-    seconds=5,
+    seconds=14,
     run=run,
     draw=draw,
     recipe=ToyRecipe(make_features=pairs_together),

@@ -157,7 +157,7 @@ EXPERIMENT = Experiment(
     title="Parents and children",
     claim="Features that fire only with their parent are laid out orthogonally to it; interference goes to others.",
     reference="after Chanin et al. 2024, A is for Absorption, section 3",
-    seconds=5,
+    seconds=10,
     run=run,
     draw=draw,
     recipe=ToyRecipe(feature_prob=0.15, make_features=forest),

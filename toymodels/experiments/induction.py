@@ -244,7 +244,7 @@ EXPERIMENT = Experiment(
     title="Induction heads",
     claim="In-context learning appears in a sudden change, in which induction heads form; it takes two layers.",
     reference="Olsson et al. 2022",
-    seconds=60,
+    seconds=81,
     run=run,
     draw=draw,
     recipe=TransformerRecipe(n_steps=N_STEPS),

@@ -128,7 +128,7 @@ EXPERIMENT = Experiment(
     title="A linear model never superposes",
     claim="Without a ReLU a model stores only as many features as it has dimensions: the most important ones.",
     reference="Elhage et al. 2022, section 2",
-    seconds=6,
+    seconds=11,
     run=run,
     draw=draw,
     recipe=ToyRecipe(N, SHOWN, 0.1, N_STEPS, falling_importance(0.7, N), model={"activation": "linear"}),

@@ -243,7 +243,7 @@ EXPERIMENT = Experiment(
     title="A phase diagram",
     claim="Sparsity and importance decide whether a feature is dropped, shares a dimension or has its own.",
     reference="Elhage et al. 2022, Superposition as a Phase Change",
-    seconds=20,
+    seconds=21,
     run=run,
     draw=draw,
     recipe=ToyRecipe(n_features=3, d_hidden=2, feature_prob=0.1, n_steps=1000),

@@ -227,7 +227,7 @@ EXPERIMENT = Experiment(
     title="Squares and pentagons",
     claim="Five sparse features share two dimensions as a regular pentagon, less sparse ones as a square of four.",
     reference="Elhage et al. 2022, section 2",
-    seconds=9,
+    seconds=13,
     run=run,
     draw=draw,
     recipe=ToyRecipe(n_features=N, d_hidden=M, feature_prob=0.05, n_steps=1000),

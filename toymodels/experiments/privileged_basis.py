@@ -188,7 +188,7 @@ EXPERIMENT = Experiment(
     title="Monosemantic and polysemantic neurons",
     claim="A ReLU on the hidden layer gives dense features a neuron each; sparse features share neurons.",
     reference="Elhage et al. 2022, Superposition in a Privileged Basis",
-    seconds=6,
+    seconds=15,
     run=run,
     draw=draw,
     recipe=ToyRecipe(make_features=falling_importance(0.75, N_FEATURES), model={"hidden_activation": "relu"}),

@@ -245,7 +245,7 @@ EXPERIMENT = Experiment(
     title="The geometry of uniform superposition",
     claim="As features become sparser they share dimensions, and rest where two share one, as antipodal pairs.",
     reference="Elhage et al. 2022, The Geometry of Superposition",
-    seconds=45,
+    seconds=57,
     run=run,
     draw=draw,
     recipe=ToyRecipe(n_features=200, d_hidden=20, feature_prob=0.1),
