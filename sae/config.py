@@ -112,6 +112,10 @@ class TrainSection(Section):
     seed: int = Field(default=0, ge=0)
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
+    precision: Literal["auto", "fp32", "bf16", "exact"] = "auto"
+    """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX, else fp32."""
+    kernels: Literal["auto", "reference", "torch", "native"] = "auto"
+    """What computes a step: C on a CPU (native), torch elsewhere or without a compiler; reference is slow and plain."""
 
 
 class EvaluationSection(Section):

@@ -25,8 +25,8 @@ from sae.baselines import Baseline, SparseCoding, require_sklearn
 from sae.config import EvaluationSection, TrainConfig
 from sae.console import postfix, print_table
 from sae.evaluation import evaluate
+from sae.kernels import choose
 from sae.model import load
-from sae.optim import adam
 from sae.run import check_out, require_report, train
 from sae.sources import ToySourceConfig
 from toymodels.processes import one_thread_each
@@ -164,8 +164,8 @@ def train_and_measure(
 
 
 def load_libraries() -> None:
-    """Imports in a worker what its first run would wait for."""
-    adam([torch.nn.Parameter(torch.zeros(1))])
+    """Builds and loads in a worker what its first run would wait for."""
+    choose(torch.device("cpu"), torch.float32)
 
 
 def sae_row(method: str, seed: int, config: TrainConfig, lines: Any) -> dict[str, Any]:

@@ -31,22 +31,28 @@ def l1(codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""]
 
 def aux_k(
     residual: Float[Tensor, "batch d"],
-    dead_pre_latents: Float[Tensor, "batch n_dead"],
-    dead_W_dec: Float[Tensor, "n_dead d"],
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "n_dead d_in"],
+    b_enc: Float[Tensor, " n_dead"],
+    W_dec: Float[Tensor, "n_dead d"],
     k: int,
-) -> Float[Tensor, ""]:
-    """AuxK: |e - e_hat|^2 where e is what the live latents leave over, and e_hat its best sketch by dead ones.
+) -> tuple[Float[Tensor, ""], tuple[Tensor, Tensor, Tensor]]:
+    """AuxK, and its gradients in the rows of the dead latents (encoder, W_dec, b_enc).
 
-    e_hat = the sum over the k largest positive pre-latents among the dead, times their decoder rows; no bias, since
-    a residual has none to give back. The gradient reaches dead latents, and b_dec through what they read, but no
-    live latent: e is a constant (Gao et al. 2024, appendix A.2). Few latents are dead at a time, so a dense product
-    beats k scattered reads a sample.
+        |e - e_hat|^2,  e = x - x_hat,  e_hat = sum over the k largest s_j > 0 of s_j W_dec_j,  s = x W_enc + b_enc
+
+    e is what the live latents leave over, e_hat its best sketch by dead ones; no bias, since a residual has none to
+    give back. No live latent gets a gradient: e is a constant (Gao et al. 2024, appendix A.2). x is centred. Few
+    latents are dead at a time, so that dense products beat k scattered reads a sample.
     """
-    scores = dead_pre_latents.relu()
+    scores = (x @ encoder.T).add_(b_enc).relu_()
     if k < scores.shape[1]:
-        cut = scores.detach().topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-        scores = scores.masked_fill(scores.detach() < cut, 0)
-    return reconstruction(residual.detach(), scores @ dead_W_dec)
+        cut = scores.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        scores.masked_fill_(scores < cut, 0)
+    error = scores @ W_dec - residual
+    gradient = error * (2 / len(x))
+    through = (gradient @ W_dec.T).masked_fill_(scores <= 0, 0)
+    return error.square().sum(dim=1).mean(), (through.T @ x, scores.T @ gradient, through.sum(dim=0))
 
 
 def total_variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:

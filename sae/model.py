@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from sae.codes import SparseCodes
 from sae.config import SAEConfig, explain
 from sae.errors import UsageError
-from sae.sparse_ops import encode_decode
 from toymodels.files import save_tensors, sha256, write_text
 
 FORMAT_VERSION = 1
@@ -71,23 +70,6 @@ class SAE(nn.Module):
                 f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; flatten the leading axes first"
             )
         return self.sparsifier.select(self.pre_latents(x.to(self.encoder.dtype)))
-
-    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> tuple[SparseCodes, Float[Tensor, "batch d_in"]]:
-        """Codes and x_hat for training, differentiable; sparsely so when the sparsifier passes pre-latents on.
-
-        It may still choose to hand on full codes, when so many fire that dense products are cheaper.
-        """
-        pre_latents = self.pre_latents(x)
-        passes = self.sparsifier.passes_pre_latents
-        codes = self.sparsifier(pre_latents.detach() if passes else pre_latents)
-        if not passes:
-            return codes, self.decode(codes)
-        if codes.indices is None:
-            codes = SparseCodes(pre_latents.masked_fill(codes.values <= 0, 0), None, self.d_sae)
-            return codes, self.decode(codes)
-        bias = self.b_enc - self.encoder @ self.b_dec
-        codes, decoded = encode_decode(x, codes, self.encoder, bias, self.W_dec)
-        return codes, decoded + self.b_dec
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """x_hat, as inference gives it."""

@@ -95,16 +95,14 @@ def train(
 
     # Nothing is written, and no earlier run given up, before the data have been found good.
     calibration = activations.held_out("calibration", N_CALIBRATION)
-    trainer, unit = start(config, activations, calibration)
+    trainer = start(config, activations, calibration)
     state = claim_out(config, resume)
     if state is not None:
-        tensors, values = checkpoint.load(state)
-        unit = values.pop("unit")
-        trainer.load_state(tensors, values)
+        trainer.load_state(*checkpoint.load(state))
     log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
     try:
-        _loop(trainer, activations, unit, log, on_line)
-        sae = finished(trainer.sae, unit, calibration)
+        _loop(trainer, activations, log, on_line)
+        sae = finished(trainer.sae, trainer.unit, calibration)
         evaluation = evaluate(sae, activations.held_out("evaluation", config.evaluation.n_samples), activations.truth)
         save_result(config.out, sae, evaluation)
         page = write_report_if_installed(config.out) if report else None
@@ -114,8 +112,8 @@ def train(
     return Result(sae, evaluation.metrics, config.out)
 
 
-def start(config: TrainConfig, source: Source, calibration: HeldOut) -> tuple[Trainer, float]:
-    """A trainer at step 0, and the unit sqrt(s) that activations are divided by."""
+def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
+    """A trainer at step 0."""
     unit = math.sqrt(losses.total_variance(calibration.x))
     if not unit > 0:
         raise UsageError("the activations have no variance: all held-out rows are the same")
@@ -133,7 +131,7 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> tuple[Tr
     sae.initialise_(centres[config.sae.decoder_bias](calibration.x / unit), generator(config.train.seed, "sae"))
     offset = float(calibration.x.mean(dim=0).norm()) / unit
     logger.info("activations: d_in %d, sqrt(total variance) %.4g, |mean| / that %.2f", source.d_in, unit, offset)
-    return Trainer(sae.to(config.train.device), config), unit
+    return Trainer(sae.to(config.train.device), config, unit)
 
 
 def finished(sae: SAE, unit: float, calibration: HeldOut) -> SAE:
@@ -145,7 +143,7 @@ def finished(sae: SAE, unit: float, calibration: HeldOut) -> SAE:
     return final
 
 
-def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: OnLine | None) -> None:
+def _loop(trainer: Trainer, source: Source, log: RunLog, on_line: OnLine | None) -> None:
     config = trainer.config
     device = torch.device(config.train.device)
     probe = source.held_out("calibration", 1024)
@@ -160,8 +158,8 @@ def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: O
                         raise UsageError(f"the source ended before its first batch of {config.train.batch_size} rows")
                     logger.warning("the source ended after %d of %d steps", trainer.n_steps_done, config.n_steps)
                     break
-                trainer.refresh_dead()
-                trainer.step(x.to(device, non_blocking=True) / unit)
+                trainer.refresh()
+                trainer.step(x.to(device, non_blocking=True))
                 since_samples += len(x)
                 step = trainer.n_steps_done
                 if step % config.log.every == 0 or step == config.n_steps:
@@ -170,7 +168,7 @@ def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: O
                         raise Diverged(
                             f"the loss is not finite at step {step}; lower train.lr={config.lr:g} and --overwrite"
                         )
-                    values |= live_recovery(trainer.sae, fired, source.truth, probe, unit)
+                    values |= live_recovery(trainer.sae, fired, source.truth, probe, trainer.unit)
                     now = time.perf_counter()
                     values["details/samples_per_second"] = since_samples / (now - since)
                     since, since_samples = now, 0
@@ -178,17 +176,17 @@ def _loop(trainer: Trainer, source: Source, unit: float, log: RunLog, on_line: O
                     if on_line is not None:
                         on_line(step, values)
                 if step % config.checkpoint.every_steps == 0 and step < config.n_steps:
-                    save_checkpoint(trainer, unit)
+                    save_checkpoint(trainer)
                 if stop:
                     raise Interrupted(f"stopped at step {step}; continue with --resume", stop[0])
         except Diverged:
             raise  # such a state is not worth keeping
         except (UsageError, Interrupted):
-            save_checkpoint(trainer, unit)
+            save_checkpoint(trainer)
             raise
 
 
-def save_checkpoint(trainer: Trainer, unit: float) -> None:
+def save_checkpoint(trainer: Trainer) -> None:
     """Everything that the next step depends on."""
     tensors, values = trainer.state()
     config = trainer.config
@@ -196,7 +194,7 @@ def save_checkpoint(trainer: Trainer, unit: float) -> None:
         config.out / CHECKPOINTS,
         trainer.n_steps_done,
         tensors,
-        values | {"unit": unit},
+        values,
         config.checkpoint.keep,
     )
 

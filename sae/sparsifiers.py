@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -17,18 +16,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sae import losses
-from sae.codes import SparseCodes
+from sae.codes import SparseCodes, kth_largest
 from sae.config import SAEConfig
-
-# A batch of codes is sparse when less than this share of them fires.
-SPARSE_SHARE = 1 / 20
+from sae.kernels import Codes, Kernels, Scores, capacity
 
 
 class Sparsifier(nn.Module):
     """Chooses which latents fire. State that inference needs (a threshold) is a buffer and is saved with the SAE."""
 
     passes_pre_latents = False
-    """Codes equal the pre-latents wherever they fire: where they come padded, their gradients stay sparse."""
+    """Codes equal the pre-latents wherever they fire: the engine then needs no gradient of the selection."""
+    passes_positive = False
+    """Codes are max(0, pre): while many fire, the engine computes them as a matrix."""
+    l1_coefficient = 0.0
+    """lambda of the penalty lambda * sum_j z_j |W_dec_j|."""
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes to train on: differentiable in the pre-latents that were chosen."""
@@ -38,9 +39,23 @@ class Sparsifier(nn.Module):
         """Codes for inference, each row on its own. The same as in training unless a sparsifier says otherwise."""
         return self(pre_latents)
 
+    def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
+        """Codes to train on, without a gradient, where `passes_pre_latents`; None: too many fire to be sparse."""
+        if not self.passes_pre_latents:
+            return None
+        codes = self(scores.pre_latents())
+        if codes.indices is None:
+            return None
+        batch, k_cap = codes.values.shape
+        offsets = torch.arange(0, batch * k_cap + 1, k_cap, device=codes.values.device)
+        return Codes(offsets, codes.indices.flatten(), codes.values.flatten())
+
     def penalty(self, codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""] | None:
-        """What sparsity costs, for sparsifiers that pay for it in the loss."""
-        return None
+        """What sparsity costs, for sparsifiers that pay for it in the loss.
+
+        Where a subclass has its own, steps go by autograd.
+        """
+        return self.l1_coefficient * losses.l1(codes, W_dec) if self.l1_coefficient else None
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         """Fits what inference needs on the pre-latents of n_samples held-out activations, once training is over."""
@@ -63,25 +78,20 @@ class ReLUConfig(SAEConfig):
 class ReLU(Sparsifier):
     """z = max(0, pre), with the penalty lambda * sum_j z_j |W_dec_j|."""
 
-    passes_pre_latents = True
+    passes_pre_latents = passes_positive = True
 
     def __init__(self, l1_coefficient: float) -> None:
         super().__init__()
         self.l1_coefficient = l1_coefficient
 
+    def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
+        return kernels.positive(scores, capacity(*scores.product.shape))
+
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        full = SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
-        if pre_latents.device.type != "cpu":
-            return full
-        # On a CPU padded codes win as soon as few fire. What fires decides, so that a run stays reproducible.
-        few = float(full.values.sign().sum()) < SPARSE_SHARE * pre_latents.numel()
-        return SparseCodes.where(pre_latents > 0, pre_latents) if few else full
+        return SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes.where(pre_latents > 0, pre_latents)
-
-    def penalty(self, codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""]:
-        return self.l1_coefficient * losses.l1(codes, W_dec)
 
 
 class TopKConfig(SAEConfig):
@@ -110,6 +120,9 @@ class TopK(Sparsifier):
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
+
+    def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
+        return kernels.top_k(scores, self.k)
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         scores, indices = pre_latents.topk(self.k, dim=1, sorted=False)
@@ -149,12 +162,15 @@ class BatchTopK(Sparsifier):
         self.k = k
         self.register_buffer("threshold", torch.tensor(torch.nan))
 
+    def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
+        return kernels.batch_top_k(scores, self._n_codes(len(scores.product)))
+
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        fires = pre_latents >= self._cut(pre_latents.detach())
-        if pre_latents.device.type != "cpu":
-            # To pad them the host would have to wait for their number.
-            return SparseCodes(pre_latents.masked_fill(~fires, 0), None, pre_latents.shape[1])
-        return SparseCodes.where(fires, pre_latents)
+        n = min(self._n_codes(len(pre_latents)), pre_latents.numel())
+        cut = kth_largest(rearrange(pre_latents.detach(), "b f -> (b f)"), n)
+        fires = (pre_latents >= cut) & (pre_latents > 0)
+        # Not padded: the host would have to wait for the number of those that fire.
+        return SparseCodes(pre_latents.masked_fill(~fires, 0), None, pre_latents.shape[1])
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         if bool(self.threshold.isnan()):
@@ -173,25 +189,8 @@ class BatchTopK(Sparsifier):
     def rescale_(self, scale: float) -> None:
         self.threshold.mul_(scale)
 
-    def _cut(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
-        """The value of the last pre-latent that fires; positive, as codes are."""
-        n = min(max(round(self.k * len(pre_latents)), 1), pre_latents.numel())
-        return kth_largest(rearrange(pre_latents, "b f -> (b f)"), n).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def kth_largest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
-    """The k-th largest value. NumPy's vectorised partition finds it 8 times faster than torch does on a CPU.
-
-    Every 16th value gives a bound that the k largest most likely exceed; when they do, only those are partitioned.
-    """
-    if values.device.type != "cpu":
-        return values.topk(k, sorted=False).values.min()
-    candidates = values.numpy()
-    sample, rank = candidates[::16], k // 12 + 16
-    if rank < len(sample):
-        above = candidates[candidates >= np.partition(sample, -rank)[-rank]]
-        candidates = above if len(above) >= k else candidates
-    return values.new_tensor(np.partition(candidates, -k)[-k])
+    def _n_codes(self, batch: int) -> int:
+        return max(round(self.k * batch), 1)
 
 
 def require_k_fits(k: int | float, d_sae: int) -> None:

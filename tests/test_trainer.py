@@ -6,7 +6,6 @@ import torch
 import sae
 from sae import UsageError, checkpoint, run
 from sae.config import TrainConfig
-from sae.optim import normalise_rows_, project_gradient_
 from sae.schedules import learning_rate, warmup
 
 KINDS = [{"kind": "topk", "k": 3}, {"kind": "batchtopk", "k": 2.5}, {"kind": "relu", "l1_coefficient": 0.1}]
@@ -189,14 +188,3 @@ def test_schedules():
     assert 0 < rates[99] < 0.1
     assert [warmup(step, 100, 0.1) for step in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
     assert learning_rate(0, 10, 1.0, 0, 0.0) == 1.0
-
-
-def test_projection_and_normalisation():
-    rows = torch.randn(9, 4)
-    normalise_rows_(rows)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(9))
-    gradient = torch.randn(9, 4)
-    tangent = gradient.clone()
-    project_gradient_(tangent, rows)
-    torch.testing.assert_close((tangent * rows).sum(dim=1), torch.zeros(9), atol=1e-6, rtol=0)
-    torch.testing.assert_close(gradient - tangent, (gradient * rows).sum(dim=1, keepdim=True) * rows)

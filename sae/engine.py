@@ -1,0 +1,198 @@
+"""One training step, without autograd: what it computes, in order. `docs/engine.md` draws it.
+
+    x     = activation / sqrt(s) - b_dec
+    codes = sparsifier(x W_enc + b_enc)
+    loss  = mean |codes W_dec - x|^2 + penalty + alpha * AuxK
+
+Codes stay sparse from the selection to the weights: the decoder is read once for each code, both weight gradients are
+sums over the samples that a latent fired for, and a latent's gradients, projection, Adam and counters happen in one
+visit to its rows. When many latents fire, as in a ReLU's first steps, dense products are cheaper and take over; a
+sparsifier that knows nothing of kernels is differentiated by autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae import losses
+from sae.kernels import SPARSE_SHARE, Codes, KernelName, Now, PrecisionName, Rows, State, choose, products
+from sae.model import SAE
+from sae.optim import adam
+from sae.sparsifiers import Sparsifier
+
+logger = logging.getLogger("sae")
+
+
+class Terms(NamedTuple):
+    """What a step measured, as scalars on its device: the parts of the loss, and the mean L0."""
+
+    mse: Tensor
+    auxiliary: Tensor
+    sparsity: Tensor
+    l0: Tensor
+
+
+class Engine:
+    """Changes the weights of `sae` step by step.
+
+    Raises:
+        UsageError: the kernels or the precision asked for cannot work on the SAE's device.
+    """
+
+    def __init__(self, sae: SAE, kernels: KernelName = "auto", precision: PrecisionName = "auto") -> None:
+        self.sae = sae
+        self.kernels, self.precision = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
+        self.state = State.of(dict(sae.named_parameters()), sae.config.unit_norm_decoder)
+        self.kernels.refresh(self.state)
+        self.aux_k = sae.config.aux_k or max(sae.d_in // 2, 1)
+        own = list(sae.sparsifier.parameters())
+        self.optimizer = adam(own) if own else None
+        self.by_autograd = type(sae.sparsifier).penalty is not Sparsifier.penalty
+        self.dense = sae.sparsifier.passes_positive
+        self.l0 = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
+
+    @torch.no_grad()
+    def step(
+        self, activations: Float[Tensor, "batch d_in"], unit: float, now: Now, sparsity: float, dead: Int[Tensor, " n"]
+    ) -> Terms:
+        """One batch. `sparsity` scales the penalty, `dead` are the latents that AuxK trains."""
+        x = self.kernels.centre(activations, unit, self.state.b_dec)
+        codes = None
+        if not (self.dense or self.by_autograd):
+            codes = self.sae.sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
+        if codes is not None:
+            terms = self._sparse(x, codes, now, sparsity, dead)
+        elif self.sae.sparsifier.passes_positive and not self.by_autograd:
+            terms = self._dense(x, now, sparsity, dead)
+        else:
+            terms = self._by_autograd(x, now, sparsity, dead)
+        self.l0.copy_(terms.l0)
+        return terms
+
+    def _sparse(self, x: Tensor, codes: Codes, now: Now, sparsity: float, dead: Tensor) -> Terms:
+        kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.l1_coefficient * sparsity
+        cost = weight / len(x)
+        decoded = kernels.decode(codes, state, x, cost)
+        auxiliary, extra = self._auxiliary(x, decoded.gradient, dead)
+        plan = kernels.invert(codes, decoded.code_gradients, self.sae.d_sae)
+        l0 = (codes.values > 0).sum() / len(x)
+        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, cost=cost)
+        return Terms(decoded.squares.mean(), auxiliary, weight * decoded.code_sums.mean(), l0)
+
+    def _dense(self, x: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
+        """z = max(0, pre) with most of z positive: five dense products."""
+        kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.l1_coefficient * sparsity
+        cost = weight / len(x)
+        with products(self.precision):
+            z = kernels.relu(x, state)
+            residual = z.values @ state.W_dec - x
+            gradient = residual * (2 / len(x))
+            auxiliary, extra = self._auxiliary(x, gradient, dead)
+            masked, bias = kernels.relu_backward(gradient @ state.W_dec.T, z, state, cost)
+            rows = Rows(None, masked.T @ x, z.values.T @ gradient, bias)
+        if not state.unit_norm:
+            charge = cost * z.values.sum(dim=0) / state.norms.clamp_min(1e-12)
+            rows.W_dec.addcmul_(charge[:, None], state.W_dec)
+        kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=z.firing)
+        squares = residual.square().sum(dim=1)
+        return Terms(squares.mean(), auxiliary, weight * z.code_sums.mean(), z.firing.sum() / len(x))
+
+    def _by_autograd(self, x: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
+        """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
+        state, sparsifier = self.state, self.sae.sparsifier
+        pre_latents = (x @ state.encoder.T).add_(state.b_enc).requires_grad_()
+        W_dec = state.W_dec.detach().requires_grad_()
+        with torch.enable_grad():
+            codes = sparsifier(pre_latents)
+            residual = codes.decode(W_dec) - x
+            mse = residual.square().sum(dim=1).mean()
+            penalty = sparsifier.penalty(codes, W_dec)
+            loss = mse if penalty is None else mse + penalty * sparsity
+            loss.backward()
+        gradient = residual.detach() * (2 / len(x))
+        auxiliary, extra = self._auxiliary(x, gradient, dead)
+        g_pre, g_decoder = (t.grad if t.grad is not None else torch.zeros_like(t) for t in (pre_latents, W_dec))
+        rows = Rows(None, g_pre.T @ x, g_decoder, g_pre.sum(dim=0))
+        if self.optimizer is not None:
+            self.optimizer.param_groups[0]["lr"] = now.rate
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        firing = codes.firing()
+        self.kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
+        return Terms(mse.detach(), auxiliary, loss.detach() - mse.detach(), firing.sum() / len(x))
+
+    def _auxiliary(self, x: Tensor, gradient: Tensor, dead: Tensor) -> tuple[Tensor, Rows | None]:
+        """AuxK: its value, and the gradient rows of the dead latents. The residual x - x_hat is read off `gradient`."""
+        alpha, state = self.sae.config.aux_coefficient, self.state
+        if not alpha or not dead.numel():
+            return x.new_zeros(()), None
+        with products(self.precision):
+            value, rows = losses.aux_k(
+                gradient * (-len(x) / 2), x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], self.aux_k
+            )
+        return value, Rows(dead, *(alpha * row for row in rows))
+
+    def refresh(self, step: int) -> None:
+        """Decides from the last step's L0 whether a ReLU's next steps are dense. Here the host waits for the device."""
+        if not (self.sae.sparsifier.passes_positive and step):
+            return
+        share = float(self.l0) / self.sae.d_sae
+        dense = share >= SPARSE_SHARE
+        if dense != self.dense:
+            logger.info(
+                "step %d: %.1f %% of latents fire, steps go %s", step, 100 * share, "dense" if dense else "sparse"
+            )
+            self.dense = dense
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step depends on: tensors, and plain values."""
+        state = self.state
+        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name, _ in state.weights():
+            tensors |= {f"adam.{name}.exp_avg": state.first[name], f"adam.{name}.exp_avg_sq": state.second[name]}
+        for name, parameter in self.sae.sparsifier.named_parameters():
+            assert self.optimizer is not None
+            moments = self.optimizer.state[parameter].items()
+            tensors |= {f"adam.sparsifier.{name}.{key}": value for key, value in moments}
+        counters = {"silent_samples": state.silent_samples, "window_firing": state.window_firing, "l0": self.l0}
+        return tensors | counters, {"dense": self.dense, "precision": self.precision, "kernels": self.kernels.name}
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Puts back what `saved` gave; the run goes on with the kernels and the precision that it began with.
+
+        Raises:
+            UsageError: these cannot work on this machine.
+        """
+        began_with = values["kernels"], values["precision"]
+        if began_with != (self.kernels.name, self.precision):
+            weight = self.state.W_dec
+            self.kernels, self.precision = choose(weight.device, weight.dtype, *began_with)
+        self.sae.load_state_dict({key[4:]: value for key, value in tensors.items() if key.startswith("sae.")})
+        state = self.state
+        for name, _ in state.weights():
+            state.first[name].copy_(tensors[f"adam.{name}.exp_avg"])
+            state.second[name].copy_(tensors[f"adam.{name}.exp_avg_sq"])
+        for name, parameter in self.sae.sparsifier.named_parameters():
+            prefix = f"adam.sparsifier.{name}."
+            assert self.optimizer is not None
+            moments = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+            if moments:
+                self.optimizer.state[parameter] = {key: v.to(parameter.device) for key, v in moments.items()}
+        state.silent_samples.copy_(tensors["silent_samples"])
+        state.window_firing.copy_(tensors["window_firing"])
+        self.l0.copy_(tensors["l0"])
+        self.dense = values["dense"]
+        self.kernels.refresh(state)
+
+
+def _with(rows: Rows, extra: Rows | None) -> Rows:
+    """Rows of all latents, with those of some added."""
+    if extra is not None and extra.latents is not None:
+        for total, part in zip(rows[1:], extra[1:], strict=True):
+            total.index_add_(0, extra.latents, part)
+    return rows

@@ -1,0 +1,79 @@
+"""The stages of a training step, and which implementation of them a device gets. This is the one place that chooses.
+
+`reference` is the obvious version and the judge of the others; `native` is C for CPUs; `torch` runs everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+
+from sae.errors import UsageError
+from sae.kernels.base import SPARSE_SHARE, Codes, Kernels, Now, Rows, Scores, State, capacity
+from sae.kernels.build import CannotBuild
+from sae.kernels.native import REALS, Native
+from sae.kernels.plain import Plain
+from sae.kernels.precision import Precision, has_bf16_units, products
+from sae.kernels.reference import Reference
+
+__all__ = [
+    "SPARSE_SHARE",
+    "Codes",
+    "KernelName",
+    "Kernels",
+    "Now",
+    "PrecisionName",
+    "Rows",
+    "Scores",
+    "State",
+    "capacity",
+    "choose",
+    "products",
+]
+
+logger = logging.getLogger("sae")
+KernelName = Literal["auto", "reference", "torch", "native"]
+PrecisionName = Literal["auto", "fp32", "bf16", "exact"]
+
+
+def choose(
+    device: torch.device, dtype: torch.dtype, name: KernelName = "auto", precision: PrecisionName = "auto"
+) -> tuple[Kernels, Precision]:
+    """The kernels for a device, and the precision they work in.
+
+    Raises:
+        UsageError: those asked for by name cannot work here.
+    """
+    kernels: Kernels | None = None
+    resolved = _resolve(precision, device, name)
+    if name == "reference":
+        kernels = Reference()
+    elif name == "torch" or (name == "auto" and device.type != "cpu"):
+        kernels = Plain(resolved)
+    elif device.type != "cpu" or dtype not in REALS:
+        raise UsageError(f"native kernels need a CPU and float32 or float64, not {device.type} and {dtype}; use auto")
+    else:
+        try:
+            kernels = Native(dtype, resolved)
+        except CannotBuild as error:
+            if name == "native":
+                raise UsageError(f"native kernels cannot be built: {error}; use train.kernels auto") from error
+            resolved = _resolve(precision, device, "torch")
+            logger.warning("training will be slower: native kernels cannot be built (%s); torch is used", error)
+            kernels = Plain(resolved)
+    logger.info("kernels: %s, products in %s, on %s", kernels.name, resolved, device)
+    return kernels, resolved
+
+
+def _resolve(precision: PrecisionName, device: torch.device, name: KernelName) -> Precision:
+    if precision == "auto":
+        return "bf16" if name == "auto" and device.type == "cpu" and has_bf16_units(device) else "fp32"
+    if name == "reference" and precision != "fp32":
+        raise UsageError(f"the reference kernels compute in fp32, not {precision}; leave train.precision at auto")
+    if precision == "exact" and (name == "torch" or device.type != "cpu"):
+        raise UsageError("precision exact is a mode of the native kernels, on a CPU; choose fp32 or bf16 here")
+    if precision != "fp32" and not has_bf16_units(device):
+        logger.warning("%s has no bf16 units: %s products are emulated, and slower than fp32", device, precision)
+    return precision

@@ -1,0 +1,184 @@
+"""What the stages of a training step pass to each other, and the interface that a device's kernels implement.
+
+Everything is in the trainer's units, and activations come centred: x is (activation - b_dec). The residual is then
+z W_dec - x, and b_dec appears in no product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
+# Codes count as sparse when less than this share of them fires.
+SPARSE_SHARE = 1 / 20
+# Slots of sparse codes for each code at that share; a batch that needs more is computed densely.
+HEADROOM = 2
+
+
+class Codes(NamedTuple):
+    """Codes of a batch, row after row: row b owns the slots from offsets[b] to offsets[b + 1].
+
+    A slot whose value is 0 is empty: TopK gives every row k slots, whether or not k pre-latents are positive.
+    """
+
+    offsets: Int[Tensor, " batch_plus_1"]
+    latents: Int[Tensor, " slots"]
+    values: Float[Tensor, " slots"]
+
+
+class Scores(NamedTuple):
+    """Pre-latents x W_enc + b_enc, the bias not yet added: selection adds it on the fly."""
+
+    product: Float[Tensor, "batch d_sae"]
+    bias: Float[Tensor, " d_sae"]
+    encoder: Float[Tensor, "d_sae d_in"]
+
+    def pre_latents(self) -> Float[Tensor, "batch d_sae"]:
+        """The sum, in the bias's type."""
+        return self.product.to(self.bias.dtype) + self.bias
+
+
+class Decoded(NamedTuple):
+    """What one pass over the decoder gives: the loss of each sample and its gradients.
+
+    squares: |x_hat - x|^2. code_sums: sum_j z_j |W_dec_j|. gradient: of mean(squares) in x_hat. code_gradients: of
+    mean(squares) + cost * sum(code_sums) in each code, 0 in empty slots.
+    """
+
+    squares: Float[Tensor, " batch"]
+    code_sums: Float[Tensor, " batch"]
+    gradient: Float[Tensor, "batch d_in"]
+    code_gradients: Float[Tensor, " slots"]
+
+
+class Rows(NamedTuple):
+    """Gradient rows of some latents (of all where `latents` is None), added to what the codes give."""
+
+    latents: Int[Tensor, " n"] | None
+    encoder: Float[Tensor, "n d_in"]
+    W_dec: Float[Tensor, "n d_in"]
+    b_enc: Float[Tensor, " n"]
+
+
+class DenseCodes(NamedTuple):
+    """Codes as a matrix, how often each latent fires, and each sample's sum_j z_j |W_dec_j|."""
+
+    values: Float[Tensor, "batch d_sae"]
+    firing: Int[Tensor, " d_sae"]
+    code_sums: Float[Tensor, " batch"]
+
+
+class Now(NamedTuple):
+    """What depends on the number of the step: Adam's rate, and how young its moments are."""
+
+    rate: float
+    step: int
+    """1 for the first."""
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        """1 - beta^step for both moments."""
+        return 1 - BETA1**self.step, 1 - BETA2**self.step
+
+
+@dataclass
+class State:
+    """Weights, Adam's moments of each, and counters: all that a step changes."""
+
+    encoder: Float[Tensor, "d_sae d_in"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_in"]
+    unit_norm: bool
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    norms: Float[Tensor, " d_sae"]
+    """|W_dec_j|, kept only where rows are free (unit_norm is off)."""
+    silent_samples: Int[Tensor, " d_sae"]
+    window_firing: Int[Tensor, " d_sae"]
+
+    @classmethod
+    def of(cls, weights: dict[str, Tensor], unit_norm: bool) -> State:
+        """The state before the first step."""
+        own = {name: weights[name].detach() for name in WEIGHTS}
+        d_sae, device = len(own["W_dec"]), own["W_dec"].device
+        counter = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        return cls(
+            **own,
+            unit_norm=unit_norm,
+            first={name: torch.zeros_like(weight) for name, weight in own.items()},
+            second={name: torch.zeros_like(weight) for name, weight in own.items()},
+            norms=own["W_dec"].norm(dim=1),
+            silent_samples=counter,
+            window_firing=counter.clone(),
+        )
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The four weights with their names."""
+        return ((name, getattr(self, name)) for name in WEIGHTS)
+
+
+def capacity(batch: int, d_sae: int) -> int:
+    """Slots for the codes of a batch that counts as sparse, however many latents may fire in each row."""
+    return max(int(HEADROOM * SPARSE_SHARE * batch * d_sae), 1)
+
+
+@runtime_checkable
+class Kernels(Protocol):
+    """The stages of a step on one kind of device. `reference.Reference` says in plain products what each computes."""
+
+    name: str
+
+    def refresh(self, state: State) -> None:
+        """Makes what is derived from the weights anew, after they were set from outside."""
+
+    def centre(self, x: Tensor, unit: float, b_dec: Tensor) -> Tensor:
+        """x / unit - b_dec."""
+
+    def scores(self, x: Tensor, state: State) -> Scores:
+        """The encoder's product."""
+
+    def top_k(self, scores: Scores, k: int) -> Codes:
+        """Each row's k largest pre-latents, those that are positive."""
+
+    def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
+        """The batch's n largest pre-latents, those that are positive; None where they do not fit their slots."""
+
+    def positive(self, scores: Scores, capacity: int) -> Codes | None:
+        """All positive pre-latents; None where there are more than `capacity`."""
+
+    def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
+        """Reconstruction, loss and the gradients in it and in the codes."""
+
+    def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
+        """The codes and their gradients in the order of latents: which samples fired each."""
+
+    def relu(self, x: Tensor, state: State) -> DenseCodes:
+        """max(0, pre), as a matrix."""
+
+    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: float) -> tuple[Tensor, Tensor]:
+        """(gradient + cost |W_dec_j|) where codes fire, else 0; and its sum over samples. `gradient` may be reused."""
+
+    def update_(
+        self,
+        state: State,
+        now: Now,
+        x: Tensor,
+        gradient: Tensor,
+        plan: Any = None,
+        extra: Rows | None = None,
+        firing: Tensor | None = None,
+        cost: float = 0.0,
+    ) -> None:
+        """Weight gradients, projection, Adam, renormalisation and counters: all that changes the state.
+
+        Gradients are those of the codes in `plan` (from `invert`) plus the `extra` rows; `firing` counts in place of
+        the plan. `cost` is what the penalty charges a unit of z |W_dec_j|, for rows that are free.
+        """

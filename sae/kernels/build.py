@@ -1,0 +1,93 @@
+"""Compiles native.c on the machine that runs it, once, and loads it.
+
+No torch headers and no build system: one file of C, one call of the compiler, a second or two. The result is kept in
+the user's cache under a name made of everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC"
+
+
+class CannotBuild(Exception):
+    """There is no compiler, or it failed; the message is one line."""
+
+
+@cache
+def library(real: str) -> ctypes.CDLL:
+    """The compiled kernels for `real`, "float" or "double".
+
+    Raises:
+        CannotBuild: no compiler was found, or it refused.
+    """
+    compiler = _compiler()
+    target = _folder() / f"kernels-{real}-{_fingerprint(compiler, real)}.so"
+    if not target.exists():
+        _compile(compiler, real, target)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise CannotBuild(f"{target} cannot be loaded: {error}") from error
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    raise CannotBuild("no C compiler found (cc, gcc, clang, or the one that CC names)")
+
+
+def _folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "sae"
+
+
+def _fingerprint(compiler: str, real: str) -> str:
+    """What the binary depends on: source, flags, compiler, and the processor that -march=native means."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    parts = [SOURCE.read_bytes(), FLAGS.encode(), compiler.encode(), version, real.encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
+
+
+def _compile(compiler: str, real: str, target: Path) -> None:
+    """Compiles and links apart: linked with -fopenmp, the library would bring an OpenMP runtime beside torch's own,
+    and the two teams of threads would fight for the cores."""
+    is_double = int(real == "double")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+            what = [f"-DREAL={real}", f"-DREAL_IS_DOUBLE={is_double}", "-c", str(SOURCE), "-o", str(built)]
+            _run([compiler, *shlex.split(FLAGS), *what])
+            _run([compiler, "-shared", "-o", str(linked), str(built), "-lm"])
+            os.replace(linked, target)
+    except OSError as error:
+        raise CannotBuild(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _run(command: list[str]) -> None:
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        reason = next((line for line in ended.stderr.splitlines() if "error" in line), ended.stderr.strip())
+        raise CannotBuild(f"{command[0]} failed: {reason or f'exit code {ended.returncode}'}")

@@ -1,0 +1,643 @@
+/* The stages of a training step on a CPU. Compiled on demand by build.py, once for each type of `real`.
+
+   Sums run in an order that no number of threads changes, so that a result depends on its inputs alone. The work is
+   bound by memory: a row of pre-latents, of the decoder, of the weights and their moments is read once, and everything
+   that needs it happens while it lies in the cache. `reference.py` says what each function computes. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_thread_num() 0
+#endif
+
+#ifndef REAL
+#define REAL float
+#endif
+typedef REAL real;
+typedef uint16_t bf16;
+
+#define API __attribute__((visibility("default")))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* ---------------------------------------------------------------------------------------------- numbers and memory */
+
+static inline float from_bf16(bf16 bits) {
+    union { uint32_t u; float f; } word = {(uint32_t)bits << 16};
+    return word.f;
+}
+
+/* To the nearest, ties to even; a NaN stays one. */
+static inline bf16 to_bf16(float value) {
+    union { float f; uint32_t u; } word = {value};
+    uint32_t rounded = (word.u + 0x7fffu + ((word.u >> 16) & 1u)) >> 16;
+    return value == value ? (bf16)rounded : (bf16)0x7fc0;
+}
+
+/* A thread's own memory, kept from call to call: fresh pages would cost more than what is done with them. */
+static _Thread_local struct { size_t size; void *start; } own;
+
+static void *own_memory(size_t size) {
+    if (own.size < size) {
+        free(own.start);
+        own.start = aligned_alloc(64, (size + 63) / 64 * 64);
+        own.size = own.start ? size : 0;
+    }
+    return own.start;
+}
+
+/* Moments of latents that fall silent decay into subnormal numbers, which are a hundred times slower. */
+static inline unsigned flush_subnormals(void) {
+#if defined(__SSE2__)
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040u);
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static inline void restore_subnormals(unsigned before) {
+#if defined(__SSE2__)
+    _mm_setcsr(before);
+#endif
+}
+
+static inline real dot(const real *restrict a, const real *restrict b, long n) {
+    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* Four products that share their left side: four chains of additions hide each other's latency. */
+static inline void four_dots(const real *restrict a, const real *const rows[4], long n, real out[4]) {
+    const real *restrict r0 = rows[0], *restrict r1 = rows[1], *restrict r2 = rows[2], *restrict r3 = rows[3];
+    real s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (long i = 0; i < n; i++) {
+        s0 += a[i] * r0[i];
+        s1 += a[i] * r1[i];
+        s2 += a[i] * r2[i];
+        s3 += a[i] * r3[i];
+    }
+    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
+}
+
+/* out += weights . rows */
+static inline void add_rows(real *restrict out, const real *matrix, const int32_t *rows, const real *weights, long n,
+                            long d) {
+    long e = 0;
+    for (; e + 4 <= n; e += 4) {
+        const real *restrict r0 = matrix + rows[e] * d, *restrict r1 = matrix + rows[e + 1] * d;
+        const real *restrict r2 = matrix + rows[e + 2] * d, *restrict r3 = matrix + rows[e + 3] * d;
+        real w0 = weights[e], w1 = weights[e + 1], w2 = weights[e + 2], w3 = weights[e + 3];
+#pragma omp simd
+        for (long i = 0; i < d; i++) out[i] += (w0 * r0[i] + w1 * r1[i]) + (w2 * r2[i] + w3 * r3[i]);
+    }
+    for (; e < n; e++) {
+        const real *restrict row = matrix + rows[e] * d;
+        real weight = weights[e];
+#pragma omp simd
+        for (long i = 0; i < d; i++) out[i] += weight * row[i];
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------ input */
+
+/* out = x * factor - b_dec, and the same rounded to bf16 when asked for. */
+API void centre(const real *x, real factor, const real *b_dec, real *out, bf16 *rounded, long batch, long d,
+                long threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long b = 0; b < batch; b++) {
+        const real *restrict row = x + b * d;
+        real *restrict to = out + b * d;
+#pragma omp simd
+        for (long i = 0; i < d; i++) to[i] = row[i] * factor - b_dec[i];
+        if (rounded)
+            for (long i = 0; i < d; i++) rounded[b * d + i] = to_bf16((float)to[i]);
+    }
+}
+
+/* -------------------------------------------------------------------------------------------------------- selection */
+
+/* Pre-latents as the encoder's product left them: without bias, `real` or bf16. `slack` widens them by what bf16 may
+   have changed: sign * slack_row[b] * slack_latent[j] is added (see `exact` in engine.md). */
+typedef struct {
+    const void *pre;
+    const real *bias;
+    const real *slack_row, *slack_latent;
+    long batch, n_latents, rounded, sign;
+} Scores;
+
+/* Latents are dealt to `n` groups in turn: latent j belongs to group j mod n. */
+typedef struct {
+    real *values, *maxima;
+    long n, n_latents;
+} Row;
+
+static long n_groups(long n_latents, long k) {
+    long groups = n_latents / 16;
+    while (groups < 4 * k && groups < n_latents) groups *= 2;
+    return MAX(MIN(groups, n_latents), 1);
+}
+
+static Row new_row(long n_latents, long groups) {
+    real *memory = own_memory((size_t)(n_latents + groups) * sizeof(real));
+    Row row = {memory, memory + n_latents, groups, n_latents};
+    return row;
+}
+
+/* Reads row b once; keeps it, with its bias, and the largest positive value of each group. */
+static void load_row(Row *row, const Scores *scores, long b) {
+    real *restrict values = row->values, *restrict maxima = row->maxima;
+    long n_latents = row->n_latents, n = row->n;
+    real slack = scores->slack_row ? scores->sign * scores->slack_row[b] : 0;
+    memset(maxima, 0, (size_t)n * sizeof(real));
+    for (long start = 0; start < n_latents; start += n) {
+        long width = MIN(n, n_latents - start);
+        const real *restrict bias = scores->bias + start;
+        real *restrict to = values + start;
+        if (scores->rounded) {
+            const bf16 *restrict from = (const bf16 *)scores->pre + b * n_latents + start;
+#pragma omp simd
+            for (long g = 0; g < width; g++) to[g] = (real)from_bf16(from[g]) + bias[g];
+        } else {
+            const real *restrict from = (const real *)scores->pre + b * n_latents + start;
+#pragma omp simd
+            for (long g = 0; g < width; g++) to[g] = from[g] + bias[g];
+        }
+        if (slack != 0) {
+            const real *restrict per_latent = scores->slack_latent + start;
+#pragma omp simd
+            for (long g = 0; g < width; g++) to[g] += slack * per_latent[g];
+        }
+#pragma omp simd
+        for (long g = 0; g < width; g++) maxima[g] = to[g] > maxima[g] ? to[g] : maxima[g];
+    }
+}
+
+/* A positive bound that at least k of the maxima reach and few others do, or 0 where fewer than k are positive. The
+   k-th largest value is at least as large: k values in k groups reach the bound. */
+static real bound(const Row *row, long k) {
+    const real *restrict maxima = row->maxima;
+    real low = 0, high = 0;
+    for (long g = 0; g < row->n; g++) high = maxima[g] > high ? maxima[g] : high;
+    for (int halving = 0; halving < 24; halving++) {
+        real middle = (low + high) / 2;
+        if (!(middle > low && middle < high)) break;
+        int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+        for (long g = 0; g < row->n; g++) count += maxima[g] >= middle;
+        if (count >= k) low = middle;
+        else high = middle;
+        if (count >= k && count <= k + k / 4) break;
+    }
+    return low;
+}
+
+/* The latents whose value is positive and reaches `least`, group by group. Returns their number, and writes as many of
+   them as there is room for. */
+static long collect(const Row *row, real least, int32_t *latents, real *values, long room) {
+    long n = 0;
+    for (long g = 0; g < row->n; g++) {
+        if (!(row->maxima[g] >= least && row->maxima[g] > 0)) continue;
+        for (long j = g; j < row->n_latents; j += row->n) {
+            real value = row->values[j];
+            if (value >= least && value > 0) {
+                if (n < room) latents[n] = (int32_t)j, values[n] = value;
+                n++;
+            }
+        }
+    }
+    return n;
+}
+
+/* The k-th largest of n values, 1 <= k <= n (quickselect; the order of `values` changes). */
+static real kth_largest(real *values, long n, long k) {
+    long low = 0, high = n - 1, at = k - 1;
+    while (low < high) {
+        real a = values[low], b = values[(low + high) / 2], c = values[high];
+        real pivot = a > b ? (b > c ? b : (a > c ? c : a)) : (a > c ? a : (b > c ? c : b));
+        long i = low, j = high;
+        while (i <= j) {
+            while (values[i] > pivot) i++;
+            while (values[j] < pivot) j--;
+            if (i <= j) {
+                real swapped = values[i];
+                values[i++] = values[j];
+                values[j--] = swapped;
+            }
+        }
+        if (at <= j) high = j;
+        else if (at >= i) low = i;
+        else break;
+    }
+    return values[at];
+}
+
+/* Keeps the k largest of n entries, in their order; of equal ones the first. `work` holds n values. */
+static long keep_largest(int32_t *latents, real *values, long n, long k, real *work, real *cut) {
+    if (n <= k) {
+        *cut = 0;
+        return n;
+    }
+    memcpy(work, values, (size_t)n * sizeof(real));
+    real least = kth_largest(work, n, k);
+    long above = 0, kept = 0;
+    for (long e = 0; e < n; e++) above += values[e] > least;
+    long ties = k - above;
+    for (long e = 0; e < n; e++) {
+        if (values[e] > least || (values[e] == least && ties-- > 0)) {
+            latents[kept] = latents[e];
+            values[kept++] = values[e];
+        }
+    }
+    *cut = least;
+    return kept;
+}
+
+/* Each row's k largest positive pre-latents, k slots a row; a slot without one has value 0. `cuts`, where given,
+   receives the k-th largest value of each row (0 where fewer are positive). */
+API void top_k(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent, long sign,
+               long batch, long n_latents, long k, int32_t *latents, real *values, real *cuts, long threads) {
+    Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign};
+    long groups = n_groups(n_latents, k);
+#pragma omp parallel num_threads((int)threads)
+    {
+        size_t row_bytes = (size_t)(n_latents + groups) * sizeof(real);
+        size_t bytes = row_bytes + (size_t)n_latents * (2 * sizeof(real) + sizeof(int32_t));
+        char *memory = own_memory(bytes);
+        Row row = new_row(n_latents, groups);
+        real *candidates = (real *)(memory + row_bytes), *work = candidates + n_latents;
+        int32_t *who = (int32_t *)(work + n_latents);
+#pragma omp for schedule(static)
+        for (long b = 0; b < batch; b++) {
+            load_row(&row, &scores, b);
+            real cut;
+            long n = collect(&row, bound(&row, k), who, candidates, n_latents);
+            n = keep_largest(who, candidates, n, k, work, &cut);
+            if (cuts) {
+                if (n == k && cut == 0) {
+                    cut = candidates[0];
+                    for (long e = 1; e < n; e++) cut = MIN(cut, candidates[e]);
+                }
+                cuts[b] = cut;
+            }
+            if (!latents) continue;
+            memcpy(latents + b * k, who, (size_t)n * sizeof(int32_t));
+            memcpy(values + b * k, candidates, (size_t)n * sizeof(real));
+            for (long e = n; e < k; e++) latents[b * k + e] = 0, values[b * k + e] = 0;
+        }
+    }
+}
+
+/* Every positive pre-latent that reaches `least` (of its row, where `row_least` is given). Rows take their room from
+   the arrays as they are done, so they lie there in any order: row b's counts[b] entries begin at starts[b]. Returns
+   how many there are; when that exceeds the capacity, not all were written. */
+API long at_least(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent,
+                  long sign, long batch, long n_latents, long stride, real least, const real *row_least, long capacity,
+                  int64_t *starts, int32_t *counts, int32_t *latents, real *values, long threads) {
+    Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign};
+    long groups = n_groups(n_latents, 0);
+    long total = 0;
+#pragma omp parallel num_threads((int)threads)
+    {
+        size_t row_bytes = (size_t)(n_latents + groups) * sizeof(real);
+        char *memory = own_memory(row_bytes + (size_t)n_latents * (sizeof(real) + sizeof(int32_t)));
+        Row row = new_row(n_latents, groups);
+        real *found = (real *)(memory + row_bytes);
+        int32_t *who = (int32_t *)(found + n_latents);
+#pragma omp for schedule(static)
+        for (long b = 0; b < batch; b += stride) {
+            load_row(&row, &scores, b);
+            long n = collect(&row, row_least ? row_least[b] : least, who, found, n_latents), start;
+#pragma omp atomic capture
+            {
+                start = total;
+                total += n;
+            }
+            starts[b / stride] = start, counts[b / stride] = (int32_t)n;
+            if (start + n > capacity) continue;
+            memcpy(latents + start, who, (size_t)n * sizeof(int32_t));
+            memcpy(values + start, found, (size_t)n * sizeof(real));
+        }
+    }
+    return total;
+}
+
+/* The n-th largest of `count` positive values. Their leading bits are counted first, so that only the values of one
+   bin have to be ordered. */
+API real nth_largest(const real *values, long count, long n) {
+    enum { BINS = 1 << 15 };
+    int32_t *bins = own_memory(BINS * sizeof(int32_t) + (size_t)count * sizeof(real));
+    real *inside = (real *)(bins + BINS);
+    memset(bins, 0, BINS * sizeof(int32_t));
+#define BIN(value) (((union { float f; uint32_t u; }){(float)(value)}).u >> 16)
+    for (long e = 0; e < count; e++) bins[BIN(values[e])]++;
+    long bin = BINS - 1, above = 0;
+    while (bin > 0 && above + bins[bin] < n) above += bins[bin--];
+    long m = 0;
+    for (long e = 0; e < count; e++)
+        if ((long)BIN(values[e]) == bin) inside[m++] = values[e];
+#undef BIN
+    return kth_largest(inside, m, n - above);
+}
+
+/* Gathers the entries that reach `least` into the order of their rows. */
+API void compact(const int64_t *starts, const int32_t *counts, const int32_t *latents, const real *values, real least,
+                 long batch, int64_t *offsets, int32_t *out_latents, real *out_values, long threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long b = 0; b < batch; b++) {
+        const real *restrict row = values + starts[b];
+        long n = 0;
+        for (long e = 0; e < counts[b]; e++) n += row[e] >= least;
+        offsets[b + 1] = n;
+    }
+    offsets[0] = 0;
+    for (long b = 0; b < batch; b++) offsets[b + 1] += offsets[b];
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long b = 0; b < batch; b++) {
+        long to = offsets[b];
+        for (long e = starts[b]; e < starts[b] + counts[b]; e++)
+            if (values[e] >= least) out_latents[to] = latents[e], out_values[to++] = values[e];
+    }
+}
+
+/* Each entry's pre-latent computed anew, in `real`: x_b . encoder_j + bias_j; negative ones become 0. */
+API void rescore(const int64_t *starts, const int32_t *counts, const int32_t *latents, const real *x,
+                 const real *encoder, const real *bias, long batch, long d, real *values, long threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic, 16)
+    for (long b = 0; b < batch; b++)
+        for (long e = starts[b]; e < starts[b] + counts[b]; e++) {
+            real value = dot(x + b * d, encoder + latents[e] * d, d) + bias[latents[e]];
+            values[e] = value > 0 ? value : 0;
+        }
+}
+
+/* The k largest positive entries of each row, k slots a row, as `top_k` gives them. */
+API void keep_top_k(const int64_t *starts, const int32_t *counts, int32_t *latents, real *values, long batch, long k,
+                    int32_t *out_latents, real *out_values, long threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long b = 0; b < batch; b++) {
+        real cut, *row = values + starts[b], *work = own_memory((size_t)counts[b] * sizeof(real) + 64);
+        int32_t *who = latents + starts[b];
+        long n = keep_largest(who, row, counts[b], k, work, &cut);
+        memcpy(out_latents + b * k, who, (size_t)n * sizeof(int32_t));
+        memcpy(out_values + b * k, row, (size_t)n * sizeof(real));
+        for (long e = n; e < k; e++) out_latents[b * k + e] = 0, out_values[b * k + e] = 0;
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------- decode */
+
+/* One pass over the decoder rows of each sample: residual = z W_dec - target, its square, gradient = scale * residual,
+   and for each code gradient . W_dec_j + cost * norms_j. Slots of value 0 get no gradient. `norms` may be null: 1. */
+API void decode(const int64_t *offsets, const int32_t *latents, const real *values, const real *W_dec,
+                const real *target, const real *norms, real cost, real scale, long batch, long d, real *gradient,
+                real *code_gradients, real *row_loss, real *row_sum, long threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic, 16)
+    for (long b = 0; b < batch; b++) {
+        long first = offsets[b], n = offsets[b + 1] - first;
+        const int32_t *who = latents + first;
+        const real *z = values + first;
+        real *restrict g = gradient + b * d, loss = 0, sum = 0;
+        const real *restrict to = target + b * d;
+        for (long i = 0; i < d; i++) g[i] = -to[i];
+        add_rows(g, W_dec, who, z, n, d);
+#pragma omp simd reduction(+ : loss)
+        for (long i = 0; i < d; i++) {
+            loss += g[i] * g[i];
+            g[i] *= scale;
+        }
+        long e = 0;
+        for (; e + 4 <= n; e += 4) {
+            const real *rows[4] = {W_dec + who[e] * d, W_dec + who[e + 1] * d, W_dec + who[e + 2] * d,
+                                   W_dec + who[e + 3] * d};
+            four_dots(g, rows, d, code_gradients + first + e);
+        }
+        for (; e < n; e++) code_gradients[first + e] = dot(g, W_dec + who[e] * d, d);
+        for (e = 0; e < n; e++) {
+            real norm = norms ? norms[who[e]] : 1;
+            sum += z[e] * norm;
+            code_gradients[first + e] = z[e] > 0 ? code_gradients[first + e] + cost * norm : 0;
+        }
+        row_loss[b] = loss;
+        row_sum[b] = sum;
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------- invert */
+
+/* The codes in the order of their latents, samples ascending: a counting sort, each thread with rows of its own.
+   `counts` is scratch, [threads, n_latents]. Slots of value 0 are left out. */
+API void invert(const int64_t *offsets, const int32_t *latents, const real *values, const real *code_gradients,
+                long batch, long n_latents, int32_t *counts, int32_t *latent_offsets, int32_t *rows, real *codes,
+                real *gradients, long threads) {
+    long per_thread = (batch + threads - 1) / threads;
+#pragma omp parallel for num_threads((int)threads) schedule(static, 1)
+    for (long t = 0; t < threads; t++) {
+        int32_t *own_counts = counts + t * n_latents;
+        memset(own_counts, 0, (size_t)n_latents * sizeof(int32_t));
+        long first = MIN(t * per_thread, batch), last = MIN(first + per_thread, batch);
+        for (long e = offsets[first]; e < offsets[last]; e++) own_counts[latents[e]] += values[e] > 0;
+    }
+    int32_t total = 0;
+    for (long j = 0; j < n_latents; j++) {
+        latent_offsets[j] = total;
+        for (long t = 0; t < threads; t++) {
+            int32_t n = counts[t * n_latents + j];
+            counts[t * n_latents + j] = total;
+            total += n;
+        }
+    }
+    latent_offsets[n_latents] = total;
+#pragma omp parallel for num_threads((int)threads) schedule(static, 1)
+    for (long t = 0; t < threads; t++) {
+        int32_t *next = counts + t * n_latents;
+        long first = MIN(t * per_thread, batch), last = MIN(first + per_thread, batch);
+        for (long b = first; b < last; b++)
+            for (long e = offsets[b]; e < offsets[b + 1]; e++)
+                if (values[e] > 0) {
+                    int32_t to = next[latents[e]]++;
+                    rows[to] = (int32_t)b, codes[to] = values[e], gradients[to] = code_gradients[e];
+                }
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------- update */
+
+typedef struct {
+    real rate, correction1, correction2, beta1, rest1, beta2, rest2, epsilon; /* rest = 1 - beta, rounded once */
+} Adam;
+
+/* One step of Adam (Kingma & Ba 2015), as torch.optim.Adam computes it. */
+static inline void adam_row(real *restrict w, real *restrict m, real *restrict v, const real *restrict g, long n,
+                            const Adam *a) {
+    real step = a->rate / a->correction1, root = 1 / (real)sqrt(a->correction2), eps = a->epsilon;
+    real b1 = a->beta1, b2 = a->beta2, c1 = a->rest1, c2 = a->rest2;
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+        real gradient = g[i];
+        real first = b1 * m[i] + c1 * gradient, second = b2 * v[i] + c2 * gradient * gradient;
+        m[i] = first, v[i] = second;
+#if REAL_IS_DOUBLE
+        w[i] -= step * first / (sqrt(second) * root + eps);
+#else
+        w[i] -= step * first / (sqrtf(second) * root + eps);
+#endif
+    }
+}
+
+/* Everything that happens to a latent, while its rows lie in the cache: both gradient rows, summed over the samples it
+   fired for; `extra` rows (AuxK, or all rows of a dense step); projection of the decoder's gradient; Adam on encoder
+   row, decoder row and bias; the decoder row back to norm 1; the encoder row rounded for the next product; counters.
+
+   `blocks` [n_blocks, d] receives the sums over latents of (bias gradient) * (encoder row), which is what b_dec gets
+   through the encoder. `extra_of[j]` is latent j's row in the extra gradients or -1; null: row j. */
+API void update(long n_latents, long d, long block, const int32_t *latent_offsets, const int32_t *rows,
+                const real *codes, const real *gradients, const real *x, const real *residual_gradient,
+                const int32_t *extra_of, const real *extra_encoder, const real *extra_decoder, const real *extra_bias,
+                const real *parameters_of_adam, long unit_norm, real cost, real *encoder, real *encoder_m,
+                real *encoder_v, real *decoder, real *decoder_m, real *decoder_v, real *bias, real *bias_m,
+                real *bias_v, bf16 *encoder_rounded, real *norms, real *encoder_norms, int64_t *silent,
+                int64_t *window, const int32_t *firing, long batch, real *blocks, long threads) {
+    const real *p = parameters_of_adam;
+    Adam adam = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+    long n_blocks = (n_latents + block - 1) / block;
+#pragma omp parallel num_threads((int)threads)
+    {
+        unsigned before = flush_subnormals();
+        real *g_encoder = own_memory((size_t)(2 * d) * sizeof(real)), *g_decoder = g_encoder + d;
+#pragma omp for schedule(dynamic, 1)
+        for (long c = 0; c < n_blocks; c++) {
+            real *restrict through_bias = blocks + c * d;
+            memset(through_bias, 0, (size_t)d * sizeof(real));
+            for (long j = c * block; j < MIN((c + 1) * block, n_latents); j++) {
+                long first = latent_offsets ? latent_offsets[j] : 0;
+                long n = latent_offsets ? latent_offsets[j + 1] - first : 0;
+                long extra = extra_encoder ? (extra_of ? extra_of[j] : j) : -1;
+                real *restrict w_enc = encoder + j * d, *restrict w_dec = decoder + j * d;
+                real g_bias = 0, sum = 0;
+                if (extra >= 0) {
+                    memcpy(g_encoder, extra_encoder + extra * d, (size_t)d * sizeof(real));
+                    memcpy(g_decoder, extra_decoder + extra * d, (size_t)d * sizeof(real));
+                    g_bias = extra_bias[extra];
+                } else {
+                    memset(g_encoder, 0, (size_t)(2 * d) * sizeof(real));
+                }
+                add_rows(g_encoder, x, rows + first, gradients + first, n, d);
+                add_rows(g_decoder, residual_gradient, rows + first, codes + first, n, d);
+                for (long e = first; e < first + n; e++) g_bias += gradients[e], sum += codes[e];
+                if (g_bias != 0)
+#pragma omp simd
+                    for (long i = 0; i < d; i++) through_bias[i] += g_bias * w_enc[i];
+
+                /* The penalty cost * z |w| pulls on the row itself; on unit rows the projection would undo that. */
+                real along = unit_norm ? -dot(g_decoder, w_dec, d) : (norms[j] > 0 ? cost * sum / norms[j] : 0);
+                if (along != 0)
+#pragma omp simd
+                    for (long i = 0; i < d; i++) g_decoder[i] += along * w_dec[i];
+
+                adam_row(w_enc, encoder_m + j * d, encoder_v + j * d, g_encoder, d, &adam);
+                adam_row(w_dec, decoder_m + j * d, decoder_v + j * d, g_decoder, d, &adam);
+                adam_row(bias + j, bias_m + j, bias_v + j, &g_bias, 1, &adam);
+                real norm = (real)sqrt(dot(w_dec, w_dec, d));
+                if (unit_norm) {
+                    real shrink = 1 / MAX(norm, (real)1e-12);
+#pragma omp simd
+                    for (long i = 0; i < d; i++) w_dec[i] *= shrink;
+                } else {
+                    norms[j] = norm;
+                }
+                if (encoder_rounded)
+                    for (long i = 0; i < d; i++) encoder_rounded[j * d + i] = to_bf16((float)w_enc[i]);
+                if (encoder_norms) encoder_norms[j] = (real)sqrt(dot(w_enc, w_enc, d));
+                long fired = firing ? firing[j] : n;
+                silent[j] = fired ? 0 : silent[j] + batch;
+                window[j] += fired;
+            }
+        }
+        restore_subnormals(before);
+    }
+}
+
+/* b_dec: the residual's gradient summed over samples, less what went through the encoder's bias. */
+API void update_b_dec(const real *residual_gradient, const real *blocks, long batch, long n_blocks, long d,
+                      const real *parameters_of_adam, real *b_dec, real *m, real *v, long threads) {
+    const real *p = parameters_of_adam;
+    Adam adam = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+    enum { TILE = 64 };
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long first = 0; first < d; first += TILE) {
+        long width = MIN(TILE, d - first);
+        real g[TILE] = {0};
+        for (long b = 0; b < batch; b++)
+            for (long i = 0; i < width; i++) g[i] += residual_gradient[b * d + first + i];
+        for (long c = 0; c < n_blocks; c++)
+            for (long i = 0; i < width; i++) g[i] -= blocks[c * d + first + i];
+        adam_row(b_dec + first, m + first, v + first, g, width, &adam);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------ dense steps */
+
+/* h = max(0, pre + bias) in place, how often each latent fires, and sum_j h_j norms_j of each row. */
+API void relu_(real *pre, const real *bias, const real *norms, long batch, long n_latents, int32_t *counts,
+               int32_t *firing, real *row_sum, long threads) {
+    memset(counts, 0, (size_t)threads * (size_t)n_latents * sizeof(int32_t));
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long b = 0; b < batch; b++) {
+        real *restrict row = pre + b * n_latents, sum = 0;
+        int32_t *restrict own_counts = counts + omp_get_thread_num() * n_latents;
+#pragma omp simd
+        for (long j = 0; j < n_latents; j++) {
+            real value = row[j] + bias[j];
+            value = value > 0 ? value : (value == value ? 0 : value);
+            row[j] = value;
+            own_counts[j] += value > 0;
+        }
+        if (norms) sum = dot(row, norms, n_latents);
+        else
+#pragma omp simd reduction(+ : sum)
+            for (long j = 0; j < n_latents; j++) sum += row[j];
+        row_sum[b] = sum;
+    }
+    memset(firing, 0, (size_t)n_latents * sizeof(int32_t));
+    for (long t = 0; t < threads; t++)
+        for (long j = 0; j < n_latents; j++) firing[j] += counts[t * n_latents + j];
+}
+
+/* gradient = (gradient + cost * norms) where h > 0 and 0 elsewhere, in place; and its sum over samples. `blocks` is
+   scratch, [ceil(batch / 64), n_latents]. */
+API void relu_backward_(real *gradient, const real *h, const real *norms, real cost, long batch, long n_latents,
+                        real *blocks, real *bias_gradient, long threads) {
+    long n_blocks = (batch + 63) / 64;
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long c = 0; c < n_blocks; c++) {
+        real *restrict sum = blocks + c * n_latents;
+        memset(sum, 0, (size_t)n_latents * sizeof(real));
+        for (long b = c * 64; b < MIN((c + 1) * 64, batch); b++) {
+            real *restrict g = gradient + b * n_latents;
+            const real *restrict z = h + b * n_latents;
+#pragma omp simd
+            for (long j = 0; j < n_latents; j++) {
+                g[j] = z[j] > 0 ? g[j] + cost * (norms ? norms[j] : 1) : 0;
+                sum[j] += g[j];
+            }
+        }
+    }
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long j = 0; j < n_latents; j++) {
+        real sum = 0;
+        for (long c = 0; c < n_blocks; c++) sum += blocks[c * n_latents + j];
+        bias_gradient[j] = sum;
+    }
+}

@@ -1,0 +1,307 @@
+"""The stages of a training step on a CPU in C, from `native.c`; the encoder's product is the BLAS's.
+
+Buffers are made once and reused: at these sizes, asking the system for fresh pages costs as much as the work on them.
+What a method returns is therefore good until the same method is called again.
+"""
+
+from __future__ import annotations
+
+import math
+from ctypes import c_double, c_float, c_long, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels.base import BETA1, BETA2, EPSILON, Codes, Decoded, DenseCodes, Now, Rows, Scores, State
+from sae.kernels.build import library
+from sae.kernels.precision import Precision, slack
+
+REALS: dict[torch.dtype, tuple[str, Any]] = {torch.float32: ("float", c_float), torch.float64: ("double", c_double)}
+# Latents whose contributions to b_dec one thread sums, in order.
+BLOCK = 64
+# A batch's cut is close to the last one's: nearly all that reaches this share of it belongs to the n largest.
+GUESS = 0.97
+MAX_GUESSES = 40
+# Slots for each code that is asked for: room for what a guess lets in.
+SCREENED = 4
+
+
+class Plan(NamedTuple):
+    """The codes in the order of latents: latent j owns the entries from offsets[j] to offsets[j + 1]."""
+
+    offsets: Int[Tensor, " d_sae_plus_1"]
+    rows: Int[Tensor, " slots"]
+    codes: Float[Tensor, " slots"]
+    gradients: Float[Tensor, " slots"]
+
+
+class Found(NamedTuple):
+    """Entries of rows that lie in any order: row b's counts[b] entries begin at starts[b]; `total` in all.
+
+    Where total exceeds the capacity, some were left out.
+    """
+
+    starts: Int[Tensor, " batch"]
+    counts: Int[Tensor, " batch"]
+    latents: Int[Tensor, " capacity"]
+    values: Float[Tensor, " capacity"]
+    total: int
+
+
+class Native:
+    """The fast version for CPUs.
+
+    Raises:
+        CannotBuild: there is no compiler, or it failed.
+    """
+
+    name = "native"
+
+    def __init__(self, dtype: torch.dtype, precision: Precision) -> None:
+        self.dtype, self.precision = dtype, precision
+        real, self._real = REALS[dtype]
+        self._library = library(real)
+        self._library.at_least.restype = c_long
+        self._library.nth_largest.restype = self._real
+        self._buffers: dict[str, Tensor] = {}
+        self._cut = 0.0
+
+    # ------------------------------------------------------------------------------------------------ encoder
+
+    def refresh(self, state: State) -> None:
+        if not state.unit_norm:
+            state.norms.copy_(state.W_dec.norm(dim=1))
+        if self.precision != "fp32":
+            self._buffer("encoder_rounded", state.encoder.shape, torch.bfloat16).copy_(state.encoder)
+        if self.precision == "exact":
+            self._buffer("encoder_norms", state.b_enc.shape).copy_(state.encoder.norm(dim=1))
+
+    def centre(self, x: Tensor, unit: float, b_dec: Tensor) -> Tensor:
+        x = x.to(self.dtype).contiguous()
+        out = self._buffer("x", x.shape)
+        rounded = None if self.precision == "fp32" else self._buffer("x_rounded", x.shape, torch.bfloat16)
+        self._call("centre", x, 1 / unit, b_dec, out, rounded, *x.shape)
+        return out
+
+    def scores(self, x: Tensor, state: State) -> Scores:
+        shape = (len(x), len(state.encoder))
+        if self.precision == "fp32":
+            return Scores(torch.mm(x, state.encoder.T, out=self._buffer("scores", shape)), state.b_enc, state.encoder)
+        product = self._buffer("scores_rounded", shape, torch.bfloat16)
+        torch.mm(self._buffers["x_rounded"], self._buffers["encoder_rounded"].T, out=product)
+        if self.precision == "exact":
+            norms = torch.linalg.vector_norm(x, dim=1, out=self._buffer("x_slack", shape[:1]))
+            norms.mul_(slack(x.shape[1]))
+        return Scores(product, state.b_enc, state.encoder)
+
+    # -------------------------------------------------------------------------------------------------- codes
+
+    def top_k(self, scores: Scores, k: int) -> Codes:
+        batch, d_sae = scores.product.shape
+        offsets = torch.arange(0, batch * k + 1, k, out=self._buffer("offsets", (batch + 1,), torch.int64))
+        latents, values = self._slots("codes", batch * k)
+        if self.precision != "exact":
+            self._call("top_k", *self._parts(scores), batch, d_sae, k, latents, values, None)
+            return Codes(offsets, latents, values)
+        least = self._buffer("least", (batch,))
+        self._call("top_k", *self._parts(scores, -1), batch, d_sae, k, None, None, least)
+        found = self._at_least(scores, least, batch * d_sae, +1)
+        self._rescore(scores, found)
+        self._call("keep_top_k", *found[:-1], batch, k, latents, values)
+        return Codes(offsets, latents, values)
+
+    def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
+        n = min(n, scores.product.numel())
+        if self.precision != "exact":
+            found = self._candidates(scores, n, 0)
+        else:
+            surely = self._candidates(scores, n, -1)
+            if surely is None:
+                return None
+            found = self._at_least(scores, self._nth_largest(surely, n), SCREENED * n, +1)
+            if found.total > SCREENED * n:
+                return None
+            self._rescore(scores, found)
+        return found and self._compact(found, self._nth_largest(found, n))
+
+    def positive(self, scores: Scores, capacity: int) -> Codes | None:
+        exact = self.precision == "exact"
+        found = self._at_least(scores, 0.0, capacity, int(exact))
+        if found.total > capacity:
+            return None
+        if exact:
+            self._rescore(scores, found)
+        return self._compact(found, 0.0)
+
+    def _candidates(self, scores: Scores, n: int, sign: int) -> Found | None:
+        """The n largest pre-latents and few others (all that are positive, where these are fewer than n).
+
+        The last batch's cut makes the first guess; what is found depends on it, what is kept of that does not.
+        """
+        low, high, guess = 0.0, float("inf"), GUESS * (self._cut or self._cut_of_some_rows(scores, n, sign))
+        for attempt in range(MAX_GUESSES):
+            found = self._at_least(scores, guess, SCREENED * n, sign)
+            if found.total > SCREENED * n:
+                low, guess = guess, (guess + high) / 2 if high < float("inf") else max(1.1 * guess, 1e-30)
+            elif found.total < n and guess > 0:
+                high, guess = guess, low + 0.8 * (guess - low) if attempt < MAX_GUESSES // 2 else low
+            else:
+                return found
+        return None
+
+    def _cut_of_some_rows(self, scores: Scores, n: int, sign: int) -> float:
+        batch, d_sae = scores.product.shape
+        stride = max(batch // 64, 1)
+        n_rows = -(-batch // stride)
+        found = self._at_least(scores, 0.0, n_rows * d_sae, sign, stride)
+        return self._nth_largest(found, max(n * n_rows // batch, 1))
+
+    def _at_least(self, scores: Scores, least: float | Tensor, capacity: int, sign: int, stride: int = 1) -> Found:
+        batch, d_sae = scores.product.shape
+        starts = self._buffer("starts", (batch,), torch.int64)
+        counts = self._buffer("counts", (batch,), torch.int32)
+        latents, values = self._slots("found", capacity)
+        scalar, per_row = (0.0, least) if isinstance(least, Tensor) else (least, None)
+        limits = (scalar, per_row, capacity)
+        parts = self._parts(scores, sign)
+        total = self._call("at_least", *parts, batch, d_sae, stride, *limits, starts, counts, latents, values)
+        return Found(starts, counts, latents, values, total)
+
+    def _nth_largest(self, found: Found, n: int) -> float:
+        """0 where there are fewer."""
+        if found.total < n:
+            return 0.0
+        return self._library.nth_largest(c_void_p(found.values.data_ptr()), c_long(found.total), c_long(n))
+
+    def _compact(self, found: Found, least: float) -> Codes:
+        self._cut = least
+        offsets = self._buffer("offsets", (len(found.starts) + 1,), torch.int64)
+        latents, values = self._slots("codes", found.total)
+        least = max(least, torch.finfo(self.dtype).tiny)
+        self._call("compact", *found[:-1], least, len(found.starts), offsets, latents, values)
+        n = int(offsets[-1])
+        return Codes(offsets, latents[:n], values[:n])
+
+    def _rescore(self, scores: Scores, found: Found) -> None:
+        x, encoder = self._buffers["x"], scores.encoder
+        self._call("rescore", *found[:3], x, encoder, scores.bias, *x.shape, found.values)
+
+    # -------------------------------------------------------------------------------------- decoder, gradients
+
+    def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
+        batch, d_in = x.shape
+        norms = None if state.unit_norm else state.norms
+        gradient = self._buffer("gradient", x.shape)
+        code_gradients = self._buffer("code_gradients", codes.values.shape)
+        squares, sums = self._buffer("squares", (batch,)), self._buffer("sums", (batch,))
+        given = (*_as_c(codes), state.W_dec, x, norms, cost, 2 / batch, batch, d_in)
+        self._call("decode", *given, gradient, code_gradients, squares, sums)
+        return Decoded(squares, sums, gradient, code_gradients)
+
+    def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:
+        n = len(codes.values)
+        offsets = self._buffer("latent_offsets", (d_sae + 1,), torch.int32)
+        rows, values = self._slots("plan", n)
+        gradients = self._buffer("plan_gradients", (n,))
+        counts = self._buffer("thread_counts", (torch.get_num_threads(), d_sae), torch.int32)
+        batch = len(codes.offsets) - 1
+        self._call("invert", *_as_c(codes), code_gradients, batch, d_sae, counts, offsets, rows, values, gradients)
+        return Plan(offsets, rows, values, gradients)
+
+    def relu(self, x: Tensor, state: State) -> DenseCodes:
+        batch, d_sae = len(x), len(state.b_enc)
+        z = torch.mm(x, state.encoder.T, out=self._buffer("scores", (batch, d_sae)))
+        counts = self._buffer("thread_counts", (torch.get_num_threads(), d_sae), torch.int32)
+        firing, sums = self._buffer("firing", (d_sae,), torch.int32), self._buffer("sums", (batch,))
+        norms = None if state.unit_norm else state.norms
+        self._call("relu_", z, state.b_enc, norms, batch, d_sae, counts, firing, sums)
+        return DenseCodes(z, firing, sums)
+
+    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: float) -> tuple[Tensor, Tensor]:
+        batch, d_sae = gradient.shape
+        blocks = self._buffer("relu_blocks", (-(-batch // 64), d_sae))
+        bias_gradient = self._buffer("bias_gradient", (d_sae,))
+        norms = None if state.unit_norm else state.norms
+        self._call("relu_backward_", gradient, codes.values, norms, cost, batch, d_sae, blocks, bias_gradient)
+        return gradient, bias_gradient
+
+    # -------------------------------------------------------------------------------------------------- update
+
+    def update_(
+        self,
+        state: State,
+        now: Now,
+        x: Tensor,
+        gradient: Tensor,
+        plan: Plan | None = None,
+        extra: Rows | None = None,
+        firing: Tensor | None = None,
+        cost: float = 0.0,
+    ) -> None:
+        batch, d_in = x.shape
+        d_sae = len(state.b_enc)
+        constants = (BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPSILON)
+        adam = torch.tensor([now.rate, *now.corrections, *constants], dtype=self.dtype)
+        blocks = self._buffer("blocks", (-(-d_sae // BLOCK), d_in))
+        extra_of = None
+        if extra is not None and extra.latents is not None:
+            extra_of = self._buffer("extra_of", (d_sae,), torch.int32).fill_(-1)
+            extra_of[extra.latents] = torch.arange(len(extra.latents), dtype=torch.int32)
+        if firing is not None:
+            firing = firing.to(torch.int32)
+        first, second, rounded = state.first, state.second, self._buffers.get("encoder_rounded")
+        self._call(
+            "update",
+            *(d_sae, d_in, BLOCK),
+            *(plan or (None, None, None, None)),
+            *(x, gradient, extra_of),
+            *([t.contiguous() for t in extra[1:]] if extra else (None, None, None)),
+            *(adam, int(state.unit_norm), cost),
+            *(state.encoder, first["encoder"], second["encoder"]),
+            *(state.W_dec, first["W_dec"], second["W_dec"]),
+            *(state.b_enc, first["b_enc"], second["b_enc"]),
+            *(rounded, state.norms, self._buffers.get("encoder_norms")),
+            *(state.silent_samples, state.window_firing, firing, batch, blocks),
+        )
+        moments = (first["b_dec"], second["b_dec"])
+        self._call("update_b_dec", gradient, blocks, batch, len(blocks), d_in, adam, state.b_dec, *moments)
+
+    # ------------------------------------------------------------------------------------------------- plumbing
+
+    def _parts(self, scores: Scores, sign: int = 0) -> tuple[Any, ...]:
+        """The struct Scores of native.c; sign says where what bf16 may have changed is added (+1) or taken (-1)."""
+        rounded = int(scores.product.dtype == torch.bfloat16)
+        slacks = (self._buffers["x_slack"], self._buffers["encoder_norms"]) if sign else (None, None)
+        return scores.product, rounded, scores.bias, *slacks, sign
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of this name and shape; its contents are whatever was there."""
+        size, kept = math.prod(shape), self._buffers.get(name)
+        if kept is not None and kept.shape == shape:
+            return kept
+        if kept is None or kept.untyped_storage().nbytes() < size * kept.element_size():
+            kept = torch.empty(size, dtype=dtype or self.dtype)
+        whole = kept.new_empty(0).set_(kept.untyped_storage())
+        self._buffers[name] = whole[:size].view(shape)
+        return self._buffers[name]
+
+    def _slots(self, name: str, n: int) -> tuple[Tensor, Tensor]:
+        return self._buffer(f"{name}_integers", (n,), torch.int32), self._buffer(f"{name}_values", (n,))
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        return getattr(self._library, function)(*map(self._argument, arguments), c_long(torch.get_num_threads()))
+
+    def _argument(self, value: Tensor | float | int | None) -> Any:
+        if isinstance(value, Tensor):
+            assert value.is_contiguous(), f"a tensor of shape {list(value.shape)} must be contiguous"
+            return c_void_p(value.data_ptr())
+        if isinstance(value, float):
+            return self._real(value)
+        return value if value is None else c_long(value)
+
+
+def _as_c(codes: Codes) -> Codes:
+    """In the types of native.c; its own codes have them already."""
+    return Codes(codes.offsets.to(torch.int64), codes.latents.to(torch.int32), codes.values.contiguous())

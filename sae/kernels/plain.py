@@ -1,0 +1,130 @@
+"""The stages of a training step in torch operations: sparse where it pays, on any device, without a compiler.
+
+Where the host would have to wait for a GPU (to learn how many codes there are), slots stay empty or codes stay dense.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.codes import flat_nonzero, kth_largest
+from sae.kernels.base import Codes, Decoded, Now, Scores, State
+from sae.kernels.precision import Precision
+from sae.kernels.reference import Reference, rows_of
+from sae.optim import adam
+
+
+class Plan(NamedTuple):
+    """The codes in the order of latents: latent j owns the entries from offsets[j] to offsets[j + 1]."""
+
+    offsets: Int[Tensor, " d_sae_plus_1"]
+    rows: Int[Tensor, " slots"]
+    codes: Float[Tensor, " slots"]
+    gradients: Float[Tensor, " slots"]
+    firing: Int[Tensor, " d_sae"]
+
+
+class Plain(Reference):
+    """Sparse decoding and sparse gradients by `embedding_bag`; torch's fused Adam."""
+
+    name = "torch"
+
+    def __init__(self, precision: Precision) -> None:
+        self._precision = precision
+        self._optimizer: torch.optim.Adam | None = None
+
+    def scores(self, x: Tensor, state: State) -> Scores:
+        if self._precision == "bf16":
+            return Scores(x.bfloat16() @ state.encoder.bfloat16().T, state.b_enc, state.encoder)
+        return Scores(x @ state.encoder.T, state.b_enc, state.encoder)
+
+    def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
+        pre = scores.pre_latents()
+        if pre.device.type != "cpu":
+            return None  # how many fire in each row is not known without asking the device
+        cut = kth_largest(rearrange(pre, "b f -> (b f)"), min(n, pre.numel()))
+        return _where(pre, pre >= cut.clamp_min(torch.finfo(pre.dtype).tiny))
+
+    def positive(self, scores: Scores, capacity: int) -> Codes | None:
+        pre = scores.pre_latents()
+        if pre.device.type != "cpu":
+            return None
+        codes = _where(pre, pre > 0)
+        return codes if len(codes.values) <= capacity else None
+
+    def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
+        residual = _bags(codes.latents, state.W_dec, codes.offsets, codes.values) - x
+        gradient = residual * (2 / len(x))
+        # A weighted bag's gradient in its weights is what is wanted: gradient[row of slot] . W_dec[latent of slot].
+        weights = codes.values.clone().requires_grad_()
+        with torch.enable_grad():
+            _bags(codes.latents, state.W_dec, codes.offsets, weights).backward(gradient)
+        assert weights.grad is not None
+        rows, charged = rows_of(codes), codes.values
+        code_gradients = weights.grad.add_(cost)
+        if not state.unit_norm:
+            norms = state.norms[codes.latents]
+            code_gradients, charged = weights.grad.sub_(cost).addcmul_(norms, norms.new_tensor(cost)), charged * norms
+        code_gradients.masked_fill_(codes.values <= 0, 0)
+        sums = x.new_zeros(len(x)).index_add_(0, rows, charged)
+        return Decoded(residual.square().sum(dim=1), sums, gradient, code_gradients)
+
+    def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
+        order = _stable_order(codes.latents, d_sae)
+        fires = (codes.values > 0).long()
+        firing = torch.zeros(d_sae, dtype=torch.int64, device=fires.device).index_add_(0, codes.latents, fires)
+        slots = torch.zeros_like(firing).index_add_(0, codes.latents, torch.ones_like(fires))
+        offsets = F.pad(slots.cumsum(0), (1, 0))
+        return Plan(offsets, rows_of(codes)[order], codes.values[order], code_gradients[order], firing)
+
+    def gradient_rows(
+        self, state: State, x: Tensor, gradient: Tensor, plan: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        if plan is None:
+            return super().gradient_rows(state, x, gradient, None)
+        owners = torch.repeat_interleave(
+            torch.arange(len(state.b_enc), device=x.device), plan.offsets.diff(), output_size=len(plan.rows)
+        )
+        sums, g_bias = (x.new_zeros(len(state.b_enc)).index_add_(0, owners, v) for v in (plan.codes, plan.gradients))
+        g_encoder = _bags(plan.rows, x, plan.offsets, plan.gradients)
+        g_decoder = _bags(plan.rows, gradient, plan.offsets, plan.codes)
+        return (g_encoder, g_decoder, g_bias), sums, plan.firing
+
+    def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
+        if self._optimizer is None:
+            self._optimizer = adam([torch.nn.Parameter(weight) for _, weight in state.weights()])
+        group = self._optimizer.param_groups[0]
+        group["lr"] = now.rate
+        for parameter, (name, _) in zip(group["params"], state.weights(), strict=True):
+            parameter.grad = gradients[name].contiguous()
+            self._optimizer.state[parameter] = {
+                "step": torch.full((), now.step - 1.0, device=parameter.device),
+                "exp_avg": state.first[name],
+                "exp_avg_sq": state.second[name],
+            }
+        self._optimizer.step()
+
+
+def _where(values: Tensor, fires: Tensor) -> Codes:
+    positions = flat_nonzero(fires)
+    rows = positions // fires.shape[1]
+    counts = torch.bincount(rows, minlength=len(fires))
+    return Codes(F.pad(counts.cumsum(0), (1, 0)), positions - rows * fires.shape[1], values.flatten()[positions])
+
+
+def _bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def _stable_order(latents: Int[Tensor, " n"], d_sae: int) -> Int[Tensor, " n"]:
+    if latents.device.type == "cpu" and d_sae <= 2**15:
+        # NumPy sorts 16-bit integers by radix, 15 times faster than torch sorts 64-bit ones.
+        return torch.from_numpy(np.argsort(latents.numpy().astype(np.int16), kind="stable"))
+    return latents.argsort(stable=True)

@@ -1,0 +1,148 @@
+"""The stages of a training step as plain dense products, in any dtype on any device: the judge of all other kernels.
+
+Nothing here is fast, and nothing here is clever. What it costs is a [batch, d_sae] matrix for each thing that is
+sparse.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels.base import BETA1, BETA2, EPSILON, Codes, Decoded, DenseCodes, Now, Rows, Scores, State
+
+
+class Plan(NamedTuple):
+    """Codes and their gradients as matrices, and in how many samples each latent fires."""
+
+    codes: Float[Tensor, "batch d_sae"]
+    gradients: Float[Tensor, "batch d_sae"]
+    firing: Int[Tensor, " d_sae"]
+
+
+class Reference:
+    """The obvious version."""
+
+    name = "reference"
+
+    def refresh(self, state: State) -> None:
+        if not state.unit_norm:
+            state.norms.copy_(state.W_dec.norm(dim=1))
+
+    def centre(self, x: Tensor, unit: float, b_dec: Tensor) -> Tensor:
+        return x.to(b_dec.dtype) / unit - b_dec
+
+    def scores(self, x: Tensor, state: State) -> Scores:
+        return Scores(x @ state.encoder.T, state.b_enc, state.encoder)
+
+    def top_k(self, scores: Scores, k: int) -> Codes:
+        values, latents = scores.pre_latents().topk(k, dim=1, sorted=False)
+        offsets = torch.arange(len(values) + 1, device=values.device) * k
+        return Codes(offsets, latents.flatten(), values.relu().flatten())
+
+    def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
+        pre = scores.pre_latents()
+        cut = pre.flatten().topk(min(n, pre.numel())).values[-1]
+        return _where(pre * ((pre >= cut) & (pre > 0)))
+
+    def positive(self, scores: Scores, capacity: int) -> Codes | None:
+        pre = scores.pre_latents().relu()
+        return None if int((pre > 0).sum()) > capacity else _where(pre)
+
+    def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
+        z, rows, norms = dense(codes, len(state.W_dec)), rows_of(codes), _norms(state)
+        residual = z @ state.W_dec - x
+        gradient = 2 * residual / len(x)
+        code_gradients = gradient @ state.W_dec.T + cost * norms
+        gathered = code_gradients[rows, codes.latents.long()] * (codes.values > 0)
+        return Decoded(residual.square().sum(dim=1), z @ norms, gradient, gathered)
+
+    def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
+        z = dense(codes, d_sae)
+        return Plan(z, dense(codes._replace(values=code_gradients), d_sae), (z > 0).sum(dim=0))
+
+    def relu(self, x: Tensor, state: State) -> DenseCodes:
+        z = self.scores(x, state).pre_latents().relu()
+        return DenseCodes(z, (z > 0).sum(dim=0), z @ _norms(state))
+
+    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: float) -> tuple[Tensor, Tensor]:
+        masked = (gradient + cost * _norms(state)) * (codes.values > 0)
+        return masked, masked.sum(dim=0)
+
+    def update_(
+        self,
+        state: State,
+        now: Now,
+        x: Tensor,
+        gradient: Tensor,
+        plan: Any = None,
+        extra: Rows | None = None,
+        firing: Tensor | None = None,
+        cost: float = 0.0,
+    ) -> None:
+        rows, sums, fires = self.gradient_rows(state, x, gradient, plan)
+        fires = firing if firing is not None else fires
+        if extra is not None:
+            where = slice(None) if extra.latents is None else extra.latents
+            for total, part in zip(rows, extra[1:], strict=True):
+                total[where] += part
+        g_encoder, g_decoder, g_bias = rows
+        if state.unit_norm:
+            g_decoder -= (g_decoder * state.W_dec).sum(dim=1, keepdim=True) * state.W_dec
+        else:
+            g_decoder += (cost * sums / state.norms.clamp_min(1e-12))[:, None] * state.W_dec
+        g_b_dec = gradient.sum(dim=0) - g_bias @ state.encoder
+        self.adam_(state, now, {"encoder": g_encoder, "W_dec": g_decoder, "b_enc": g_bias, "b_dec": g_b_dec})
+        if state.unit_norm:
+            state.W_dec.div_(state.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        self.refresh(state)
+        state.silent_samples.add_(len(x)).masked_fill_(fires > 0, 0)
+        state.window_firing.add_(fires)
+
+    def gradient_rows(
+        self, state: State, x: Tensor, gradient: Tensor, plan: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        """Gradients of encoder, decoder and bias from the codes, the sum of each latent's codes, and its firings."""
+        if plan is None:
+            zero = torch.zeros_like(state.b_enc)
+            return (torch.zeros_like(state.encoder), torch.zeros_like(state.W_dec), zero.clone()), zero, zero.long()
+        g_bias = plan.gradients.sum(dim=0)
+        return (plan.gradients.T @ x, plan.codes.T @ gradient, g_bias), plan.codes.sum(dim=0), plan.firing
+
+    def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
+        """Adam (Kingma & Ba 2015) with bias correction."""
+        correction1, correction2 = now.corrections
+        for name, weight in state.weights():
+            g, m, v = gradients[name], state.first[name], state.second[name]
+            m.copy_(BETA1 * m + (1 - BETA1) * g)
+            v.copy_(BETA2 * v + (1 - BETA2) * g * g)
+            weight.sub_(now.rate * (m / correction1) / ((v / correction2).sqrt() + EPSILON))
+
+
+def rows_of(codes: Codes) -> Int[Tensor, " slots"]:
+    """The sample that each slot belongs to; slots that belong to none, and are empty, say 0."""
+    batch, slots = len(codes.offsets) - 1, len(codes.values)
+    rows = torch.zeros(slots, dtype=torch.int64, device=codes.values.device)
+    counts = codes.offsets.diff()
+    used = torch.repeat_interleave(torch.arange(batch, device=rows.device), counts)
+    rows[: len(used)] = used
+    return rows
+
+
+def dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
+    """The codes (or anything that has one value a slot) as a matrix."""
+    matrix = codes.values.new_zeros(len(codes.offsets) - 1, d_sae)
+    return matrix.index_put_((rows_of(codes), codes.latents.long()), codes.values, accumulate=True)
+
+
+def _where(values: Float[Tensor, "batch d_sae"]) -> Codes:
+    rows, latents = values.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(values))
+    return Codes(torch.nn.functional.pad(counts.cumsum(0), (1, 0)), latents, values[rows, latents])
+
+
+def _norms(state: State) -> Float[Tensor, " d_sae"]:
+    return torch.ones_like(state.b_enc) if state.unit_norm else state.norms
