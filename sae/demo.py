@@ -118,7 +118,7 @@ def sae_config(out: Path, toy: ToySourceConfig, method: str, seed: int, first: b
         "source": toy,
         "sae": METHODS[method][0],
         "train": {**TRAIN, "seed": seed},
-        "log": {"every": 100},
+        "log": {"every": 200},
         "out": out if first else out / f"{method}-{seed}",
     }
     return TrainConfig.model_validate(sections)

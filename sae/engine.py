@@ -46,7 +46,7 @@ class Engine:
 
     def __init__(self, sae: SAE, kernels: KernelName = "auto", precision: PrecisionName = "auto") -> None:
         self.sae = sae
-        self.kernels, self.precision = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
+        self.kernels = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
         self.state = State.of(dict(sae.named_parameters()), sae.config.unit_norm_decoder)
         self.kernels.refresh(self.state)
         self.aux_k = sae.config.aux_k or max(sae.d_in // 2, 1)
@@ -88,7 +88,7 @@ class Engine:
         """z = max(0, pre) with most of z positive: five dense products."""
         kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.l1_coefficient * sparsity
         cost = weight / len(x)
-        with products(self.precision):
+        with products(self.kernels.precision):
             z = kernels.relu(x, state)
             residual = z.values @ state.W_dec - x
             gradient = residual * (2 / len(x))
@@ -127,13 +127,13 @@ class Engine:
         return Terms(mse.detach(), auxiliary, loss.detach() - mse.detach(), firing.sum() / len(x))
 
     def _auxiliary(self, x: Tensor, gradient: Tensor, dead: Tensor) -> tuple[Tensor, Rows | None]:
-        """AuxK: its value, and the gradient rows of the dead latents. The residual x - x_hat is read off `gradient`."""
+        """AuxK: its value, and the gradient rows of the dead latents. `gradient` is the reconstruction's."""
         alpha, state = self.sae.config.aux_coefficient, self.state
         if not alpha or not dead.numel():
             return x.new_zeros(()), None
-        with products(self.precision):
+        with products(self.kernels.precision):
             value, rows = losses.aux_k(
-                gradient * (-len(x) / 2), x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], self.aux_k
+                gradient, x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], self.aux_k
             )
         return value, Rows(dead, *(alpha * row for row in rows))
 
@@ -142,7 +142,7 @@ class Engine:
         if not (self.sae.sparsifier.passes_positive and step):
             return
         share = float(self.l0) / self.sae.d_sae
-        dense = share >= SPARSE_SHARE
+        dense = share >= SPARSE_SHARE[self.kernels.precision]
         if dense != self.dense:
             logger.info(
                 "step %d: %.1f %% of latents fire, steps go %s", step, 100 * share, "dense" if dense else "sparse"
@@ -160,7 +160,11 @@ class Engine:
             moments = self.optimizer.state[parameter].items()
             tensors |= {f"adam.sparsifier.{name}.{key}": value for key, value in moments}
         counters = {"silent_samples": state.silent_samples, "window_firing": state.window_firing, "l0": self.l0}
-        return tensors | counters, {"dense": self.dense, "precision": self.precision, "kernels": self.kernels.name}
+        return tensors | counters, {
+            "dense": self.dense,
+            "precision": self.kernels.precision,
+            "kernels": self.kernels.name,
+        }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Puts back what `saved` gave; the run goes on with the kernels and the precision that it began with.
@@ -169,9 +173,9 @@ class Engine:
             UsageError: these cannot work on this machine.
         """
         began_with = values["kernels"], values["precision"]
-        if began_with != (self.kernels.name, self.precision):
+        if began_with != (self.kernels.name, self.kernels.precision):
             weight = self.state.W_dec
-            self.kernels, self.precision = choose(weight.device, weight.dtype, *began_with)
+            self.kernels = choose(weight.device, weight.dtype, *began_with)
         self.sae.load_state_dict({key[4:]: value for key, value in tensors.items() if key.startswith("sae.")})
         state = self.state
         for name, _ in state.weights():

@@ -30,7 +30,7 @@ def l1(codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""]
 
 
 def aux_k(
-    residual: Float[Tensor, "batch d"],
+    gradient: Float[Tensor, "batch d"],
     x: Float[Tensor, "batch d_in"],
     encoder: Float[Tensor, "n_dead d_in"],
     b_enc: Float[Tensor, " n_dead"],
@@ -43,16 +43,18 @@ def aux_k(
 
     e is what the live latents leave over, e_hat its best sketch by dead ones; no bias, since a residual has none to
     give back. No live latent gets a gradient: e is a constant (Gao et al. 2024, appendix A.2). x is centred. Few
-    latents are dead at a time, so that dense products beat k scattered reads a sample.
+    latents are dead at a time, so that dense products beat k scattered reads a sample. `gradient` is 2 (x_hat - x) /
+    batch, the reconstruction's own, from which both e and the gradient in e_hat are one product away.
     """
-    scores = (x @ encoder.T).add_(b_enc).relu_()
+    scores = torch.addmm(b_enc, x, encoder.T).relu_()
     if k < scores.shape[1]:
         cut = scores.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
         scores.masked_fill_(scores < cut, 0)
-    error = scores @ W_dec - residual
-    gradient = error * (2 / len(x))
-    through = (gradient @ W_dec.T).masked_fill_(scores <= 0, 0)
-    return error.square().sum(dim=1).mean(), (through.T @ x, scores.T @ gradient, through.sum(dim=0))
+    batch = len(x)
+    g_sketch = torch.addmm(gradient, scores, W_dec, alpha=2 / batch)
+    value = torch.linalg.vector_norm(g_sketch).square() * (batch / 4)
+    through = (g_sketch @ W_dec.T).masked_fill_(scores <= 0, 0)
+    return value, (through.T @ x, scores.T @ g_sketch, through.sum(dim=0))
 
 
 def total_variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:

@@ -40,8 +40,8 @@ PrecisionName = Literal["auto", "fp32", "bf16", "exact"]
 
 def choose(
     device: torch.device, dtype: torch.dtype, name: KernelName = "auto", precision: PrecisionName = "auto"
-) -> tuple[Kernels, Precision]:
-    """The kernels for a device, and the precision they work in.
+) -> Kernels:
+    """The kernels for a device, set to the precision of their products.
 
     Raises:
         UsageError: those asked for by name cannot work here.
@@ -63,8 +63,8 @@ def choose(
             resolved = _resolve(precision, device, "torch")
             logger.warning("training will be slower: native kernels cannot be built (%s); torch is used", error)
             kernels = Plain(resolved)
-    logger.info("kernels: %s, products in %s, on %s", kernels.name, resolved, device)
-    return kernels, resolved
+    logger.info("kernels: %s, products in %s, on %s", kernels.name, kernels.precision, device)
+    return kernels
 
 
 def _resolve(precision: PrecisionName, device: torch.device, name: KernelName) -> Precision:

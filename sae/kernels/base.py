@@ -14,10 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.kernels.precision import Precision
+
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
-# Codes count as sparse when less than this share of them fires.
-SPARSE_SHARE = 1 / 20
+# Codes count as sparse when less than this share of them fires: where the sparse step begins to win. With bf16 units
+# dense products cost little, so that codes must be sparser.
+SPARSE_SHARE: dict[Precision, float] = {"fp32": 1 / 12, "exact": 1 / 12, "bf16": 1 / 40}
 # Slots of sparse codes for each code at that share; a batch that needs more is computed densely.
 HEADROOM = 2
 
@@ -125,9 +128,9 @@ class State:
         return ((name, getattr(self, name)) for name in WEIGHTS)
 
 
-def capacity(batch: int, d_sae: int) -> int:
+def capacity(batch: int, d_sae: int, precision: Precision) -> int:
     """Slots for the codes of a batch that counts as sparse, however many latents may fire in each row."""
-    return max(int(HEADROOM * SPARSE_SHARE * batch * d_sae), 1)
+    return max(int(HEADROOM * SPARSE_SHARE[precision] * batch * d_sae), 1)
 
 
 @runtime_checkable
@@ -135,6 +138,7 @@ class Kernels(Protocol):
     """The stages of a step on one kind of device. `reference.Reference` says in plain products what each computes."""
 
     name: str
+    precision: Precision
 
     def refresh(self, state: State) -> None:
         """Makes what is derived from the weights anew, after they were set from outside."""

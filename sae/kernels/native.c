@@ -91,22 +91,27 @@ static inline void four_dots(const real *restrict a, const real *const rows[4], 
     out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
 }
 
+static inline void add_four(real *restrict out, const real *const rows[4], const real weights[4], long d) {
+    const real *restrict r0 = rows[0], *restrict r1 = rows[1], *restrict r2 = rows[2], *restrict r3 = rows[3];
+    real w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];
+#pragma omp simd
+    for (long i = 0; i < d; i++) out[i] += (w0 * r0[i] + w1 * r1[i]) + (w2 * r2[i] + w3 * r3[i]);
+}
+
+/* Four rows from entry e on; past the n-th the first of them again. */
+static inline void four_rows(const real *matrix, const int32_t *rows, long e, long n, long d, const real *out[4]) {
+    for (long i = 0; i < 4; i++) out[i] = matrix + rows[e + i < n ? e + i : e] * d;
+}
+
 /* out += weights . rows */
 static inline void add_rows(real *restrict out, const real *matrix, const int32_t *rows, const real *weights, long n,
                             long d) {
-    long e = 0;
-    for (; e + 4 <= n; e += 4) {
-        const real *restrict r0 = matrix + rows[e] * d, *restrict r1 = matrix + rows[e + 1] * d;
-        const real *restrict r2 = matrix + rows[e + 2] * d, *restrict r3 = matrix + rows[e + 3] * d;
-        real w0 = weights[e], w1 = weights[e + 1], w2 = weights[e + 2], w3 = weights[e + 3];
-#pragma omp simd
-        for (long i = 0; i < d; i++) out[i] += (w0 * r0[i] + w1 * r1[i]) + (w2 * r2[i] + w3 * r3[i]);
-    }
-    for (; e < n; e++) {
-        const real *restrict row = matrix + rows[e] * d;
-        real weight = weights[e];
-#pragma omp simd
-        for (long i = 0; i < d; i++) out[i] += weight * row[i];
+    for (long e = 0; e < n; e += 4) {
+        const real *four[4];
+        real w[4];
+        four_rows(matrix, rows, e, n, d, four);
+        for (long i = 0; i < 4; i++) w[i] = e + i < n ? weights[e + i] : 0;
+        add_four(out, four, w, d);
     }
 }
 
@@ -139,8 +144,9 @@ typedef struct {
 
 /* Latents are dealt to `n` groups in turn: latent j belongs to group j mod n. */
 typedef struct {
-    real *values, *maxima;
-    long n, n_latents;
+    real *maxima;
+    long n, n_latents, number;
+    const Scores *scores;
 } Row;
 
 static long n_groups(long n_latents, long k) {
@@ -149,44 +155,108 @@ static long n_groups(long n_latents, long k) {
     return MAX(MIN(groups, n_latents), 1);
 }
 
-static Row new_row(long n_latents, long groups) {
-    real *memory = own_memory((size_t)(n_latents + groups) * sizeof(real));
-    Row row = {memory, memory + n_latents, groups, n_latents};
-    return row;
+/* The pre-latent of latent j, bias and slack included. */
+static inline real pre_latent(const Row *row, long j) {
+    const Scores *scores = row->scores;
+    long at = row->number * row->n_latents + j;
+    real value = scores->rounded ? (real)from_bf16(((const bf16 *)scores->pre)[at]) : ((const real *)scores->pre)[at];
+    value += scores->bias[j];
+    return scores->slack_row ? value + scores->sign * scores->slack_row[row->number] * scores->slack_latent[j] : value;
 }
 
-/* Reads row b once; keeps it, with its bias, and the largest positive value of each group. */
-static void load_row(Row *row, const Scores *scores, long b) {
-    real *restrict values = row->values, *restrict maxima = row->maxima;
-    long n_latents = row->n_latents, n = row->n;
-    real slack = scores->slack_row ? scores->sign * scores->slack_row[b] : 0;
+enum { LANES = 32 / sizeof(real) };
+typedef real lanes __attribute__((vector_size(LANES * sizeof(real))));
+#if REAL_IS_DOUBLE
+typedef int64_t lane_bits __attribute__((vector_size(LANES * sizeof(real))));
+#else
+typedef int32_t lane_bits __attribute__((vector_size(LANES * sizeof(real))));
+#endif
+
+static inline lanes load(const real *from) {
+    lanes v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline lanes larger(lanes a, lanes b) { /* b where a is NaN */
+    lane_bits first = a > b;
+    return (lanes)(((lane_bits)a & first) | ((lane_bits)b & ~first));
+}
+
+/* Compiled once for each kind of scores, so that nothing is asked in the loop. */
+static inline __attribute__((always_inline)) void load_row_as(Row *row, int rounded, int widened) {
+    const Scores *scores = row->scores;
+    long b = row->number, n_latents = row->n_latents, n = row->n;
+    const real *from = (const real *)scores->pre + b * n_latents, *bias = scores->bias;
+    const bf16 *from_rounded = (const bf16 *)scores->pre + b * n_latents;
+    const real *per_latent = scores->slack_latent;
+    real slack = widened ? scores->sign * scores->slack_row[b] : 0;
+    real *maxima = row->maxima;
     memset(maxima, 0, (size_t)n * sizeof(real));
     for (long start = 0; start < n_latents; start += n) {
-        long width = MIN(n, n_latents - start);
-        const real *restrict bias = scores->bias + start;
-        real *restrict to = values + start;
-        if (scores->rounded) {
-            const bf16 *restrict from = (const bf16 *)scores->pre + b * n_latents + start;
-#pragma omp simd
-            for (long g = 0; g < width; g++) to[g] = (real)from_bf16(from[g]) + bias[g];
-        } else {
-            const real *restrict from = (const real *)scores->pre + b * n_latents + start;
-#pragma omp simd
-            for (long g = 0; g < width; g++) to[g] = from[g] + bias[g];
+        long end = MIN(start + n, n_latents), j = start;
+        for (; j + LANES <= end; j += LANES) {
+            lanes v;
+            if (rounded) {
+                real wide[LANES];
+                for (long i = 0; i < LANES; i++) wide[i] = (real)from_bf16(from_rounded[j + i]);
+                v = load(wide);
+            } else {
+                v = load(from + j);
+            }
+            v += load(bias + j);
+            if (widened) v += slack * load(per_latent + j);
+            lanes largest = larger(v, load(maxima + j - start));
+            memcpy(maxima + j - start, &largest, sizeof v);
         }
-        if (slack != 0) {
-            const real *restrict per_latent = scores->slack_latent + start;
-#pragma omp simd
-            for (long g = 0; g < width; g++) to[g] += slack * per_latent[g];
+        for (; j < end; j++) {
+            real value = pre_latent(row, j);
+            maxima[j - start] = MAX(value, maxima[j - start]);
         }
-#pragma omp simd
-        for (long g = 0; g < width; g++) maxima[g] = to[g] > maxima[g] ? to[g] : maxima[g];
+    }
+}
+
+/* Reads row b once and keeps the largest positive value of each group. */
+static void load_row(Row *row, long b) {
+    row->number = b;
+    if (row->scores->rounded && row->scores->slack_row) load_row_as(row, 1, 1);
+    else if (row->scores->rounded) load_row_as(row, 1, 0);
+    else load_row_as(row, 0, 0);
+}
+
+enum { FEW = 8 };
+
+/* The k-th largest of the maxima for k up to FEW: the largest so far are kept in order, without a branch to guess. */
+static inline __attribute__((always_inline)) real bound_of(const Row *row, long k) {
+    real best[FEW] = {0};
+    for (long g = 0; g < row->n; g++) {
+        real value = row->maxima[g];
+        for (long i = 0; i < k; i++) {
+            real kept = best[i];
+            best[i] = kept > value ? kept : value;
+            value = kept > value ? value : kept;
+        }
+    }
+    return best[k - 1];
+}
+
+static real bound_of_few(const Row *row, long k) {
+    switch (k) { /* a constant k keeps them in registers */
+    case 1: return bound_of(row, 1);
+    case 2: return bound_of(row, 2);
+    case 3: return bound_of(row, 3);
+    case 4: return bound_of(row, 4);
+    case 5: return bound_of(row, 5);
+    case 6: return bound_of(row, 6);
+    case 7: return bound_of(row, 7);
+    default: return bound_of(row, FEW);
     }
 }
 
 /* A positive bound that at least k of the maxima reach and few others do, or 0 where fewer than k are positive. The
    k-th largest value is at least as large: k values in k groups reach the bound. */
 static real bound(const Row *row, long k) {
+    if (k <= FEW) return bound_of_few(row, k);
     const real *restrict maxima = row->maxima;
     real low = 0, high = 0;
     for (long g = 0; g < row->n; g++) high = maxima[g] > high ? maxima[g] : high;
@@ -203,14 +273,18 @@ static real bound(const Row *row, long k) {
     return low;
 }
 
-/* The latents whose value is positive and reaches `least`, group by group. Returns their number, and writes as many of
-   them as there is room for. */
-static long collect(const Row *row, real least, int32_t *latents, real *values, long room) {
-    long n = 0;
-    for (long g = 0; g < row->n; g++) {
+static inline __attribute__((always_inline)) long collect_as(const Row *row, real least, int32_t *latents, real *values,
+                                                             long room, int rounded, int widened) {
+    const Scores *scores = row->scores;
+    long n = 0, n_latents = row->n_latents, n_groups = row->n, at = row->number * n_latents;
+    const real *from = (const real *)scores->pre + at, *bias = scores->bias, *per_latent = scores->slack_latent;
+    const bf16 *from_rounded = (const bf16 *)scores->pre + at;
+    real slack = widened ? scores->sign * scores->slack_row[row->number] : 0;
+    for (long g = 0; g < n_groups; g++) {
         if (!(row->maxima[g] >= least && row->maxima[g] > 0)) continue;
-        for (long j = g; j < row->n_latents; j += row->n) {
-            real value = row->values[j];
+        for (long j = g; j < n_latents; j += n_groups) {
+            real value = (rounded ? (real)from_bf16(from_rounded[j]) : from[j]) + bias[j];
+            if (widened) value += slack * per_latent[j];
             if (value >= least && value > 0) {
                 if (n < room) latents[n] = (int32_t)j, values[n] = value;
                 n++;
@@ -218,6 +292,14 @@ static long collect(const Row *row, real least, int32_t *latents, real *values, 
         }
     }
     return n;
+}
+
+/* The latents whose value is positive and reaches `least`, group by group. Returns their number, and writes as many of
+   them as there is room for. */
+static long collect(const Row *row, real least, int32_t *latents, real *values, long room) {
+    if (row->scores->rounded && row->scores->slack_row) return collect_as(row, least, latents, values, room, 1, 1);
+    if (row->scores->rounded) return collect_as(row, least, latents, values, room, 1, 0);
+    return collect_as(row, least, latents, values, room, 0, 0);
 }
 
 /* The k-th largest of n values, 1 <= k <= n (quickselect; the order of `values` changes). */
@@ -245,9 +327,16 @@ static real kth_largest(real *values, long n, long k) {
 
 /* Keeps the k largest of n entries, in their order; of equal ones the first. `work` holds n values. */
 static long keep_largest(int32_t *latents, real *values, long n, long k, real *work, real *cut) {
-    if (n <= k) {
-        *cut = 0;
-        return n;
+    *cut = 0;
+    if (n <= k) return n;
+    if (n <= k + 4) { /* few too many: drop the smallest one by one, of equal ones the last */
+        for (; n > k; n--) {
+            long smallest = 0;
+            for (long e = 1; e < n; e++)
+                if (values[e] <= values[smallest]) smallest = e;
+            for (long e = smallest; e + 1 < n; e++) values[e] = values[e + 1], latents[e] = latents[e + 1];
+        }
+        return k;
     }
     memcpy(work, values, (size_t)n * sizeof(real));
     real least = kth_largest(work, n, k);
@@ -272,15 +361,13 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
     long groups = n_groups(n_latents, k);
 #pragma omp parallel num_threads((int)threads)
     {
-        size_t row_bytes = (size_t)(n_latents + groups) * sizeof(real);
-        size_t bytes = row_bytes + (size_t)n_latents * (2 * sizeof(real) + sizeof(int32_t));
-        char *memory = own_memory(bytes);
-        Row row = new_row(n_latents, groups);
-        real *candidates = (real *)(memory + row_bytes), *work = candidates + n_latents;
+        real *memory = own_memory((size_t)(groups + 2 * n_latents) * sizeof(real) + (size_t)n_latents * sizeof(int32_t));
+        Row row = {memory, groups, n_latents, 0, &scores};
+        real *candidates = memory + groups, *work = candidates + n_latents;
         int32_t *who = (int32_t *)(work + n_latents);
 #pragma omp for schedule(static)
         for (long b = 0; b < batch; b++) {
-            load_row(&row, &scores, b);
+            load_row(&row, b);
             real cut;
             long n = collect(&row, bound(&row, k), who, candidates, n_latents);
             n = keep_largest(who, candidates, n, k, work, &cut);
@@ -310,14 +397,13 @@ API long at_least(const void *pre, long rounded, const real *bias, const real *s
     long total = 0;
 #pragma omp parallel num_threads((int)threads)
     {
-        size_t row_bytes = (size_t)(n_latents + groups) * sizeof(real);
-        char *memory = own_memory(row_bytes + (size_t)n_latents * (sizeof(real) + sizeof(int32_t)));
-        Row row = new_row(n_latents, groups);
-        real *found = (real *)(memory + row_bytes);
+        real *memory = own_memory((size_t)(groups + n_latents) * sizeof(real) + (size_t)n_latents * sizeof(int32_t));
+        Row row = {memory, groups, n_latents, 0, &scores};
+        real *found = memory + groups;
         int32_t *who = (int32_t *)(found + n_latents);
 #pragma omp for schedule(static)
         for (long b = 0; b < batch; b += stride) {
-            load_row(&row, &scores, b);
+            load_row(&row, b);
             long n = collect(&row, row_least ? row_least[b] : least, who, found, n_latents), start;
 #pragma omp atomic capture
             {
@@ -417,14 +503,14 @@ API void decode(const int64_t *offsets, const int32_t *latents, const real *valu
             loss += g[i] * g[i];
             g[i] *= scale;
         }
-        long e = 0;
-        for (; e + 4 <= n; e += 4) {
-            const real *rows[4] = {W_dec + who[e] * d, W_dec + who[e + 1] * d, W_dec + who[e + 2] * d,
-                                   W_dec + who[e + 3] * d};
-            four_dots(g, rows, d, code_gradients + first + e);
+        for (long e = 0; e < n; e += 4) {
+            const real *four[4];
+            real dots[4];
+            four_rows(W_dec, who, e, n, d, four);
+            four_dots(g, four, d, dots);
+            memcpy(code_gradients + first + e, dots, (size_t)MIN(4, n - e) * sizeof(real));
         }
-        for (; e < n; e++) code_gradients[first + e] = dot(g, W_dec + who[e] * d, d);
-        for (e = 0; e < n; e++) {
+        for (long e = 0; e < n; e++) {
             real norm = norms ? norms[who[e]] : 1;
             sum += z[e] * norm;
             code_gradients[first + e] = z[e] > 0 ? code_gradients[first + e] + cost * norm : 0;

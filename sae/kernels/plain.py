@@ -37,11 +37,11 @@ class Plain(Reference):
     name = "torch"
 
     def __init__(self, precision: Precision) -> None:
-        self._precision = precision
+        self.precision = precision
         self._optimizer: torch.optim.Adam | None = None
 
     def scores(self, x: Tensor, state: State) -> Scores:
-        if self._precision == "bf16":
+        if self.precision == "bf16":
             return Scores(x.bfloat16() @ state.encoder.bfloat16().T, state.b_enc, state.encoder)
         return Scores(x @ state.encoder.T, state.b_enc, state.encoder)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.base import BETA1, BETA2, EPSILON, Codes, Decoded, DenseCodes, Now, Rows, Scores, State
+from sae.kernels.precision import Precision
 
 
 class Plan(NamedTuple):
@@ -27,6 +28,7 @@ class Reference:
     """The obvious version."""
 
     name = "reference"
+    precision: Precision = "fp32"
 
     def refresh(self, state: State) -> None:
         if not state.unit_norm:
