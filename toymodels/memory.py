@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import cos, nan, pi, sqrt
+from math import nan, sqrt
 
 import torch
 from einops import rearrange
@@ -21,6 +21,7 @@ from torch import Tensor
 from toymodels.errors import UsageError
 from toymodels.geometry import unit_rows
 from toymodels.residual import exactly_active
+from toymodels.training import SCHEDULES
 
 
 def sparse_values(
@@ -80,7 +81,7 @@ def train_memory(
     trained = [memory.W, memory.b] if rectified else [memory.W]
     optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
     for step in range(n_steps):
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + cos(pi * step / n_steps))
+        optimizer.param_groups[0]["lr"] = lr * SCHEDULES["cosine"](step / n_steps)
         y = memory(keys)
         r = (y - values).mul_(2 / n_pairs)
         if rectified:
