@@ -6,6 +6,7 @@ has one). `docs/sparsifiers.md` walks through an example.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal
 
@@ -24,15 +25,15 @@ from sae.config import SAEConfig
 SPARSE_SHARE = 1 / 20
 
 
-class Sparsifier(nn.Module):
+class Sparsifier(nn.Module, ABC):
     """Chooses which latents fire. State that inference needs (a threshold) is a buffer and is saved with the SAE."""
 
     passes_pre_latents = False
     """Codes equal the pre-latents wherever they fire: where they come padded, their gradients stay sparse."""
 
+    @abstractmethod
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes to train on: differentiable in the pre-latents that were chosen."""
-        raise NotImplementedError
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes for inference, each row on its own. The same as in training unless a sparsifier says otherwise."""
