@@ -7,6 +7,7 @@ itself by being defined, so a new sparsifier is a class in one file and no list 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -67,9 +68,9 @@ class Family(Section):
 class SourceConfig(Family):
     """Where activations come from. `open()` reads the first of them, so that bad data is told before training."""
 
+    @abstractmethod
     def open(self) -> Any:
         """The source itself (a `sae.sources.Source`)."""
-        raise NotImplementedError(f"source kind {self.kind!r} does not say how to open itself")
 
 
 class SAEConfig(Family):
@@ -88,9 +89,9 @@ class SAEConfig(Family):
     aux_k: int | None = Field(default=None, gt=0)
     """How many dead latents explain each residual; default d_in / 2."""
 
+    @abstractmethod
     def build(self) -> Any:
         """The sparsifier itself (a `sae.sparsifiers.Sparsifier`)."""
-        raise NotImplementedError(f"sae kind {self.kind!r} does not say how to build itself")
 
 
 class TrainSection(Section):

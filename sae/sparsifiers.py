@@ -6,6 +6,7 @@ has one). `docs/sparsifiers.md` walks through an example.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal
 
@@ -21,7 +22,7 @@ from sae.config import SAEConfig
 from sae.kernels import Codes, Kernels, Scores, capacity
 
 
-class Sparsifier(nn.Module):
+class Sparsifier(nn.Module, ABC):
     """Chooses which latents fire. State that inference needs (a threshold) is a buffer and is saved with the SAE."""
 
     passes_pre_latents = False
@@ -31,9 +32,9 @@ class Sparsifier(nn.Module):
     l1_coefficient = 0.0
     """lambda of the penalty lambda * sum_j z_j |W_dec_j|."""
 
+    @abstractmethod
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes to train on: differentiable in the pre-latents that were chosen."""
-        raise NotImplementedError
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes for inference, each row on its own. The same as in training unless a sparsifier says otherwise."""

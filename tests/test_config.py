@@ -1,7 +1,7 @@
 import pytest
 
-from sae import UsageError, load_config
-from sae.config import TrainConfig, parse_config
+from sae import Sparsifier, UsageError, load_config
+from sae.config import SAEConfig, SourceConfig, TrainConfig, parse_config
 
 SMALLEST = {"source": {"kind": "array", "path": "acts.npy"}, "sae": {"kind": "topk", "d_sae": 256, "k": 3}}
 
@@ -10,6 +10,13 @@ def test_the_smallest_configuration_is_enough():
     config = parse_config(SMALLEST)
     assert config.lr == 3e-3
     assert config.n_steps == -(-config.train.n_samples // config.train.batch_size)
+
+
+def test_a_kind_says_what_it_makes():
+    for base, method in ((SourceConfig, "open"), (SAEConfig, "build"), (Sparsifier, "forward")):
+        unfinished = type("Unfinished", (base,), {"__module__": __name__})
+        with pytest.raises(TypeError, match=f"abstract class Unfinished .*{method}"):
+            unfinished(**({} if base is Sparsifier else {"kind": "unfinished"}))
 
 
 def test_flags_override_the_file_and_kind_changes_the_family(tmp_path):

@@ -107,5 +107,5 @@ def test_a_world_of_active_directions():
     torch.testing.assert_close(world.truth.norm(dim=1), torch.ones(40))
     assert len(sample.acts.values) == pytest.approx(500 * 40 * 0.1, rel=0.1)
     assert torch.equal(recipe.build(3).truth, world.truth)
-    with pytest.raises(UsageError, match="n_steps=5"):
+    with pytest.raises(UsageError, match="ResidualRecipe has no n_steps, got 5: nothing in it is trained"):
         recipe.resized(n_steps=5)

@@ -193,11 +193,16 @@ def test_a_recipe_makes_a_world_without_known_features():
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ({"n_features": 10}, "no n_features"),
-        ({"feature_prob": 0.1}, "no feature_prob"),
+        ({"n_features": 10}, "no n_features, got 10: nobody knows its true features"),
+        ({"feature_prob": 0.1}, r"no feature_prob, got 0\.1: nobody knows its true features"),
         ({"d_hidden": 30}, "multiple of its 4 heads, got 30; try 32"),
     ],
 )
 def test_sizes_that_a_transformer_lacks(size, message):
     with pytest.raises(UsageError, match=message):
         TransformerRecipe(n_steps=1).resized(**size)
+
+
+def test_the_width_of_a_recipe_is_a_multiple_of_its_heads():
+    with pytest.raises(UsageError, match="multiple of its 4 heads, got 2; try 4"):
+        TransformerRecipe(n_steps=1, d_hidden=2)

@@ -1,5 +1,7 @@
 """Worlds as SAEs read them: hidden activations, and the features behind them."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from toymodels.experiments import NAMES, experiment
 from toymodels.features import Features
 from toymodels.models import ToyModel
 from toymodels.streams import generator
-from toymodels.worlds import ToyRecipe, ToyWorld, falling_importance
+from toymodels.worlds import WHY_ABSENT, Recipe, ToyRecipe, ToyWorld, falling_importance
 
 
 @pytest.mark.parametrize("hidden_activation", ["linear", "relu"])
@@ -50,6 +52,22 @@ def test_a_recipe_takes_sizes_and_what_the_model_needs():
     assert world.features.co_firing == Together(2)
     with pytest.raises(UsageError, match="n_features=7 must be a multiple of the group size"):
         recipe.resized(n_features=7).build(seed=0)
+
+
+@dataclass(frozen=True)
+class OneSize(Recipe):
+    n_features: int = 5
+
+    def build(self, seed, on_step=None):
+        raise AssertionError("it is only resized")
+
+
+def test_a_recipe_has_the_sizes_that_are_its_fields():
+    assert OneSize().resized(n_features=7) == OneSize(7)
+    assert OneSize(3).resized() == OneSize(3)
+    for name, size in {"d_hidden": 4, "feature_prob": 0.5, "n_steps": 4}.items():
+        with pytest.raises(UsageError, match=f"OneSize has no {name}, got {size}: {WHY_ABSENT[name]}; leave it out"):
+            OneSize().resized(n_features=7, **{name: size})
 
 
 @pytest.mark.parametrize("name", NAMES)

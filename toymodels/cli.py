@@ -54,10 +54,9 @@ class Run:
         from toymodels.experiments import NAMES  # noqa: PLC0415
         from toymodels.gallery import verdict, write_gallery  # noqa: PLC0415
         from toymodels.progress import progress_bars  # noqa: PLC0415
-        from toymodels.runner import check, run_all  # noqa: PLC0415
+        from toymodels.runner import run_all  # noqa: PLC0415
 
         names = NAMES if self.name == "all" else (self.name,)
-        check(names, self.out, self.seed)
         with progress_bars(len(names)) as bars:
             ended = run_all(names, self.out, self.seed, self.fast, bars.on_progress, bars.on_end)
         for one in ended:

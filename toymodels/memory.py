@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import cos, nan, pi, sqrt
+from math import nan, sqrt
 
 import torch
 from einops import rearrange
@@ -20,14 +20,16 @@ from torch import Tensor
 
 from toymodels.errors import UsageError
 from toymodels.geometry import unit_rows
-from toymodels.residual import exactly_active
+from toymodels.residual import exactly_active, random_directions
+from toymodels.training import SCHEDULES
 
 
-def sparse_values(
-    n_values: int, width: int, n_active: int, n_instances: int, generator: torch.Generator
-) -> Float[Tensor, "n_instances n_values width"]:
-    """Unit vectors with n_active positive entries each, 0 elsewhere."""
-    return unit_rows(exactly_active(n_active, width, n_values, n_instances, generator).dense())
+def random_pairs(
+    n_pairs: int, width: int, n_active: int, n_instances: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "n_instances n_pairs width"], Float[Tensor, "n_instances n_pairs width"]]:
+    """Random keys, and values with n_active positive entries each, 0 elsewhere; all are unit vectors."""
+    keys = random_directions(n_pairs, width, n_instances, generator)
+    return keys, unit_rows(exactly_active(n_active, width, n_pairs, n_instances, generator).dense())
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,7 @@ def train_memory(
     trained = [memory.W, memory.b] if rectified else [memory.W]
     optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
     for step in range(n_steps):
-        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + cos(pi * step / n_steps))
+        optimizer.param_groups[0]["lr"] = lr * SCHEDULES["cosine"](step / n_steps)
         y = memory(keys)
         r = (y - values).mul_(2 / n_pairs)
         if rectified:

@@ -22,6 +22,7 @@ class Bars:
 
     def on_progress(self, name: str, done: int, expected: int) -> None:
         """Some steps of one experiment are done."""
+        self.bars.start()
         if name in self.ended:
             return  # told before it ended, heard after
         if name not in self.tasks:
@@ -30,6 +31,7 @@ class Bars:
 
     def on_end(self, ended: Ended) -> None:
         """One experiment ended: its bar goes."""
+        self.bars.start()
         self.ended.add(ended.name)
         if ended.name in self.tasks:
             self.bars.remove_task(self.tasks.pop(ended.name))
@@ -40,7 +42,11 @@ class Bars:
 
 @contextmanager
 def progress_bars(n_experiments: int) -> Iterator[Bars]:
-    """On stderr, while the context lasts."""
+    """On stderr, from the first event until the context ends: a mistake that is found before has a clean line."""
     columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    try:
         yield Bars(bars, n_experiments)
+    finally:
+        if bars.live.is_started:  # stopping prints a line
+            bars.stop()

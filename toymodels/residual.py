@@ -12,7 +12,7 @@ Models of Computation in Superposition) and Bushnaq & Mendel 2024 (Circuits in S
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -224,19 +224,6 @@ class ResidualRecipe(Recipe):
     n_features: int = 256
     d_hidden: int = 64
     feature_prob: float = 0.01
-
-    def resized(
-        self,
-        *,
-        n_features: int | None = None,
-        d_hidden: int | None = None,
-        feature_prob: float | None = None,
-        n_steps: int | None = None,
-    ) -> ResidualRecipe:
-        if n_steps is not None:
-            raise UsageError(f"a residual stream of random directions is not trained; leave n_steps={n_steps} out")
-        sizes = {"n_features": n_features, "d_hidden": d_hidden, "feature_prob": feature_prob}
-        return replace(self, **{name: size for name, size in sizes.items() if size is not None})  # type: ignore[arg-type]
 
     def build(self, seed: int, on_step: OnStep | None = None) -> ResidualWorld:
         features = Features(self.n_features, self.feature_prob)

@@ -77,8 +77,7 @@ class Objective:
     @property
     def is_error(self) -> bool:
         """Whether there is nothing but the weighted error of the target."""
-        costs = (self.dropout, self.l1_hidden, self.l1_weights)
-        return all(isinstance(cost, float | int) and cost == 0 for cost in costs)
+        return not any(map(_is_on, (self.dropout, self.l1_hidden, self.l1_weights)))
 
     def loss(
         self,
@@ -89,20 +88,25 @@ class Objective:
     ) -> tuple[Float[Tensor, " n_instances"], Float[Tensor, " n_instances"]]:
         """The weighted error of each instance, and the same with penalties added."""
         hidden = read = model.hidden(x)
-        if not isinstance(self.dropout, float | int) or self.dropout > 0:
+        if _is_on(self.dropout):
             q = torch.as_tensor(self.dropout, device=x.device).expand(model.n_instances)[:, None, None]
             kept = torch.rand(hidden.shape, generator=generator, device=x.device) >= q
             read = hidden * kept / (1 - q)
         error = weighted_error(x if self.target is None else self.target(x), model.read(read), importance)
         total = error
-        if not isinstance(self.l1_hidden, float | int) or self.l1_hidden > 0:
+        if _is_on(self.l1_hidden):
             total = total + self.l1_hidden * reduce(hidden.abs(), "i b d -> i", "sum") / x.shape[1]
-        if not isinstance(self.l1_weights, float | int) or self.l1_weights > 0:
+        if _is_on(self.l1_weights):
             size = model.W.abs().sum((1, 2))
             if not model.tied:
                 size = size + model.W_out.abs().sum((1, 2))
             total = total + self.l1_weights * size
         return error, total
+
+
+def _is_on(cost: PerInstance) -> bool:
+    """Whether a cost takes part. Numbers for each instance do, whatever they are: nothing waits for their values."""
+    return not isinstance(cost, float | int) or cost > 0
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -20,7 +20,7 @@ There are no other biases, no MLPs and no dropout. Every parameter has a leading
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -359,26 +359,12 @@ class TransformerRecipe(Recipe):
     n_layers: int = 2
     make_sequences: Callable[[], Sequences] = RepeatedBlocks
 
-    def resized(
-        self,
-        *,
-        n_features: int | None = None,
-        d_hidden: int | None = None,
-        feature_prob: float | None = None,
-        n_steps: int | None = None,
-    ) -> TransformerRecipe:
-        for name, size in (("n_features", n_features), ("feature_prob", feature_prob)):
-            if size is not None:
-                raise UsageError(
-                    f"a transformer has no {name}, got {size}: nobody knows its true features; leave it out, or take "
-                    "a world with known ones"
-                )
-        if d_hidden is not None and (d_hidden < 4 or d_hidden % 4):
+    def __post_init__(self) -> None:
+        d_hidden = self.d_hidden
+        if d_hidden < 4 or d_hidden % 4:
             raise UsageError(
                 f"d_hidden must be a multiple of its 4 heads, got {d_hidden}; try {max(1, round(d_hidden / 4)) * 4}"
             )
-        sizes = {"d_hidden": d_hidden, "n_steps": n_steps}
-        return replace(self, **{name: size for name, size in sizes.items() if size is not None})  # type: ignore[arg-type]
 
     def build(self, seed: int, on_step: OnStep | None = None) -> TransformerWorld:
         sequences = self.make_sequences()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from toymodels.training import train
 
 OnStep = Callable[[int, Tensor], None]
 """Called after each training step with its number and the losses."""
+OneRecipe = TypeVar("OneRecipe", bound="Recipe")
 
 
 class Sample(NamedTuple):
@@ -41,23 +42,41 @@ class World(ABC):
         """n activations, decided by the stream alone."""
 
 
-class Recipe(ABC):
-    """How to make a world."""
+WHY_ABSENT = {
+    "n_features": "nobody knows its true features",
+    "d_hidden": "its width is fixed",
+    "feature_prob": "nobody knows its true features",
+    "n_steps": "nothing in it is trained",
+}
+"""What it means that a recipe lacks a size."""
 
-    @abstractmethod
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """How to make a world. Its fields are the sizes that it has, and whatever else it needs."""
+
     def resized(
-        self,
+        self: OneRecipe,
         *,
         n_features: int | None = None,
         d_hidden: int | None = None,
         feature_prob: float | None = None,
         n_steps: int | None = None,
-    ) -> Recipe:
+    ) -> OneRecipe:
         """The same recipe at other sizes; None keeps its own.
 
         Raises:
             UsageError: the recipe has no such size, or it is impossible.
         """
+        asked = {"n_features": n_features, "d_hidden": d_hidden, "feature_prob": feature_prob, "n_steps": n_steps}
+        sizes: dict[str, Any] = {name: size for name, size in asked.items() if size is not None}
+        for name, size in sizes.items():
+            if name not in {own.name for own in fields(self)}:
+                raise UsageError(
+                    f"{type(self).__name__} has no {name}, got {size}: {WHY_ABSENT[name]}; leave it out, or take "
+                    "another experiment"
+                )
+        return replace(self, **sizes)
 
     @abstractmethod
     def build(self, seed: int, on_step: OnStep | None = None) -> World:
@@ -112,17 +131,6 @@ class ToyRecipe(Recipe):
     """Further arguments of ToyModel."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of train."""
-
-    def resized(
-        self,
-        *,
-        n_features: int | None = None,
-        d_hidden: int | None = None,
-        feature_prob: float | None = None,
-        n_steps: int | None = None,
-    ) -> ToyRecipe:
-        sizes = {"n_features": n_features, "d_hidden": d_hidden, "feature_prob": feature_prob, "n_steps": n_steps}
-        return replace(self, **{name: size for name, size in sizes.items() if size is not None})  # type: ignore[arg-type]
 
     @property
     def features(self) -> Features:

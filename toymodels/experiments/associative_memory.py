@@ -34,12 +34,11 @@ from toymodels.memory import (
     fraction_recalled,
     hebbian,
     knee,
+    random_pairs,
     relative_noise,
     softmax_recall,
-    sparse_values,
     train_memory,
 )
-from toymodels.residual import random_directions
 
 D, ACTIVE, N_STEPS = 64, 4, 400
 """Dimensions of keys and values, positive entries of a value, steps of training."""
@@ -66,9 +65,8 @@ def run(context: Context) -> Outcome:
     fractions: dict[str, list[Tensor]] = {memory: [] for memory in COLOURS}
     noises: dict[str, list[Tensor]] = {memory: [] for memory in COLOURS}
     for load in loads:
-        stream, n_pairs = context.stream("pairs", load), load * D
-        keys = random_directions(n_pairs, D, n_seeds, stream)
-        values = sparse_values(n_pairs, D, ACTIVE, n_seeds, stream)
+        n_pairs = load * D
+        keys, values = random_pairs(n_pairs, D, ACTIVE, n_seeds, context.stream("pairs", load))
         matrices = memories(keys, values, context.tick)
         recalls = {name: memory(keys) for name, memory in matrices.items()}
         recalls["softmax"] = softmax_recall(keys, keys, values)

@@ -91,7 +91,6 @@ def learn(
     final = measure(model, held_out)
     icl, prefix = in_context_score(final.loss_per_token), final.prefix.amax((1, 2))
     best = int(prefix.argmax())
-    best = int(prefix.argmax())
     history = training.measurements
     heads = [final.previous[best, 0].argmax(), final.prefix[best, -1].argmax()]
     patterns: list[Tensor] = []
@@ -170,12 +169,18 @@ def curves(ax: plots.Axes, outcome: Outcome, task: str, quantity: str) -> None:
     two layers comes half-way, and 40 to either side."""
     steps: list[int] = outcome.conditions[f"{task}two_layers"]["prefix_half_risen"]
     ax.axvspan(min(steps) - 40, max(steps) + 40, color=plots.RULE, alpha=0.6, linewidth=0)
-    for place, depth in enumerate(N_LAYERS):
-        measured_at = outcome.tensors[f"{task}{depth}/measured_at"]
-        for seed, curve in enumerate(outcome.tensors[f"{task}{depth}/{quantity}"].T):
-            name = LABELS[depth] if seed == 0 else None
-            ax.plot(measured_at, curve, color=plots.SERIES[place], alpha=0.8, linewidth=1.4, label=name)
+    for depth in N_LAYERS:
+        measured_at, measured = (outcome.tensors[f"{task}{depth}/{name}"] for name in ("measured_at", quantity))
+        lines(ax, depth, measured_at, measured.T)
     ax.set(xlabel="training steps", ylabel=QUANTITIES[quantity], xlim=(0, N_STEPS), xticks=range(0, N_STEPS, 100))
+
+
+def lines(ax: plots.Axes, depth: str, x: Int[Tensor, " n_points"], measured: Float[Tensor, "n_seeds n_points"]) -> None:
+    """One line for each model of a depth, in the colour of the depth; the legend names it once."""
+    colour = plots.SERIES[list(N_LAYERS).index(depth)]
+    for seed, curve in enumerate(measured):
+        name = LABELS[depth] if seed == 0 else None
+        ax.plot(x, curve, color=colour, alpha=0.8, linewidth=1.4, label=name)
 
 
 def _per_token(outcome: Outcome) -> Picture:
@@ -185,12 +190,11 @@ def _per_token(outcome: Outcome) -> Picture:
     ax.text(63, log(64) + 0.08, "chance, log 64", color=plots.MUTED, ha="right", fontsize=9.5)
     ax.axvspan(10, 26, color=plots.RULE, alpha=0.6, linewidth=0)
     ax.text(18, 0.15, "repetition begins", color=plots.MUTED, ha="center", fontsize=9.5)
-    for place, condition in enumerate(N_LAYERS):
-        for seed, curve in enumerate(outcome.tensors[f"{condition}/loss_per_token"]):
-            name = LABELS[condition] if seed == 0 else None
-            ax.plot(range(1, 64), curve, color=plots.SERIES[place], alpha=0.8, linewidth=1.4, label=name)
+    index = torch.arange(1, 64)
+    for depth in N_LAYERS:
+        lines(ax, depth, index, outcome.tensors[f"{depth}/loss_per_token"])
     before = outcome.tensors["two_layers/loss_per_token_history"][BEFORE // MEASURE_EVERY].mean(0)
-    ax.plot(range(1, 64), before, ":", color=plots.SERIES[1], linewidth=1.4, label=f"2 layers, step {BEFORE}")
+    ax.plot(index, before, ":", color=plots.SERIES[1], linewidth=1.4, label=f"2 layers, step {BEFORE}")
     ax.set(xlabel="token index", ylabel="loss (nats)", xlim=(1, 63), ylim=(0, 5.6))
     ax.legend(loc="center right")
     caption = (

@@ -9,7 +9,7 @@ The digons do not interfere with each other, nor with a feature that is dropped:
 one dimension. 24 random starts at .8 ρ* and 1.2 ρ* of each p ended no lower than the better of the two.
 
 Calibration, seeds 0–5 reduced and 0–1 full: the best run had the shape of the lower curve at every ρ further than
-.05 from ρ*, and lay at most .505 % above it (sd .003 %). That excess is (ρp)²/4: theory has the output of a dropped
+.05 from ρ*, and lay at most .505 % above it (sd .0005 %). That excess is (ρp)²/4: theory has the output of a dropped
 feature at its mean, in trained models it is silent (b_0 ≤ 0, where the ReLU passes no gradient).
 """
 
@@ -37,6 +37,9 @@ BETWEEN = (0.005, 0.02, 0.075, 0.125, 0.175, 0.2)
 TRAINED_PROB = 0.05
 CLEAR = 0.05
 """How far ρ must be from ρ* for the trained shape to be held to the theory."""
+FINE = (24, 16, 12, 10)
+"""Points of the losses that ρ* is read from. The weights are those at the minima of theory.POINTS, where the loss is
+flat: the minima of FINE itself move ρ* by 1e-8. (24, 20, 16, 14) points move it by 3e-6; the bisection ends at 1e-4."""
 SHAPES = ("two digons", "pentagon", "other")
 COLOURS = (plots.SERIES[1], plots.SERIES[0], plots.MUTED)
 
@@ -46,14 +49,16 @@ def probs(p: Float[Tensor, " cells"], rho: Float[Tensor, " cells"]) -> Float[Ten
     return torch.stack([rho * p, p, p, p, p], dim=1)
 
 
-def two_digons(p: Float[Tensor, " cells"], rho: Float[Tensor, " cells"]) -> theory.Minimum:
+def two_digons(
+    p: Float[Tensor, " cells"], rho: Float[Tensor, " cells"], points: tuple[int, ...] = theory.POINTS
+) -> theory.Minimum:
     """The optimal digons of features 1, 2 and 3, 4; feature 0 is dropped, its output at its mean."""
     pair = torch.tensor([[1.0], [-1.0]]).expand(len(p), 2, 1)
     digon = theory.minimise(pair, torch.zeros(len(p), 2), p[:, None])
     W = torch.zeros(len(p), 5, 2, dtype=torch.float64)
     W[:, 1:3, :1] = W[:, 3:5, 1:] = digon.W
     b = torch.cat([(rho * p / 2)[:, None], digon.b, digon.b], dim=1)
-    return theory.Minimum(W, b, theory.expected_loss(W, b, probs(p, rho)))
+    return theory.Minimum(W, b, theory.expected_loss(W, b, probs(p, rho), points=points))
 
 
 def crossing(p: Float[Tensor, " cells"]) -> tuple[Float[Tensor, " cells"], theory.Minimum]:
@@ -65,12 +70,13 @@ def crossing(p: Float[Tensor, " cells"]) -> tuple[Float[Tensor, " cells"], theor
     W = 1.1 * torch.stack([angles.cos(), angles.sin()], dim=1).expand(len(p), 5, 2)
     b = torch.full((len(p), 5), -0.2, dtype=torch.float64)
     low, high = torch.zeros_like(p), torch.ones_like(p)
-    digons = two_digons(p, high)
+    digons = two_digons(p, high, FINE)
     for _ in range(12):
         rho = (low + high) / 2
         pentagon = theory.minimise(W, b, probs(p, rho), tolerance=1e-7)
+        loss = theory.expected_loss(pentagon.W, pentagon.b, probs(p, rho), points=FINE)
         # What the digons lose on features 1 to 4 does not depend on ρ.
-        wins = pentagon.loss < digons.loss - theory.variance(p) + theory.variance(rho * p)
+        wins = loss < digons.loss - theory.variance(p) + theory.variance(rho * p)
         low, high = torch.where(wins, low, rho), torch.where(wins, rho, high)
         W, b = torch.where(wins[:, None, None], pentagon.W, W), torch.where(wins[:, None], pentagon.b, b)
     rho = (low + high) / 2
