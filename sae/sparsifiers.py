@@ -86,7 +86,8 @@ class ReLU(Sparsifier):
         self.l1_coefficient = l1_coefficient
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
-        return kernels.positive(scores, capacity(*scores.product.shape, kernels.precision))
+        batch, d_sae = scores.product.shape
+        return kernels.positive(scores, capacity(batch, d_sae, kernels.precision))
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
