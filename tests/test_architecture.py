@@ -62,6 +62,7 @@ LAYERS = {
         "console",
         "digits",
         "demo",
+        "bench",
         "sae",
         "cli",
         "__main__",
