@@ -1,4 +1,4 @@
-"""The command line: `sae demo | train | eval | report`. Errors that a user can cause are one line and exit code 2."""
+"""The command line: `sae demo | train | eval | report | bench`. A user's errors are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -104,11 +104,61 @@ class Report:
         print(f"wrote {write_report(self.run_dirs, self.out)}")
 
 
+@dataclass
+class Bench:
+    """How fast this machine trains SAEs, how far that is from its limits, and how fast others are on it.
+
+    NAMES are parts: `ceiling` (what the hardware can do), `stages` (the parts of a training step), `steps` (whole
+    training steps), `memory` (their peak). Without names, all but memory.
+    """
+
+    names: Annotated[Positional[tuple[str, ...]], arg(metavar="[{ceiling,stages,steps,memory} ...]")] = ()
+    device: str = "cpu"
+    """A torch device: cpu, cuda."""
+    shapes: str = "S,M,L"
+    """Sizes by name, or as numbers d,F,k,B; several of these with spaces between."""
+    kinds: str = "topk,batchtopk,relu"
+    threads: int | None = None
+    """Threads of the CPU; default torch's own number."""
+    rounds: int = 10
+    """In each round every contender takes one turn."""
+    steps: int | None = None
+    """Training steps of a turn; default what the slowest does in a fifth of a second, and 10 for memory."""
+    rivals: bool = False
+    """Also measure the other libraries that are installed."""
+    precision: Literal["default", "medium-too"] = "default"
+    """Rivals run as they come; medium-too: once more under torch.set_float32_matmul_precision("medium")."""
+    memory: bool = False
+    """The part `memory` too."""
+    out: Path | None = None
+    """A JSON file for every number and sample."""
+
+    def run(self) -> None:
+        from sae.bench.run import plan, run  # noqa: PLC0415
+
+        run(
+            plan(
+                self.names,
+                shapes=self.shapes,
+                kinds=self.kinds,
+                device=self.device,
+                threads=self.threads,
+                rounds=self.rounds,
+                steps=self.steps,
+                rivals=self.rivals,
+                medium_too=self.precision == "medium-too",
+                memory=self.memory,
+                out=self.out,
+            )
+        )
+
+
 Command = (
     Annotated[Demo, subcommand("demo", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
     | Annotated[Eval, subcommand("eval", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
+    | Annotated[Bench, subcommand("bench", prefix_name=False)]
 )
 
 

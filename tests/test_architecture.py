@@ -63,6 +63,7 @@ LAYERS = {
         "console",
         "digits",
         "demo",
+        "bench",
         "sae",
         "cli",
         "__main__",

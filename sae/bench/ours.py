@@ -1,0 +1,41 @@
+"""This library among the contenders: the step of `sae.train`'s loop, batches included, without its log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape
+from sae.config import TrainConfig
+from sae.run import N_CALIBRATION, start
+from sae.sources import as_source
+
+
+def config(kind: str, shape: Shape, lr: float, device: str, n_steps: int = N_STEPS, out: str = "runs") -> TrainConfig:
+    """The configuration of such a run: all defaults but the sizes and the learning rate."""
+    own = {"l1_coefficient": L1_COEFFICIENT} if kind == "relu" else {"k": shape.k}
+    return TrainConfig.model_validate(
+        {
+            "sae": {"kind": kind, "d_sae": shape.d_sae} | own,
+            "train": {"n_samples": n_steps * shape.batch, "batch_size": shape.batch, "lr": lr, "device": device},
+            "out": Path(out),
+        }
+    )
+
+
+def advance(kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, device: str) -> Callable[[], None]:
+    """One more step of a run on the rows of x, which are shuffled as in any run."""
+    source = as_source(x)
+    run = config(kind, shape, lr, device)
+    trainer, unit = start(run, source, source.held_out("calibration", N_CALIBRATION))
+    batches = source.batches(shape.batch, run.train.seed)
+
+    def step() -> None:
+        trainer.refresh_dead()
+        trainer.step(next(batches).to(torch.device(device), non_blocking=True) / unit)
+
+    return step

@@ -1,0 +1,191 @@
+"""The training steps of other libraries, each made from that library's own trainer with its own defaults.
+
+What a step holds is what the library does between one batch and the next: forward, loss, backward, clipping,
+normalisation, dead-latent counters, optimiser, schedule. All get the same activations, in float32, and the same
+learning rate; nothing is logged. Rivals are imported when they are asked for and are no dependency of this package.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from sae.bench.loading import RivalFailed, first_line, load, quiet
+from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape
+
+Step = Callable[[Tensor], object]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another library."""
+
+    name: str
+    """What it is installed as."""
+    steps: Mapping[str, Callable[[Shape, float, str], Step]]
+    """How a step of each kind is made, from shape, learning rate and device."""
+    precision: str = "highest"
+    """What its own training loop sets `torch.set_float32_matmul_precision` to."""
+
+    @property
+    def version(self) -> str | None:
+        """The installed one."""
+        try:
+            return importlib.metadata.version(self.name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def step(self, kind: str, shape: Shape, lr: float, device: str) -> Step:
+        """A training step at its beginning.
+
+        Raises:
+            RivalFailed: the library is not installed, or does not work here; the message says why in one line.
+        """
+        torch.manual_seed(0)
+        try:
+            with quiet():
+                return self.steps[kind](shape, lr, device)
+        except Exception as error:
+            raise RivalFailed(f"{self.name} is left out: {first_line(error)}") from error
+
+
+def dictionary_learning(kind: str, shape: Shape, lr: float, device: str) -> Step:
+    """`update` of its trainer classes, as `trainSAE` calls it."""
+    module, name = {
+        "topk": ("top_k", "TopKTrainer"),
+        "batchtopk": ("batch_top_k", "BatchTopKTrainer"),
+        "relu": ("standard", "StandardTrainer"),
+    }[kind]
+    own = {"l1_penalty": L1_COEFFICIENT} if kind == "relu" else {"k": shape.k}
+    trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(
+        steps=N_STEPS,
+        activation_dim=shape.d_in,
+        dict_size=shape.d_sae,
+        layer=0,
+        lm_name="none",
+        lr=lr,
+        seed=0,
+        device=device,
+        **own,
+    )
+    steps = count()
+    return lambda x: trainer.update(next(steps), x)
+
+
+def sae_lens(kind: str, shape: Shape, lr: float, device: str) -> Step:
+    """What `SAETrainer.fit` does for a batch, by the methods that it offers to other loops; no progress bar."""
+    config, trainers = load("sae_lens.config"), load("sae_lens.training.sae_trainer")
+    module, name = {
+        "topk": ("topk_sae", "TopKTrainingSAE"),
+        "batchtopk": ("batchtopk_sae", "BatchTopKTrainingSAE"),
+        "relu": ("standard_sae", "StandardTrainingSAE"),
+    }[kind]
+    saes = load(f"sae_lens.saes.{module}")
+    own = {"l1_coefficient": L1_COEFFICIENT} if kind == "relu" else {"k": shape.k}
+    sae = getattr(saes, name)(getattr(saes, f"{name}Config")(d_in=shape.d_in, d_sae=shape.d_sae, device=device, **own))
+    trainer = trainers.SAETrainer(
+        config.SAETrainerConfig(
+            total_training_samples=N_STEPS * shape.batch,
+            train_batch_size_samples=shape.batch,
+            lr=lr,
+            lr_end=lr / 10,  # what its runner's configuration derives; the default schedule is constant
+            device=device,
+        ),
+        sae,
+        data_provider=iter(()),
+    )
+
+    def step(x: Tensor) -> None:
+        trainer.maybe_reset_sparsity()
+        trainer.step(x)
+        trainer.n_training_steps += 1
+
+    return step
+
+
+def sparsify(shape: Shape, lr: float, device: str) -> Step:
+    """Its coder, and what `Trainer.fit` with its hook does for a batch: the trainer itself needs a language model.
+
+    sparsify/trainer.py 1.3.3, one process, no accumulation. Left out is what handles tokens: flattening, and the two
+    copies that drop excluded ones.
+    """
+    configs, coders = load("sparsify.config"), load("sparsify.sparse_coder")
+    cfg = configs.TrainConfig(sae=configs.SparseCoderConfig(num_latents=shape.d_sae, k=shape.k), lr=lr)
+    if cfg.optimizer != "signum" or cfg.loss_fn != "fvu":
+        raise NotImplementedError(f"its defaults are now {cfg.optimizer} and {cfg.loss_fn}; this step is out of date")
+    sae = coders.SparseCoder(shape.d_in, cfg.sae, device, dtype=torch.float32)
+    optimizer = load("schedulefree").ScheduleFreeWrapper(
+        load("sparsify.sign_sgd").SignSGD([{"params": sae.parameters(), "lr": cfg.lr}]), momentum=0.95
+    )
+    optimizer.train()
+    since_fired = torch.zeros(sae.num_latents, device=device, dtype=torch.long)
+    did_fire = torch.zeros(sae.num_latents, device=device, dtype=torch.bool)
+    steps = count()
+
+    def step(x: Tensor) -> None:
+        # the hook
+        if next(steps) == 0:
+            sae.b_dec.data = x.mean(0)
+        if sae.cfg.normalize_decoder:
+            sae.set_decoder_norm_to_unit_norm()
+        dead_mask = since_fired > cfg.dead_feature_threshold if cfg.auxk_alpha > 0 else None
+        total_variance = (x - x.mean(0)).pow(2).sum()
+        out = sae(x=x, y=x, dead_mask=dead_mask, total_variance=total_variance)
+        did_fire[out.latent_indices.flatten()] = True
+        float(out.fvu.detach())  # it sums this up even when nothing is logged
+        loss = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
+        loss.div(cfg.grad_acc_steps * cfg.micro_acc_steps).backward()
+        # fit
+        if sae.cfg.normalize_decoder:
+            sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            since_fired.add_(len(x))
+            since_fired[did_fire] = 0
+            did_fire.zero_()
+
+    return step
+
+
+def overcomplete(kind: str, shape: Shape, lr: float, device: str) -> Step:
+    """`train_sae` on a loader of one batch, with monitoring off; k of BatchTopK counts a whole batch there."""
+    train_sae = load("overcomplete.sae.train").train_sae
+    if kind == "topk":
+        sae = load("overcomplete.sae.topk_sae").TopKSAE(shape.d_in, shape.d_sae, top_k=shape.k, device=device)
+    elif kind == "batchtopk":
+        own = load("overcomplete.sae.batchtopk_sae").BatchTopKSAE
+        sae = own(shape.d_in, shape.d_sae, top_k=shape.k * shape.batch, device=device)
+    else:
+        sae = load("overcomplete.sae.base").SAE(shape.d_in, shape.d_sae, device=device)
+
+    def criterion(x: Tensor, x_hat: Tensor, pre_codes: Tensor, codes: Tensor, dictionary: Tensor) -> Tensor:
+        return (x - x_hat).square().mean()  # its README's
+
+    if kind == "relu":
+        # It takes the mean of the squared error over batch and d_in, and the sum of |z| over both.
+        penalty = L1_COEFFICIENT / (shape.batch * shape.d_in)
+        criterion = partial(load("overcomplete.sae.losses").mse_l1, penalty=penalty)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
+    return lambda x: train_sae(sae, [x], criterion, optimizer, nb_epochs=1, monitoring=0, device=device)
+
+
+def _each_kind(make: Callable[[str, Shape, float, str], Step], *kinds: str) -> dict[str, Callable[..., Step]]:
+    return {kind: partial(make, kind) for kind in kinds}
+
+
+RIVALS = {
+    rival.name: rival
+    for rival in (
+        Rival("dictionary-learning", _each_kind(dictionary_learning, "topk", "batchtopk", "relu")),
+        Rival("sae-lens", _each_kind(sae_lens, "topk", "batchtopk", "relu")),
+        Rival("overcomplete", _each_kind(overcomplete, "topk", "batchtopk", "relu")),
+        Rival("eai-sparsify", {"topk": sparsify}, precision="high"),
+    )
+}

@@ -1,0 +1,348 @@
+"""`sae bench`: turns and ratios on a made-up clock, rivals that are fake, missing or broken, what the user sees."""
+
+import json
+import logging
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from test_architecture import PATHS, imports
+
+from sae import cli
+from sae.bench import ceiling, memory, ours
+from sae.bench.contenders import contenders
+from sae.bench.loading import RivalFailed, load
+from sae.bench.report import Race, Report
+from sae.bench.rivals import RIVALS, Rival
+from sae.bench.shapes import SHAPES, Shape, parse_kinds, parse_shapes
+from sae.bench.stages import stages
+from sae.bench.timing import WARM_UP_STEPS, Contender, interleaved, ratio
+from sae.errors import UsageError
+
+SMALL = Shape("small", 8, 16, 2, 32)
+
+
+class Clock:
+    """Time that passes when a contender works, at the speed of a machine that others use too."""
+
+    def __init__(self) -> None:
+        self.now, self.slowness, self.log = 0.0, 1.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def contender(self, name: str, cost: float, precision: str = "highest") -> Contender:
+        def advance() -> None:
+            self.log.append((name, torch.get_float32_matmul_precision()))
+            self.now += cost * self.slowness
+
+        return Contender(name, advance, precision)
+
+
+# Timing
+
+
+def test_contenders_take_turns_and_the_first_moves_up():
+    clock = Clock()
+    timings = interleaved([clock.contender(name, 1) for name in "abc"], rounds=3, steps=2, clock=clock)
+    measured = [name for name, _ in clock.log[3 * (WARM_UP_STEPS + 1) :]]
+    assert measured == list("aabbcc" + "bbccaa" + "ccaabb")
+    assert [timing.contender.name for timing in timings] == list("abc")
+    assert all(timing.seconds == [1, 1, 1] and timing.steps_per_round == 2 for timing in timings)
+
+
+def test_ratios_are_taken_within_a_round():
+    """The machine gets slower and slower, which changes every time and no ratio."""
+    clock = Clock()
+
+    def slower() -> None:
+        clock.slowness *= 1.001
+
+    fast, slow = interleaved(
+        [clock.contender("fast", 1), clock.contender("slow", 3)], rounds=9, steps=1, synchronise=slower, clock=clock
+    )
+    assert fast.median > 1.01 * fast.minimum
+    found = ratio(slow, fast)
+    assert found.median == pytest.approx(3, rel=0.01)
+    assert 0 <= found.high - found.low < 0.02
+    assert ratio(fast, fast).median == 1
+
+
+def test_steps_left_open_fill_a_turn_of_the_slowest():
+    clock = Clock()
+    timings = interleaved([clock.contender("a", 0.001), clock.contender("b", 0.05)], rounds=1, clock=clock)
+    assert [timing.steps_per_round for timing in timings] == [4, 4]
+
+
+def test_precision_is_set_for_its_contender_alone():
+    clock = Clock()
+    before = torch.get_float32_matmul_precision()
+    interleaved([clock.contender("a", 1), clock.contender("b", 1, "medium")], rounds=1, steps=1, clock=clock)
+    assert set(clock.log) == {("a", "highest"), ("b", "medium")}
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_ceilings_are_the_best_of_their_repeats():
+    found = ceiling.products([SMALL], "cpu", repeats=2) + ceiling.streams("cpu", n_bytes=2**16, repeats=2)
+    assert [one.what for one in found] == [
+        "product float32",
+        "product float32 (medium)",
+        "product bfloat16",
+        "copy",
+        "triad",
+    ]
+    assert all(len(one.rates) == 2 and one.rate == max(one.rates) > 0 for one in found)
+
+
+def test_no_stage_is_taken_apart_yet():
+    assert stages(SMALL, "topk", 1) == []
+
+
+# Shapes and kinds
+
+
+def test_shapes_by_name_and_by_number():
+    assert parse_shapes("S,M") == [SHAPES["S"], SHAPES["M"]]
+    assert parse_shapes("L 64,512,8,1024") == [SHAPES["L"], Shape("64,512,8,1024", 64, 512, 8, 1024)]
+    assert parse_kinds("relu,topk") == ["relu", "topk"]
+
+
+@pytest.mark.parametrize("text", ["X", "", "64,512", "64,512,8,0", "64,512,1024,8", "-1,2,3,4"])
+def test_what_is_no_shape_is_refused(text):
+    with pytest.raises(UsageError):
+        parse_shapes(text)
+
+
+def test_activations_are_reproducible_and_of_unit_mean_squared_norm():
+    x = SMALL.activations()
+    assert x.shape == (16 * 32, 8)
+    assert torch.equal(x, SMALL.activations())
+    assert x.square().sum(dim=1).mean() == pytest.approx(1, abs=1e-5)
+
+
+# Ours
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
+def test_our_step_trains(kind):
+    step = ours.advance(kind, SMALL, SMALL.activations(), 1e-3, "cpu")
+    step()
+    step()
+
+
+def test_import_sae_leaves_bench_alone():
+    importers = {name for name in PATHS if any(other.startswith("sae.bench") for other in imports(name))}
+    assert {name for name in importers if not name.startswith("sae.bench")} == {"sae.cli"}
+    assert "sae.cli" not in imports("sae")
+
+
+# Rivals
+
+
+@pytest.fixture
+def fake_dictionary_learning(monkeypatch):
+    """A package of that name, whose trainer writes down what it is asked."""
+    calls = []
+
+    class TopKTrainer:
+        def __init__(self, **options) -> None:
+            calls.append(options)
+
+        def update(self, step: int, x: torch.Tensor) -> None:
+            calls.append((step, tuple(x.shape)))
+
+    names = ["dictionary_learning", "dictionary_learning.trainers", "dictionary_learning.trainers.top_k"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[names[-1]].TopKTrainer = TopKTrainer
+    return calls
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Leaves one rival in the race."""
+
+    def choose(rival: Rival) -> None:
+        monkeypatch.setattr("sae.bench.contenders.RIVALS", {rival.name: rival})
+
+    return choose
+
+
+def missing(shape: Shape, lr: float, device: str):
+    return load("a_package_that_nobody_has.trainers")
+
+
+def test_a_rival_is_asked_as_its_own_loop_asks_it(fake_dictionary_learning, only):
+    only(RIVALS["dictionary-learning"])
+    left_out = []
+    found = contenders(SMALL, "topk", 1e-3, "cpu", with_rivals=True, medium_too=True, left_out=left_out)
+    assert [(one.name, one.precision) for one in found] == [
+        ("sae", "highest"),
+        ("dictionary-learning", "highest"),
+        ("dictionary-learning (medium)", "medium"),
+    ]
+    found[1].advance()
+    options, first, *_, last = fake_dictionary_learning
+    assert (options["activation_dim"], options["dict_size"], options["k"], options["lr"]) == (8, 16, 2, 1e-3)
+    assert (first, last) == ((0, (32, 8)), (1, (32, 8)))
+    assert left_out == []
+
+
+def test_a_missing_rival_is_one_line_said_once(only, caplog):
+    only(Rival("nobody", {"topk": missing, "relu": missing}))
+    left_out = []
+    for kind in ("topk", "relu"):
+        found = contenders(SMALL, kind, 1e-3, "cpu", with_rivals=True, medium_too=True, left_out=left_out)
+        assert [one.name for one in found] == ["sae"]
+    line = "nobody is left out: ModuleNotFoundError: No module named 'a_package_that_nobody_has'"
+    assert left_out == [line]
+    assert [record.message for record in caplog.records if "nobody" in record.message] == [line]
+
+
+def test_a_rival_whose_step_fails_is_left_out(only):
+    def broken(shape: Shape, lr: float, device: str):
+        def step(x: torch.Tensor) -> None:
+            raise RuntimeError("of no use\nat all")
+
+        return step
+
+    only(Rival("broken", {"topk": broken}))
+    left_out = []
+    found = contenders(SMALL, "topk", 1e-3, "cpu", with_rivals=True, medium_too=False, left_out=left_out)
+    assert len(found) == 1
+    assert left_out == ["broken is left out of topk, its step fails: RuntimeError: of no use"]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package whose front page imports what is not there."""
+    folder = tmp_path / "half_broken"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from half_broken import fine\nimport a_module_that_nobody_has\n")
+    (folder / "fine.py").write_text("import half_broken.deep\nvalue = 7\n")
+    (folder / "deep.py").write_text("")
+    (folder / "bad.py").write_text("import another_that_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "half_broken"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "half_broken"]:
+        del sys.modules[name]
+
+
+def test_a_package_is_entered_without_a_front_page_that_fails(package, caplog):
+    caplog.set_level(logging.INFO, logger="sae")
+    assert load(f"{package}.fine").value == 7
+    assert [record.message for record in caplog.records] == [
+        "half_broken is loaded without its __init__, which fails: "
+        "ModuleNotFoundError: No module named 'a_module_that_nobody_has'"
+    ]
+
+
+def test_a_package_that_fails_either_way_leaves_nothing_behind(package):
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_nobody_has"):
+        load(f"{package}.bad")
+    assert package not in sys.modules
+
+
+# Memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_was_given_back_counts():
+    peak = memory.Peak("cpu")
+    torch.ones(2**24).sum()
+    assert peak.read() - peak.baseline > 3 * 2**24
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_run_of_ours():
+    found = memory.run(memory.Job("sae", "topk", Shape("wide", 64, 2048, 8, 64), 1e-3, "cpu", 1, steps=2))
+    parameters_and_adam = 3 * 2 * 64 * 2048 * 4
+    assert found["peak"] - found["baseline"] > parameters_and_adam
+
+
+def test_a_process_that_fails_is_one_line(monkeypatch):
+    class Ended:
+        returncode, stdout, stderr = 1, "", "Traceback\nValueError: no\n"
+
+    monkeypatch.setattr(memory.subprocess, "run", lambda *words, **options: Ended)
+    with pytest.raises(RivalFailed, match=r"^someone is left out: ValueError: no$"):
+        memory.measure(memory.Job("someone", "topk", SMALL, 1e-3, "cpu", 1))
+
+
+# The command
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """`sae bench` in this process: exit code, output, errors."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sae", "bench", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_bench_prints_and_writes_every_sample(bench, tmp_path, only):
+    only(Rival("nobody", {"topk": missing}))
+    out = tmp_path / "bench.json"
+    code, printed, errors = bench(
+        *("steps", "stages", "--shapes", "8,16,2,32", "--kinds", "topk,relu", "--threads", 1, "--rounds", 3),
+        *("--steps", 2, "--rivals", "--out", out),
+    )
+    assert code == 0, errors
+    assert "topk, 8,16,2,32: d 8, F 16, k 2, B 32; 3 rounds of 2 steps" in printed
+    found = json.loads(out.read_text())
+    assert [(row["name"], row["kind"], len(row["seconds"])) for row in found["steps"]] == [
+        ("sae", "topk", 3),
+        ("sae", "relu", 3),
+    ]
+    assert found["steps"][0]["shape"] == {"name": "8,16,2,32", "d_in": 8, "d_sae": 16, "k": 2, "batch": 32}
+    assert found["machine"]["threads"] == 1
+    assert found["machine"]["command"].startswith("sae bench steps stages --shapes 8,16,2,32")
+    assert len(found["left_out"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["step"], ["unknown part 'step'", "did you mean 'steps'?"]),
+        (["--shapes", "s"], ["unknown shape 's'", "known: L, M, S"]),
+        (["--shapes", "64,512,8"], ["four positive whole numbers d,F,k,B", "'64,512,8'"]),
+        (["--kinds", "batchtop"], ["unknown kind 'batchtop'", "did you mean 'batchtopk'?"]),
+        (["--rounds", "0"], ["--rounds must be at least 1, got 0"]),
+        (["--device", "nowhere"], ["--device nowhere cannot be used", "try cpu"]),
+        (["--out", "/nowhere/at/all.json"], ["--out /nowhere/at/all.json"]),
+    ],
+)
+def test_bad_words_are_one_line(bench, words, parts):
+    code, _, errors = bench(*words)
+    assert code == 2
+    assert errors.startswith("sae: error: ")
+    assert len(errors.splitlines()) == 1
+    for part in parts:
+        assert part in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_a_device_that_is_not_there_is_one_line(bench):
+    code, _, errors = bench("--device", "cuda")
+    assert code == 2
+    assert len(errors.splitlines()) == 1
+    assert "--device cuda cannot be used" in errors
+
+
+def test_a_report_is_plain_values():
+    clock = Clock()
+    timings = interleaved([clock.contender("sae", 1), clock.contender("slow", 2)], rounds=1, steps=1, clock=clock)
+    report = Report({}, races=[Race(SMALL, "topk", timings)], memory=[memory.Memory("sae", "topk", "S", 1, 3)])
+    values = json.loads(json.dumps(report.as_dict()))
+    assert values["steps"][1]["ratio"] == {"median": 2, "low": 2, "high": 2}
+    assert values["memory"][0]["growth"] == 2
