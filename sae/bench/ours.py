@@ -31,11 +31,11 @@ def advance(kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, d
     """One more step of a run on the rows of x, which are shuffled as in any run."""
     source = as_source(x)
     run = config(kind, shape, lr, device)
-    trainer, unit = start(run, source, source.held_out("calibration", N_CALIBRATION))
+    trainer = start(run, source, source.held_out("calibration", N_CALIBRATION))
     batches = source.batches(shape.batch, run.train.seed)
 
     def step() -> None:
-        trainer.refresh_dead()
-        trainer.step(next(batches).to(torch.device(device), non_blocking=True) / unit)
+        trainer.refresh()
+        trainer.step(next(batches).to(torch.device(device), non_blocking=True))
 
     return step
