@@ -62,6 +62,10 @@ class Source(ABC):
         """Up to n rows for one purpose: always the same ones, disjoint from training and from the other purpose."""
 
 
+# A world's batches are drawn by the handful: for one batch of sparse features, calls cost more than draws.
+BATCHES_AT_ONCE = 8
+
+
 class WorldSource(Source):
     """The hidden activations of a toy world: an endless stream, with known features wherever there are features."""
 
@@ -70,10 +74,11 @@ class WorldSource(Source):
         self.truth, self.d_in = world.truth, world.d_hidden
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        step = start
+        number, skip = divmod(start, BATCHES_AT_ONCE)
         while True:
-            yield self.world.sample(batch_size, generator(self.seed, "training", seed, step)).hidden
-            step += 1
+            stream = generator(self.seed, "training", seed, number)
+            yield from self.world.sample(BATCHES_AT_ONCE * batch_size, stream).hidden.split(batch_size)[skip:]
+            number, skip = number + 1, 0
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
         return HeldOut(*self.world.sample(n, generator(self.seed, purpose)))
