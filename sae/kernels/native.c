@@ -150,7 +150,7 @@ typedef struct {
 } Row;
 
 static long n_groups(long n_latents, long k) {
-    long groups = n_latents / 16;
+    long groups = MAX(n_latents / 16, 1);
     while (groups < 4 * k && groups < n_latents) groups *= 2;
     return MAX(MIN(groups, n_latents), 1);
 }
