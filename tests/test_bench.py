@@ -255,10 +255,18 @@ def test_memory_that_was_given_back_counts():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_a_run_of_ours():
-    found = memory.run(memory.Job("sae", "topk", Shape("wide", 64, 2048, 8, 64), 1e-3, "cpu", 1, steps=2))
-    parameters_and_adam = 3 * 2 * 64 * 2048 * 4
-    assert found["peak"] - found["baseline"] > parameters_and_adam
+def test_memory_of_a_run_of_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = memory.run(memory.Job("sae", "topk", SMALL, 1e-3, "cpu", 1, steps=2))
+    assert found["peak"] >= found["baseline"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_our_steps_alone(monkeypatch):
+    monkeypatch.setattr(memory.ours, "advance", lambda *of_a_run: lambda: torch.ones(2**24).sum())
+    found = memory.run(memory.Job(memory.STEPS_ALONE, "topk", SMALL, 1e-3, "cpu", 1, steps=2))
+    assert found["peak"] - found["baseline"] > 3 * 2**24
 
 
 def test_a_process_that_fails_is_one_line(monkeypatch):

@@ -135,10 +135,9 @@ def print_race(race: Race) -> None:
     )
 
 
-def print_memory(measured: Sequence[Memory]) -> None:
+def print_memory(shape: Shape, measured: Sequence[Memory]) -> None:
     """Peaks above what imports and activations take."""
     rows = [
-        [f"{one.name}, {one.kind}, {one.shape}", f"{one.growth / 2**20:,.0f}", f"{one.baseline / 2**20:,.0f}"]
-        for one in measured
+        [f"{one.name}, {one.kind}", f"{one.growth / 2**20:,.0f}", f"{one.baseline / 2**20:,.0f}"] for one in measured
     ]
-    print_table("peak memory of a few steps", ["contender", "MiB", "MiB before"], rows)
+    print_table(f"peak memory of a few steps, {shape}", ["contender", "MiB", "MiB before"], rows)

@@ -15,7 +15,7 @@ from sae.bench.ceiling import products, streams
 from sae.bench.contenders import OURS, contenders, tell_once
 from sae.bench.loading import RivalFailed
 from sae.bench.machine import load, machine, require_device, synchroniser
-from sae.bench.memory import STEPS, Job, measure, require_memory
+from sae.bench.memory import STEPS, STEPS_ALONE, Job, measure, require_memory
 from sae.bench.report import Race, Report
 from sae.bench.rivals import RIVALS
 from sae.bench.shapes import LEARNING_RATE, Shape, parse_kinds, parse_shapes
@@ -133,18 +133,21 @@ def _steps(plan: Plan, done: Report) -> None:
 
 
 def _memory(plan: Plan, done: Report) -> None:
-    names = [OURS, *(RIVALS if plan.rivals else ())]
+    names = [OURS, STEPS_ALONE, *(RIVALS if plan.rivals else ())]
     for shape in plan.shapes:
+        found = []
         for kind in plan.kinds:
             for name in names:
-                if name != OURS and kind not in RIVALS[name].steps:
+                if name in RIVALS and kind not in RIVALS[name].steps:
                     continue
-                job = Job(name, kind, shape, LEARNING_RATE, plan.device, torch.get_num_threads(), plan.steps or STEPS)
+                steps = plan.steps or STEPS
+                job = Job(name, kind, shape, LEARNING_RATE, plan.device, torch.get_num_threads(), steps)
                 try:
-                    done.memory.append(measure(job))
+                    found.append(measure(job))
                 except RivalFailed as error:
                     tell_once(str(error), done.left_out)
-    report.print_memory(done.memory)
+        done.memory += found
+        report.print_memory(shape, found)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 # A contender's turn lasts about this long when the number of steps is left open.
 TURN_SECONDS = 0.2
 MAX_STEPS = 200
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def interleaved(
 
     try:
         for contender in contenders:
-            turn(contender, WARM_UP_STEPS)
-        slowest = max(turn(contender, 1) for contender in contenders)
+            turn(contender, 1)
+        slowest = max(turn(contender, WARM_UP_STEPS) for contender in contenders)
         n = steps or max(1, min(MAX_STEPS, round(TURN_SECONDS / max(slowest, 1e-9))))
         seconds: dict[int, list[float]] = {number: [] for number in range(len(contenders))}
         for number_of_round in range(rounds):
