@@ -80,7 +80,7 @@ class Engine:
         decoded = kernels.decode(codes, state, x, cost)
         auxiliary, extra = self._auxiliary(x, decoded.gradient, dead)
         plan = kernels.invert(codes, decoded.code_gradients, self.sae.d_sae)
-        l0 = (codes.values > 0).sum() / len(x)
+        l0 = plan.n_codes / len(x)
         kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, cost=cost)
         return Terms(decoded.squares.mean(), auxiliary, weight * decoded.code_sums.mean(), l0)
 

@@ -95,8 +95,13 @@ def test_ceilings_are_the_best_of_their_repeats():
     assert all(len(one.rates) == 2 and one.rate == max(one.rates) > 0 for one in found)
 
 
-def test_no_stage_is_taken_apart_yet():
-    assert stages(SMALL, "topk", 1) == []
+def test_stages_are_those_of_a_real_step():
+    for kind, selection in (("topk", "top_k"), ("batchtopk", "batch_top_k")):
+        found = {stage.name: stage for stage in stages(SMALL, kind, "cpu", 4, lambda: None)}
+        assert list(found) == ["centre", "scores", selection, "decode", "invert", "update_", "rest"]
+        assert all(len(stage.seconds) == 4 and min(stage.seconds) >= 0 for stage in found.values())
+        assert found["scores"].flops == SMALL.product_flops
+    assert [stage.name for stage in stages(SMALL, "relu", "cpu", 2, lambda: None)][1:3] == ["relu", "relu_backward"]
 
 
 # Shapes and kinds

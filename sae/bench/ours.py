@@ -13,6 +13,7 @@ from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape
 from sae.config import TrainConfig
 from sae.run import N_CALIBRATION, start
 from sae.sources import as_source
+from sae.trainer import Trainer
 
 
 def config(kind: str, shape: Shape, lr: float, device: str, n_steps: int = N_STEPS, out: str = "runs") -> TrainConfig:
@@ -27,15 +28,23 @@ def config(kind: str, shape: Shape, lr: float, device: str, n_steps: int = N_STE
     )
 
 
-def advance(kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, device: str) -> Callable[[], None]:
-    """One more step of a run on the rows of x, which are shuffled as in any run."""
+def trainer(
+    kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, device: str
+) -> tuple[Trainer, Callable[[], Tensor]]:
+    """A run at its beginning, and what gives it its next batch of the rows of x, shuffled as in any run."""
     source = as_source(x)
     run = config(kind, shape, lr, device)
-    trainer = start(run, source, source.held_out("calibration", N_CALIBRATION))
+    begun = start(run, source, source.held_out("calibration", N_CALIBRATION))
     batches = source.batches(shape.batch, run.train.seed)
+    return begun, lambda: next(batches).to(torch.device(device), non_blocking=True)
+
+
+def advance(kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, device: str) -> Callable[[], None]:
+    """One more step of such a run."""
+    begun, batch = trainer(kind, shape, x, lr, device)
 
     def step() -> None:
-        trainer.refresh()
-        trainer.step(next(batches).to(torch.device(device), non_blocking=True))
+        begun.refresh()
+        begun.step(batch())
 
     return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,15 +102,36 @@ def print_ceilings(ceilings: Sequence[Ceiling]) -> None:
     print_table("ceilings", ["what", "best", "worst repeat"], rows)
 
 
-def print_stages(shape: Shape, kind: str, stages: Sequence[Stage]) -> None:
-    """Each stage beside the rates that it reached."""
+def print_stages(shape: Shape, kind: str, stages: Sequence[Stage], ceilings: Sequence[Ceiling]) -> None:
+    """Each stage beside the rates that it reached, and their share of the machine's, when that was measured."""
+    whole = sum(statistics.median(stage.seconds) for stage in stages)
     rows = []
     for stage in stages:
-        best = min(stage.seconds)
+        seconds = statistics.median(stage.seconds)
+        flops, bytes_ = stage.flops / seconds / 1e9, stage.bytes / seconds / 1e9
         rows.append(
-            [stage.name, f"{1e3 * best:.3f}", f"{stage.flops / best / 1e9:,.1f}", f"{stage.bytes / best / 1e9:,.1f}"]
+            [
+                stage.name,
+                f"{1e3 * seconds:.3f}",
+                f"{seconds / whole:.0%}",
+                f"{flops:,.1f}" if stage.flops else "",
+                f"{bytes_:,.1f}" if stage.bytes else "",
+                share_of_ceiling(shape, flops, bytes_, ceilings),
+            ]
         )
-    print_table(f"stages of {kind}, {shape}", ["stage", "ms", "GFLOP/s", "GB/s"], rows)
+    rows.append(["whole step", f"{1e3 * whole:.3f}", "", "", "", ""])
+    print_table(f"stages of {kind}, {shape}", ["stage", "ms", "share", "GFLOP/s", "GB/s", "of ceiling"], rows)
+
+
+def share_of_ceiling(shape: Shape, flops: float, bytes_: float, ceilings: Sequence[Ceiling]) -> str:
+    """The larger of two shares, of what products and what memory reach, and which of them it is."""
+    product = max((one.rate for one in ceilings if one.unit == "GFLOP/s" and one.shape == shape.name), default=0.0)
+    memory = max((one.rate for one in ceilings if one.unit == "GB/s"), default=0.0)
+    if not (product and memory and (flops or bytes_)):
+        return ""
+    shares = {"product": flops / product, "memory": bytes_ / memory}
+    bound = max(shares, key=lambda name: shares[name])
+    return f"{shares[bound]:.0%} of {bound}"
 
 
 def print_race(race: Race) -> None:

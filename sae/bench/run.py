@@ -114,10 +114,10 @@ def _ceiling(plan: Plan, done: Report) -> None:
 def _stages(plan: Plan, done: Report) -> None:
     for shape in plan.shapes:
         for kind in plan.kinds:
-            found = stages(shape, kind, torch.get_num_threads())
-            if found:
-                done.stages.append((shape, kind, found))
-                report.print_stages(shape, kind, found)
+            with _no_small_talk():
+                found = stages(shape, kind, plan.device, plan.rounds, synchroniser(plan.device))
+            done.stages.append((shape, kind, found))
+            report.print_stages(shape, kind, found, done.ceilings)
 
 
 def _steps(plan: Plan, done: Report) -> None:

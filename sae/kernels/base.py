@@ -70,6 +70,14 @@ class Rows(NamedTuple):
     b_enc: Float[Tensor, " n"]
 
 
+class Plan(Protocol):
+    """The codes of a batch in the order of latents; what else it holds is its kernels' own affair."""
+
+    @property
+    def n_codes(self) -> Tensor:
+        """How many fire, in all."""
+
+
 class DenseCodes(NamedTuple):
     """Codes as a matrix, how often each latent fires, and each sample's sum_j z_j |W_dec_j|."""
 
@@ -161,7 +169,7 @@ class Kernels(Protocol):
     def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
         """Reconstruction, loss and the gradients in it and in the codes."""
 
-    def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
+    def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:
         """The codes and their gradients in the order of latents: which samples fired each."""
 
     def relu(self, x: Tensor, state: State) -> DenseCodes:

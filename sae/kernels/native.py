@@ -36,6 +36,11 @@ class Plan(NamedTuple):
     codes: Float[Tensor, " slots"]
     gradients: Float[Tensor, " slots"]
 
+    @property
+    def n_codes(self) -> Tensor:
+        """How many fire, in all."""
+        return self.offsets[-1]
+
 
 class Found(NamedTuple):
     """Entries of rows that lie in any order: row b's counts[b] entries begin at starts[b]; `total` in all.

@@ -30,6 +30,11 @@ class Plan(NamedTuple):
     gradients: Float[Tensor, " slots"]
     firing: Int[Tensor, " d_sae"]
 
+    @property
+    def n_codes(self) -> Tensor:
+        """How many fire, in all."""
+        return self.firing.sum()
+
 
 class Plain(Reference):
     """Sparse decoding and sparse gradients by `embedding_bag`; torch's fused Adam."""

@@ -23,6 +23,11 @@ class Plan(NamedTuple):
     gradients: Float[Tensor, "batch d_sae"]
     firing: Int[Tensor, " d_sae"]
 
+    @property
+    def n_codes(self) -> Tensor:
+        """How many fire, in all."""
+        return self.firing.sum()
+
 
 class Reference:
     """The obvious version."""
