@@ -70,6 +70,7 @@ class Rows(NamedTuple):
     b_enc: Float[Tensor, " n"]
 
 
+@runtime_checkable
 class Plan(Protocol):
     """The codes of a batch in the order of latents; what else it holds is its kernels' own affair."""
 
