@@ -22,6 +22,8 @@ from sae.sources import HeldOut
 from toymodels.features import FeatureBatch
 
 CHUNK_ROWS = 4096
+# Pre-latents that exist together, at most: an evaluation should need less memory than the training before it.
+CHUNK_ENTRIES = 2**23
 
 
 @runtime_checkable
@@ -56,12 +58,13 @@ def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d
     x, acts = held_out
     W_dec = coder.W_dec.detach()
     threshold = metrics.scale_threshold(x)
-    chunks = x.split(CHUNK_ROWS)
-    codes = SparseCodes.cat([coder.encode(chunk) for chunk in chunks])
-    reconstruction = metrics.Reconstruction(W_dec, threshold)
-    for chunk, part in zip(chunks, range(0, len(x), CHUNK_ROWS), strict=True):
-        z = codes[part : part + CHUNK_ROWS]
+    chunks = x.split(chunk_rows(len(W_dec)))
+    reconstruction, parts = metrics.Reconstruction(W_dec, threshold), []
+    for chunk in chunks:
+        z = coder.encode(chunk)
         reconstruction.update(chunk, coder.decode(z), z)
+        if truth is not None and acts is not None:
+            parts.append(z)
     density = reconstruction.density()
     alive = density > 0
     values = _group("metrics", reconstruction.compute())
@@ -77,7 +80,7 @@ def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d
         values |= _group("recovery", metrics.recovery(W_dec, truth, alive=alive))
         return Evaluation(values, tables)
 
-    scores = torch.cat([coder.pre_latents(chunk) for chunk in chunks])
+    codes, scores = SparseCodes.cat(parts), torch.cat([coder.pre_latents(chunk) for chunk in chunks])
     judged: dict[str, Any] = {
         "codes": codes,
         "acts": acts,
@@ -94,6 +97,11 @@ def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d
     tables |= {f"feature/{name}": column for name, column in features.items()}
     tables |= {f"latent/{name}": column for name, column in unit_table(scaled, acts, threshold).items()}
     return Evaluation(values, tables)
+
+
+def chunk_rows(d_sae: int) -> int:
+    """Rows that are encoded together."""
+    return min(CHUNK_ROWS, max(1, CHUNK_ENTRIES // d_sae))
 
 
 def unit_table(units: SparseCodes, acts: FeatureBatch, threshold: float) -> dict[str, Tensor]:

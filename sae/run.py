@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import logging
@@ -23,7 +22,7 @@ import yaml
 from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
 from sae.errors import Interrupted, UsageError
-from sae.evaluation import CHUNK_ROWS, Evaluation, evaluate, live_recovery
+from sae.evaluation import Evaluation, chunk_rows, evaluate, live_recovery
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
 from sae.sources import HeldOut, Source, as_source
@@ -102,11 +101,12 @@ def train(
     log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
     try:
         _loop(trainer, activations, log, on_line)
-        sae = finished(trainer.sae, trainer.unit, calibration)
+        n_steps, sae = trainer.n_steps_done, finished(trainer.sae, trainer.unit, calibration)
+        del trainer  # Adam's moments take twice the memory of the weights
         evaluation = evaluate(sae, activations.held_out("evaluation", config.evaluation.n_samples), activations.truth)
         save_result(config.out, sae, evaluation)
         page = write_report_if_installed(config.out) if report else None
-        log.finish(trainer.n_steps_done, evaluation.metrics, evaluation.tables["latent/frequency"], page)
+        log.finish(n_steps, evaluation.metrics, evaluation.tables["latent/frequency"], page)
     finally:
         log.close()
     return Result(sae, evaluation.metrics, config.out)
@@ -135,10 +135,10 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
 
 
 def finished(sae: SAE, unit: float, calibration: HeldOut) -> SAE:
-    """A copy for inference in the units of the data, thresholds calibrated on held-out activations."""
-    final = copy.deepcopy(sae).cpu().eval().requires_grad_(False)
-    chunks = (calibration.x / unit).split(CHUNK_ROWS)
-    final.sparsifier.calibrate_((final.pre_latents(chunk) for chunk in chunks), len(calibration.x))
+    """The trained SAE made ready for inference, in place: in the units of the data, thresholds calibrated."""
+    final = sae.cpu().eval().requires_grad_(False)
+    chunks = calibration.x.split(chunk_rows(sae.d_sae))
+    final.sparsifier.calibrate_((final.pre_latents(chunk / unit) for chunk in chunks), len(calibration.x))
     final.rescale_(unit)
     return final
 

@@ -7,12 +7,14 @@ reads a learned dictionary W_dec just as well. Zero rows score 0. Definitions: d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import nan, sqrt
 
+import numpy as np
 import torch
 from einops import einsum, reduce
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 REPRESENTED = 0.5
@@ -91,10 +93,24 @@ def welch_bound(n_features: int, d_hidden: int) -> float:
     return sqrt((n - m) / (m * (n - 1))) if n > m else nan
 
 
+# Entries of a Gram matrix that are looked at together: a dictionary of 100 000 rows has more than fit in memory.
+BLOCK_ENTRIES = 2**22
+
+
+def _blocks(n_features: int) -> Iterator[slice]:
+    rows = max(1, BLOCK_ENTRIES // max(n_features, 1))
+    return (slice(start, min(start + rows, n_features)) for start in range(0, n_features, rows))
+
+
 def coherence_over_welch(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*stack"]:
     """max_{i≠j} |Ŵ_i · Ŵ_j| over the Welch bound; nan for n ≤ m."""
-    diagonal = torch.eye(W.shape[-2], dtype=torch.bool, device=W.device)
-    return cosines(W).abs().masked_fill(diagonal, 0).amax((-2, -1)) / welch_bound(*W.shape[-2:])
+    unit = unit_rows(W)
+    largest = W.new_zeros(W.shape[:-2])
+    for rows in _blocks(W.shape[-2]):
+        block = (unit[..., rows, :] @ unit[..., rows.start :, :].mT).abs_()  # what lies left of it, was in one before
+        block.diagonal(0, -2, -1).zero_()
+        largest = torch.maximum(largest, block.amax((-2, -1)))
+    return largest / welch_bound(*W.shape[-2:])
 
 
 def rms_over_welch(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*stack"]:
@@ -107,7 +123,9 @@ def rms_over_welch(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tens
 
 def effective_rank(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*stack"]:
     """exp(−Σ p log p) of the normalised singular values p = σ / Σσ (Roy & Vetterli 2007); 0 for W = 0."""
-    sigma = torch.linalg.svdvals(W)
+    # Of a tall matrix, by the eigenvalues of W^T W: as exact as an entropy needs, at a fraction of the cost.
+    tall = W.shape[-2] > 4 * W.shape[-1]
+    sigma = torch.linalg.eigvalsh(W.mT @ W).clamp(min=0).sqrt() if tall else torch.linalg.svdvals(W)
     total = sigma.sum(-1, keepdim=True)
     entropy = torch.special.entr(sigma / total.where(total > 0, 1)).sum(-1)
     return entropy.exp() * (total.squeeze(-1) > 0)
@@ -149,18 +167,37 @@ def polytopes(
     the shape whose cosines match, within `tolerance`, those that each vertex sees; else it is "other". An
     exact square is a pair of orthogonal digons, reported as such; a "square" is one whose diagonals lean.
     """
-    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415 (a slow import)
-
     chosen = represented(W).nonzero().squeeze(1)
-    gram = cosines(W.detach()[chosen]).cpu()
-    n_groups, group = connected_components((gram.abs() > threshold).numpy(), directed=False)
-    members = [torch.from_numpy(group == g).nonzero().squeeze(1) for g in range(n_groups)]
-    return [Polytope(_kind(gram[g][:, g], tolerance), tuple(chosen[g].tolist())) for g in members]
+    unit = unit_rows(W.detach()[chosen])
+    group = _components(unit, threshold)
+    order = group.argsort(stable=True)
+    members = order.split(group.bincount().tolist()) if len(order) else ()
+    return [Polytope(_kind(unit[g], tolerance), tuple(chosen[g].tolist())) for g in members]
 
 
-def _kind(gram: Float[Tensor, "n n"], tolerance: float) -> str:
-    """The shape whose vertices all see these cosines."""
-    seen = gram.sort(dim=1).values[:, :-1]  # the last is the vertex itself, at cosine 1
+def _components(unit: Float[Tensor, "n d"], threshold: float) -> Int[Tensor, " n"]:
+    """The connected component of each row, where |cosines| above the threshold are edges; numbered by first row."""
+    from scipy.sparse import coo_array  # noqa: PLC0415 (a slow import)
+    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
+
+    n = len(unit)
+    label = np.arange(n)
+    for rows in _blocks(n):
+        near = (unit[rows] @ unit[rows.start :].T).abs_() > threshold
+        i, j = (index.cpu().numpy() + rows.start for index in near.nonzero(as_tuple=True))
+        # What is known so far: each row is tied to the row that its component is named after.
+        i, j = np.concatenate([i, np.arange(n)]), np.concatenate([j, label])
+        _, component = connected_components(coo_array((np.ones(len(i), bool), (i, j)), (n, n)), directed=False)
+        _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
+        label = first[inverse]
+    return torch.from_numpy(np.unique(label, return_inverse=True)[1])
+
+
+def _kind(unit: Float[Tensor, "n d"], tolerance: float) -> str:
+    """The shape whose vertices all see the cosines that these do."""
+    if len(unit) > max(len(seen) for seen in POLYTOPES.values()) + 1:
+        return "other"
+    seen = (unit @ unit.T).cpu().sort(dim=1).values[:, :-1]  # the last is the vertex itself, at cosine 1
     for kind, cosines_of_vertex in POLYTOPES.items():
         if len(cosines_of_vertex) == seen.shape[1]:
             difference = (seen - torch.tensor(cosines_of_vertex, dtype=seen.dtype)).abs()

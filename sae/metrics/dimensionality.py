@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from math import isfinite
 
 import torch
@@ -15,6 +16,7 @@ from toymodels import geometry
 from toymodels.streams import generator
 
 N_RANDOM_MATRICES = 4
+FLOAT64_ENTRIES = 2**20
 
 
 def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
@@ -33,7 +35,7 @@ def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
     Beside each stand `<name>_chance` and `<name>_chance_sd`, of random directions with these norms.
     What is undefined (the Welch ratios for n <= m, D* of zeros) is left out. `seed` drives chance alone.
     """
-    rows = as_tensor(W).double()
+    rows = _precise(as_tensor(W))
     return beside_chance(_geometry(rows), [_geometry(random) for random in _random_directions(rows, seed)], {})
 
 
@@ -47,7 +49,7 @@ def dimensionality_against_truth(
     """
     learned, norms = directions(W_dec)
     usable = norms > 0
-    learned = learned[usable if alive is None else torch.as_tensor(alive, device=usable.device) & usable]
+    learned = _precise(learned[usable if alive is None else torch.as_tensor(alive, device=usable.device) & usable])
     scores, true = _geometry(learned), _geometry(directions(truth)[0])
     draws = [_geometry(random) for random in _random_directions(learned, seed)]
     both = {name: scores[name] - true[name] for name in scores if name in true}
@@ -73,11 +75,15 @@ def _geometry(W: Float[Tensor, "n_features d_hidden"]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if isfinite(value)} | counts
 
 
-def _random_directions(W: Float[Tensor, "n d"], seed: int) -> list[Float[Tensor, "n d"]]:
-    """Rows of the same norms in independent directions, uniform on the sphere."""
-    draws = []
+def _precise(W: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """In float64, or in float32 where a dictionary is so large that its Gram matrix would take minutes."""
+    return W.to(torch.float64 if W.numel() <= FLOAT64_ENTRIES else torch.float32)
+
+
+def _random_directions(W: Float[Tensor, "n d"], seed: int) -> Iterator[Float[Tensor, "n d"]]:
+    """Rows of the same norms in independent directions, uniform on the sphere; one matrix at a time."""
+    norms = geometry.norms(W)[:, None]
     for draw in range(N_RANDOM_MATRICES):
         stream = generator(seed, "metrics", "random directions", draw)
-        random = torch.randn(W.shape, generator=stream, dtype=torch.float64).to(W.device)
-        draws.append(geometry.unit_rows(random) * geometry.norms(W)[:, None])
-    return draws
+        random = torch.randn(W.shape, generator=stream, dtype=W.dtype).to(W.device)
+        yield geometry.unit_rows(random).mul_(norms)

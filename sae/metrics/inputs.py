@@ -30,6 +30,18 @@ def as_tensor(x: Matrix) -> Float[Tensor, "_rows _columns"]:
     return x.float() if x.itemsize < 4 else x
 
 
+def row_norms(W: Matrix) -> Float[Tensor, " _rows"]:
+    """|W_i| in float64, without a copy of W in it.
+
+    Raises:
+        ValueError: a row holds nan or inf.
+    """
+    norms = torch.linalg.vector_norm(as_tensor(W), dim=1, dtype=torch.float64)
+    if len(bad := (~norms.isfinite()).nonzero()):
+        raise ValueError(f"rows must be finite directions, row {int(bad[0])} holds nan or inf; drop that row")
+    return norms
+
+
 def directions(W: Matrix) -> tuple[Float[Tensor, "_rows _columns"], Float[Tensor, " _rows"]]:
     """Rows of norm 1 in float64, and the norms they had; a zero row stays zero.
 

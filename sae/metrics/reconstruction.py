@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae.codes import SparseCodes
 from sae.metrics.co_statistics import ratio
-from sae.metrics.inputs import Matrix, as_codes, as_tensor, column_sums, directions, firing_counts
+from sae.metrics.inputs import Matrix, as_codes, as_tensor, column_sums, firing_counts, row_norms
 
 # A latent that fires on more than this share of the samples is dense.
 DENSE_ABOVE = 0.1
@@ -86,7 +86,7 @@ class Reconstruction:
     """
 
     def __init__(self, W_dec: Matrix, firing_threshold: float = 0.0) -> None:
-        self.decoder_norms = directions(W_dec)[1]
+        self.decoder_norms = row_norms(W_dec)
         device = self.decoder_norms.device
         self.firing_threshold, self.n_samples = firing_threshold, 0
         self.mean_x = torch.zeros(W_dec.shape[1], dtype=torch.float64, device=device)
