@@ -58,9 +58,10 @@ def aux_k(
 
 
 def total_variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
-    """s = E|x - mean x|^2, in float64."""
-    centred = x.double() - x.double().mean(dim=0)
-    return centred.square().sum(dim=1).mean()
+    """s = E|x - mean x|^2, in float64; a float64 copy of x exists in pieces alone."""
+    parts = x.split(8192)
+    mean = torch.stack([part.sum(dim=0, dtype=torch.float64) for part in parts]).sum(dim=0) / len(x)
+    return torch.stack([(part - mean).square().sum() for part in parts]).sum() / len(x)
 
 
 def geometric_median(x: Float[Tensor, "batch d"], n_steps: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:

@@ -17,6 +17,8 @@ from toymodels.streams import generator
 
 N_RANDOM_MATRICES = 4
 FLOAT64_ENTRIES = 2**20
+# So many directions all touch one another in some chain: there are no polytopes to count.
+POLYTOPE_ROWS = 4096
 
 
 def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
@@ -30,7 +32,7 @@ def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
         participation_ratio      (Σλ)² / Σλ² of the squared singular values
         coherence_over_welch     max_{i≠j} |Ŵ_i · Ŵ_j| / √((n − m) / (m (n − 1)))
         rms_over_welch           the root mean square of the same cosines over the same bound
-        polytope_<kind>          how many connected components of |Ŵ_i · Ŵ_j| > .1 have that shape
+        polytope_<kind>          how many connected components of |Ŵ_i · Ŵ_j| > .1 have that shape, n <= 4096
 
     Beside each stand `<name>_chance` and `<name>_chance_sd`, of random directions with these norms.
     What is undefined (the Welch ratios for n <= m, D* of zeros) is left out. `seed` drives chance alone.
@@ -70,9 +72,12 @@ def _geometry(W: Float[Tensor, "n_features d_hidden"]) -> dict[str, float]:
         "coherence_over_welch": geometry.coherence_over_welch(W),
         "rms_over_welch": geometry.rms_over_welch(W),
     }
+    measured = {name: float(value) for name, value in values.items() if isfinite(value)}
+    if len(W) > POLYTOPE_ROWS:
+        return measured
     kinds = Counter(polytope.kind for polytope in geometry.polytopes(W))
     counts = {f"polytope_{kind.replace(' ', '_')}": float(kinds[kind]) for kind in (*geometry.POLYTOPES, "other")}
-    return {name: float(value) for name, value in values.items() if isfinite(value)} | counts
+    return measured | counts
 
 
 def _precise(W: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
