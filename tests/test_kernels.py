@@ -207,6 +207,36 @@ def test_positive(name, batch, d_in, d_sae, data, seed):
         assert judge.positive(scores(judge, x, state), n - 1) is None
 
 
+@pytest.mark.parametrize("name", ["native", "exact"])
+@pytest.mark.parametrize("factor", [1e-12, 1e-3, 0.3, 3, 50, 1e3, 1e12])
+def test_the_last_batch_only_helps_to_guess(name, factor):
+    x, state = case("spread", 37, 13, 257)
+    state.b_enc.zero_()
+    state.b_dec.zero_()
+    kernels, fresh = make(name), make(name)
+    first = kernels.batch_top_k(scores(kernels, x, state), 97)
+    assert len(first.values) == 97
+    codes = kernels.batch_top_k(scores(kernels, factor * x, state), 97)
+    expected = fresh.batch_top_k(scores(fresh, factor * x, state), 97)
+    assert codes is not None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(codes, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["native", "exact"])
+def test_a_batch_whose_first_rows_tell_nothing_of_the_others(name):
+    # The first guess looks at every third of 200 rows: here none of them fires.
+    x, state = case("spread", 200, 7, 61)
+    state.encoder.abs_()
+    state.b_dec.zero_()
+    state.b_enc.zero_()
+    x = x.abs()
+    x[::3] *= -1
+    kernels, judge = make(name), Reference()
+    codes = kernels.batch_top_k(scores(kernels, x, state), 100)
+    assert codes is not None
+    same_codes(codes, judge.batch_top_k(scores(judge, x, state), 100), pre_latents(x, state))
+
+
 def test_a_tie_too_wide_for_its_slots_is_refused():
     x, state = case("tied", 37, 7, 61)
     state.encoder.copy_(state.encoder[:1].expand_as(state.encoder))

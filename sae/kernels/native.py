@@ -24,6 +24,8 @@ BLOCK = 64
 # A batch's cut is close to the last one's: nearly all that reaches this share of it belongs to the n largest.
 GUESS = 0.97
 MAX_GUESSES = 40
+# Where the search begins when some rows tell nothing of the cut.
+SMALLEST = 1e-37
 # Slots for each code that is asked for: room for what a guess lets in.
 SCREENED = 4
 
@@ -145,15 +147,21 @@ class Native:
 
         The last batch's cut makes the first guess; what is found depends on it, what is kept of that does not.
         """
-        low, high, guess = 0.0, float("inf"), GUESS * (self._cut or self._cut_of_some_rows(scores, n, sign))
+        low, high, guess = 0.0, math.inf, GUESS * (self._cut or self._cut_of_some_rows(scores, n, sign))
         for attempt in range(MAX_GUESSES):
             found = self._at_least(scores, guess, SCREENED * n, sign)
             if found.total > SCREENED * n:
-                low, guess = guess, (guess + high) / 2 if high < float("inf") else max(1.1 * guess, 1e-30)
+                low = max(guess, SMALLEST)
             elif found.total < n and guess > 0:
-                high, guess = guess, low + 0.8 * (guess - low) if attempt < MAX_GUESSES // 2 else low
+                high = guess
             else:
                 return found
+            if low > 0 and high < math.inf:
+                guess = math.sqrt(low) * math.sqrt(high)
+            elif low > 0:  # in steps that grow: this batch may be of another scale
+                guess = low * 1.1 ** (2 ** min(attempt, 10))
+            else:
+                guess = high * 0.8 ** (2**attempt) if attempt < 8 else 0.0
         return None
 
     def _cut_of_some_rows(self, scores: Scores, n: int, sign: int) -> float:
