@@ -584,6 +584,10 @@ def test_auto_is_bf16_where_that_is_fast(units, monkeypatch, caplog):
     assert ("bf16 products are emulated, and slower" in caplog.text) is not units
 
 
+def test_types_that_c_does_not_know_go_to_torch():
+    assert choose(CPU, torch.float16).name == "torch"
+
+
 # The build
 
 

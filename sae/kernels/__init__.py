@@ -50,7 +50,7 @@ def choose(
     resolved = _resolve(precision, device, name)
     if name == "reference":
         kernels = Reference()
-    elif name == "torch" or (name == "auto" and device.type != "cpu"):
+    elif name == "torch" or (name == "auto" and not (device.type == "cpu" and dtype in REALS)):
         kernels = Plain(resolved)
     elif device.type != "cpu" or dtype not in REALS:
         raise UsageError(f"native kernels need a CPU and float32 or float64, not {device.type} and {dtype}; use auto")
