@@ -606,7 +606,7 @@ def compiler(path, *lines: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("says", ["", "echo 'native.c:1: error: no' >&2"])
+@pytest.mark.parametrize("says", ["", "echo cannot >&2; echo go on >&2", "echo 'native.c:1: error: no' >&2"])
 def test_without_a_working_compiler(says, fresh_cache, monkeypatch, caplog):
     monkeypatch.setenv("CC", compiler(fresh_cache / "broken", says, "exit 1") if says else "/bin/false")
     with pytest.raises(UsageError, match=r"cannot be built: .* failed: .*; use train\.kernels auto") as raised:

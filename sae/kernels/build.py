@@ -89,5 +89,5 @@ def _compile(compiler: str, real: str, target: Path) -> None:
 def _run(command: list[str]) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        reason = next((line for line in ended.stderr.splitlines() if "error" in line), ended.stderr.strip())
-        raise CannotBuild(f"{command[0]} failed: {reason or f'exit code {ended.returncode}'}")
+        said = ended.stderr.splitlines() or [f"exit code {ended.returncode}"]
+        raise CannotBuild(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[0])}")
