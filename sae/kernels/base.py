@@ -42,10 +42,13 @@ class Scores(NamedTuple):
     product: Float[Tensor, "batch d_sae"]
     bias: Float[Tensor, " d_sae"]
     encoder: Float[Tensor, "d_sae d_in"]
+    x: Float[Tensor, "batch d_in"] | None = None
+    """Given where the product only screens: what is decided and passed on is computed again from these."""
 
     def pre_latents(self) -> Float[Tensor, "batch d_sae"]:
         """The sum, in the bias's type."""
-        return self.product.to(self.bias.dtype) + self.bias
+        product = self.product.to(self.bias.dtype) if self.x is None else self.x @ self.encoder.T
+        return product + self.bias
 
 
 class Decoded(NamedTuple):

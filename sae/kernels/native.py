@@ -101,6 +101,7 @@ class Native:
         if self.precision == "exact":
             norms = torch.linalg.vector_norm(x, dim=1, out=self._buffer("x_slack", shape[:1]))
             norms.mul_(slack(x.shape[1]))
+            return Scores(product, state.b_enc, state.encoder, x)
         return Scores(product, state.b_enc, state.encoder)
 
     # -------------------------------------------------------------------------------------------------- codes
@@ -198,7 +199,8 @@ class Native:
         return Codes(offsets, latents[:n], values[:n])
 
     def _rescore(self, scores: Scores, found: Found) -> None:
-        x, encoder = self._buffers["x"], scores.encoder
+        x, encoder = scores.x, scores.encoder
+        assert x is not None
         self._call("rescore", *found[:3], x, encoder, scores.bias, *x.shape, found.values)
 
     # -------------------------------------------------------------------------------------- decoder, gradients
