@@ -23,7 +23,7 @@ from toymodels.features import FeatureBatch
 
 CHUNK_ROWS = 4096
 # Pre-latents that exist together, at most: an evaluation should need less memory than the training before it.
-CHUNK_ENTRIES = 2**23
+CHUNK_ENTRIES = 2**21
 
 
 @runtime_checkable

@@ -576,9 +576,9 @@ def test_auto_is_bf16_where_that_is_fast(units, monkeypatch, caplog):
         kernels = choose(CPU, torch.float32)
     assert (kernels.name, kernels.precision) == ("native", "bf16" if units else "fp32")
     assert f"kernels: native, products in {kernels.precision}, on cpu" in caplog.text
-    # Kernels asked for by name do as they say.
-    for name in ("native", "torch", "reference"):
-        assert choose(CPU, torch.float32, name).precision == "fp32"
+    assert choose(CPU, torch.float32, "torch").precision == kernels.precision
+    # The judge does not round, and who trains in float64 wants no rounding either.
+    assert choose(CPU, torch.float32, "reference").precision == choose(CPU, torch.float64).precision == "fp32"
     caplog.clear()
     choose(CPU, torch.float32, "native", "bf16")
     assert ("bf16 products are emulated, and slower" in caplog.text) is not units
@@ -609,7 +609,9 @@ def compiler(path, *lines: str) -> str:
 @pytest.mark.parametrize("says", ["", "echo cannot >&2; echo go on >&2", "echo 'native.c:1: error: no' >&2"])
 def test_without_a_working_compiler(says, fresh_cache, monkeypatch, caplog):
     monkeypatch.setenv("CC", compiler(fresh_cache / "broken", says, "exit 1") if says else "/bin/false")
-    with pytest.raises(UsageError, match=r"cannot be built: .* failed: .*; use train\.kernels auto") as raised:
+    with pytest.raises(
+        UsageError, match=r"native needs native kernels, which cannot be built: .* failed: .*; use auto"
+    ) as raised:
         choose(CPU, torch.float32, "native")
     assert "\n" not in str(raised.value)
     with caplog.at_level(logging.INFO, "sae"):
@@ -621,6 +623,20 @@ def test_without_a_working_compiler(says, fresh_cache, monkeypatch, caplog):
     assert "\n" not in warning.message
     assert chosen.message == "kernels: torch, products in fp32, on cpu"
     assert not list((fresh_cache / "sae").glob("*.so"))
+
+
+def test_exact_without_a_compiler_says_what_is_missing(fresh_cache, monkeypatch):
+    monkeypatch.setenv("CC", "/bin/false")
+    with pytest.raises(UsageError, match=r"precision exact needs native kernels, which cannot be built"):
+        choose(CPU, torch.float32, "auto", "exact")
+
+
+def test_the_compiler_that_cc_names_is_the_one(fresh_cache, monkeypatch):
+    monkeypatch.setenv("CC", "nonesuch-cc -O2")
+    with pytest.raises(UsageError, match="CC names 'nonesuch-cc', which is not there"):
+        choose(CPU, torch.float32, "native")
+    monkeypatch.setenv("CC", "env LANG=C cc")
+    assert choose(CPU, torch.float32, "native").name == "native"
 
 
 @pytest.mark.usefixtures("fresh_cache")

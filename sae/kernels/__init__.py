@@ -47,7 +47,7 @@ def choose(
         UsageError: those asked for by name cannot work here.
     """
     kernels: Kernels | None = None
-    resolved = _resolve(precision, device, name)
+    resolved = _resolve(precision, device, dtype, name)
     if name == "reference":
         kernels = Reference()
     elif name == "torch" or (name == "auto" and not (device.type == "cpu" and dtype in REALS)):
@@ -58,18 +58,19 @@ def choose(
         try:
             kernels = Native(dtype, resolved)
         except CannotBuild as error:
-            if name == "native":
-                raise UsageError(f"native kernels cannot be built: {error}; use train.kernels auto") from error
-            resolved = _resolve(precision, device, "torch")
+            if name == "native" or resolved == "exact":
+                what = "precision exact" if resolved == "exact" else "train.kernels native"
+                raise UsageError(f"{what} needs native kernels, which cannot be built: {error}; use auto") from error
             logger.warning("training will be slower: native kernels cannot be built (%s); torch is used", error)
             kernels = Plain(resolved)
     logger.info("kernels: %s, products in %s, on %s", kernels.name, kernels.precision, device)
     return kernels
 
 
-def _resolve(precision: PrecisionName, device: torch.device, name: KernelName) -> Precision:
+def _resolve(precision: PrecisionName, device: torch.device, dtype: torch.dtype, name: KernelName) -> Precision:
     if precision == "auto":
-        return "bf16" if name == "auto" and device.type == "cpu" and has_bf16_units(device) else "fp32"
+        worth_it = dtype == torch.float32 and device.type == "cpu" and has_bf16_units(device)
+        return "bf16" if worth_it and name != "reference" else "fp32"
     if name == "reference" and precision != "fp32":
         raise UsageError(f"the reference kernels compute in fp32, not {precision}; leave train.precision at auto")
     if precision == "exact" and (name == "torch" or device.type != "cpu"):

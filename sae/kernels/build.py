@@ -42,12 +42,15 @@ def library(real: str) -> ctypes.CDLL:
         raise CannotBuild(f"{target} cannot be loaded: {error}") from error
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
-        if path:
-            return path
-    raise CannotBuild("no C compiler found (cc, gcc, clang, or the one that CC names)")
+def _compiler() -> list[str]:
+    """CC, which may bring arguments (`ccache gcc`), or what is found under the usual names."""
+    named = shlex.split(os.environ.get("CC", ""))
+    if named and shutil.which(named[0]) is None:
+        raise CannotBuild(f"CC names {named[0]!r}, which is not there; correct it or unset CC")
+    found = [named] if named else [[path] for path in map(shutil.which, ("cc", "gcc", "clang")) if path]
+    if not found:
+        raise CannotBuild("no C compiler found (cc, gcc or clang; CC may name another)")
+    return found[0]
 
 
 def _folder() -> Path:
@@ -55,10 +58,17 @@ def _folder() -> Path:
     return Path(root) / "sae"
 
 
-def _fingerprint(compiler: str, real: str) -> str:
+def _fingerprint(compiler: list[str], real: str) -> str:
     """What the binary depends on: source, flags, compiler, and the processor that -march=native means."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [SOURCE.read_bytes(), FLAGS.encode(), compiler.encode(), version, real.encode(), _processor().encode()]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    parts = [
+        SOURCE.read_bytes(),
+        FLAGS.encode(),
+        " ".join(compiler).encode(),
+        version,
+        real.encode(),
+        _processor().encode(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -70,7 +80,7 @@ def _processor() -> str:
     return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
 
 
-def _compile(compiler: str, real: str, target: Path) -> None:
+def _compile(compiler: list[str], real: str, target: Path) -> None:
     """Compiles and links apart: linked with -fopenmp, the library would bring an OpenMP runtime beside torch's own,
     and the two teams of threads would fight for the cores."""
     is_double = int(real == "double")
@@ -79,8 +89,8 @@ def _compile(compiler: str, real: str, target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
             what = [f"-DREAL={real}", f"-DREAL_IS_DOUBLE={is_double}", "-c", str(SOURCE), "-o", str(built)]
-            _run([compiler, *shlex.split(FLAGS), *what])
-            _run([compiler, "-shared", "-o", str(linked), str(built), "-lm"])
+            _run([*compiler, *shlex.split(FLAGS), *what])
+            _run([*compiler, "-shared", "-o", str(linked), str(built), "-lm"])
             os.replace(linked, target)
     except OSError as error:
         raise CannotBuild(f"cannot write {target}: {error.strerror or error}") from error
