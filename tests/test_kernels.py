@@ -609,6 +609,7 @@ def compiler(path, *lines: str) -> str:
 @pytest.mark.parametrize("says", ["", "echo cannot >&2; echo go on >&2", "echo 'native.c:1: error: no' >&2"])
 def test_without_a_working_compiler(says, fresh_cache, monkeypatch, caplog):
     monkeypatch.setenv("CC", compiler(fresh_cache / "broken", says, "exit 1") if says else "/bin/false")
+    monkeypatch.setattr("sae.kernels.has_bf16_units", lambda device: False)
     with pytest.raises(
         UsageError, match=r"native needs native kernels, which cannot be built: .* failed: .*; use auto"
     ) as raised:
