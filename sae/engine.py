@@ -20,7 +20,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import losses
-from sae.kernels import SPARSE_SHARE, Codes, KernelName, Now, PrecisionName, Rows, State, choose, products
+from sae.kernels import (
+    SPARSE_SHARE,
+    Buffers,
+    Codes,
+    KernelName,
+    Now,
+    PrecisionName,
+    Rows,
+    State,
+    blocks,
+    choose,
+    products,
+)
 from sae.model import SAE
 from sae.optim import adam
 from sae.sparsifiers import Sparsifier
@@ -54,6 +66,7 @@ class Engine:
         self.optimizer = adam(own) if own else None
         self.by_autograd = type(sae.sparsifier).penalty is not Sparsifier.penalty
         self.dense = sae.sparsifier.passes_positive
+        self.buffer = Buffers(sae.W_dec.dtype, sae.W_dec.device)
         self.l0 = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
 
     @torch.no_grad()
@@ -85,22 +98,35 @@ class Engine:
         return Terms(decoded.squares.mean(), auxiliary, weight * decoded.code_sums.mean(), l0)
 
     def _dense(self, x: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
-        """z = max(0, pre) with most of z positive: five dense products."""
+        """z = max(0, pre) with most of z positive: five dense products, a block of rows at a time."""
         kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.l1_coefficient * sparsity
-        cost = weight / len(x)
-        with products(self.kernels.precision):
-            z = kernels.relu(x, state)
-            residual = z.values @ state.W_dec - x
-            gradient = residual * (2 / len(x))
+        cost, buffer = weight / len(x), self.buffer
+        rows = Rows(None, buffer("encoder", state.encoder.shape), buffer("W_dec", state.W_dec.shape), x.new_zeros(0))
+        gradient, squares, code_sum = buffer("gradient", x.shape), x.new_zeros(()), x.new_zeros(())
+        bias, charged = torch.zeros_like(state.b_enc), torch.zeros_like(state.b_enc)
+        firing = torch.zeros_like(state.silent_samples)
+        with products(kernels.precision):
+            for block in blocks(len(x), self.sae.d_sae):
+                part, keep = x[block], float(block.start > 0)
+                z = kernels.relu(part, state)
+                residual = torch.mm(z.values, state.W_dec, out=gradient[block]).sub_(part)
+                squares += residual.square().sum()
+                own = residual.mul_(2 / len(x))
+                through = torch.mm(own, state.W_dec.T, out=buffer("through", tuple(z.values.shape)))
+                masked, g_bias = kernels.relu_backward(through, z, state, cost)
+                torch.addmm(rows.encoder, masked.T, part, beta=keep, out=rows.encoder)
+                torch.addmm(rows.W_dec, z.values.T, own, beta=keep, out=rows.W_dec)
+                bias += g_bias
+                firing += z.firing
+                code_sum += z.code_sums.sum()
+                if not state.unit_norm:
+                    charged += z.values.sum(dim=0)
             auxiliary, extra = self._auxiliary(x, gradient, dead)
-            masked, bias = kernels.relu_backward(gradient @ state.W_dec.T, z, state, cost)
-            rows = Rows(None, masked.T @ x, z.values.T @ gradient, bias)
         if not state.unit_norm:
-            charge = cost * z.values.sum(dim=0) / state.norms.clamp_min(1e-12)
-            rows.W_dec.addcmul_(charge[:, None], state.W_dec)
-        kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=z.firing)
-        squares = residual.square().sum(dim=1)
-        return Terms(squares.mean(), auxiliary, weight * z.code_sums.mean(), z.firing.sum() / len(x))
+            rows.W_dec.addcmul_((cost * charged / state.norms.clamp_min(1e-12))[:, None], state.W_dec)
+        rows = _with(rows._replace(b_enc=bias), extra)
+        kernels.update_(state, now, x, gradient, extra=rows, firing=firing)
+        return Terms(squares / len(x), auxiliary, cost * code_sum, firing.sum() / len(x))
 
     def _by_autograd(self, x: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
@@ -148,6 +174,7 @@ class Engine:
                 "step %d: %.1f %% of latents fire, steps go %s", step, 100 * share, "dense" if dense else "sparse"
             )
             self.dense = dense
+            self.buffer.kept.clear()
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on: tensors, and plain values."""

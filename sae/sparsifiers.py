@@ -86,7 +86,7 @@ class ReLU(Sparsifier):
         self.l1_coefficient = l1_coefficient
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
-        batch, d_sae = scores.product.shape
+        batch, d_sae = scores.shape
         return kernels.positive(scores, capacity(batch, d_sae, kernels.precision))
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
@@ -165,7 +165,7 @@ class BatchTopK(Sparsifier):
         self.register_buffer("threshold", torch.tensor(torch.nan))
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
-        return kernels.batch_top_k(scores, self._n_codes(len(scores.product)))
+        return kernels.batch_top_k(scores, self._n_codes(len(scores.x)))
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         n = min(self._n_codes(len(pre_latents)), pre_latents.numel())

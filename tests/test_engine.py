@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sae import SAE, SAEConfig, SparseCodes, Sparsifier, TrainConfig, checkpoint
 from sae.engine import Engine, Terms
-from sae.kernels import SPARSE_SHARE, Now, capacity
+from sae.kernels import SPARSE_SHARE, Now, blocks, capacity
 from sae.kernels.base import BETA1, BETA2, WEIGHTS
 from sae.trainer import Trainer
 
@@ -199,6 +199,19 @@ def test_a_hundred_steps(case, unit_norm, kernels, precision):
     terms, _ = hundred_steps(with_unit(engine), lambda: engine.state.silent_samples)
     torch.testing.assert_close(terms.mse, expected.mse, rtol=1e-8, atol=0)
     same_weights(engine, judge, 1e-8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "exact"])
+@both_decoders
+@every_case
+def test_blocks_of_rows_give_the_same_step(case, unit_norm, precision, monkeypatch):
+    monkeypatch.setattr("sae.kernels.base.BLOCK_ENTRIES", 4 * D_SAE)
+    assert [block.stop - block.start for block in blocks(BATCH, D_SAE)] == [4] * 9 + [1]
+    sae = make_sae(case, unit_norm)
+    engine, judge = make_engine(case, sae, "native", precision), Judge(sae)
+    for step, x in enumerate(batches(2), 1):
+        same_terms(*(by(x, Now(RATE, step), 0.7, torch.tensor([2, 60, 69])) for by in (with_unit(engine), judge.step)))
+    same_weights(engine, judge, 1e-10)
 
 
 def test_the_last_batch_may_be_smaller():

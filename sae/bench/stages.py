@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sae.bench import ours
@@ -27,23 +27,32 @@ class Stage:
 
 
 class Stopwatch:
-    """Kernels whose every call is timed, by the name of the stage."""
+    """Kernels whose every call is timed, by the name of the stage; a stage inside another counts for itself."""
 
     def __init__(self, kernels: Any, synchronise: Callable[[], object]) -> None:
         self.kernels, self.synchronise = kernels, synchronise
         self.seconds: dict[str, float] = defaultdict(float)
+        self.inner = 0.0
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.kernels, name)
-        if not callable(found):
-            return found
+        return self._timed(name, found) if callable(found) else found
 
+    def scores(self, *args: Any) -> Any:
+        """The product is made when the selection asks for its rows."""
+        scores = self._timed("scores", self.kernels.scores)(*args)
+        return replace(scores, product=self._timed("scores", scores.product))
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:
             self.synchronise()
+            outer, self.inner = self.inner, 0.0
             began = time.perf_counter()
-            result = found(*args, **options)
+            result = function(*args, **options)
             self.synchronise()
-            self.seconds[name] += time.perf_counter() - began
+            took = time.perf_counter() - began
+            self.seconds[name] += took - self.inner
+            self.inner = outer + took
             return result
 
         return timed

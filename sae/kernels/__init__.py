@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from sae.errors import UsageError
-from sae.kernels.base import SPARSE_SHARE, Codes, Kernels, Now, Rows, Scores, State, capacity
+from sae.kernels.base import SPARSE_SHARE, Buffers, Codes, Kernels, Now, Rows, Scores, State, blocks, capacity
 from sae.kernels.build import CannotBuild
 from sae.kernels.native import REALS, Native
 from sae.kernels.plain import Plain
@@ -20,6 +20,7 @@ from sae.kernels.reference import Reference
 
 __all__ = [
     "SPARSE_SHARE",
+    "Buffers",
     "Codes",
     "KernelName",
     "Kernels",
@@ -28,6 +29,7 @@ __all__ = [
     "Rows",
     "Scores",
     "State",
+    "blocks",
     "capacity",
     "choose",
     "products",

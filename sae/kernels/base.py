@@ -6,7 +6,8 @@ z W_dec - x, and b_dec appears in no product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,6 +22,8 @@ WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
 # Codes count as sparse when less than this share of them fires: where the sparse step begins to win. With bf16 units
 # dense products cost little, so that codes must be sparser.
 SPARSE_SHARE: dict[Precision, float] = {"fp32": 1 / 12, "exact": 1 / 12, "bf16": 1 / 40}
+# Pre-latents that exist together, at most.
+BLOCK_ENTRIES = 2**23
 # Slots of sparse codes for each code at that share; a batch that needs more is computed densely.
 HEADROOM = 2
 
@@ -36,19 +39,56 @@ class Codes(NamedTuple):
     values: Float[Tensor, " slots"]
 
 
-class Scores(NamedTuple):
-    """Pre-latents x W_enc + b_enc, the bias not yet added: selection adds it on the fly."""
+@dataclass(frozen=True)
+class Scores:
+    """Pre-latents x W_enc + b_enc, a block of rows at a time: a whole batch of them is the largest thing in a step.
 
-    product: Float[Tensor, "batch d_sae"]
-    bias: Float[Tensor, " d_sae"]
+    The bias is not in the product yet; selection adds it on the fly.
+    """
+
+    x: Float[Tensor, "batch d_in"]
     encoder: Float[Tensor, "d_sae d_in"]
-    x: Float[Tensor, "batch d_in"] | None = None
-    """Given where the product only screens: what is decided and passed on is computed again from these."""
+    bias: Float[Tensor, " d_sae"]
+    product: Callable[[slice], Tensor]
+    """x W_enc of some rows; good until it is called again."""
+    screens: bool = False
+    """The product only screens: what is decided and passed on is computed again from x."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[batch, d_sae]."""
+        return len(self.x), len(self.encoder)
 
     def pre_latents(self) -> Float[Tensor, "batch d_sae"]:
-        """The sum, in the bias's type."""
-        product = self.product.to(self.bias.dtype) if self.x is None else self.x @ self.encoder.T
-        return product + self.bias
+        """All of them, with the bias, in its type."""
+        product = self.x @ self.encoder.T if self.screens else self.product(slice(None))
+        return product.to(self.bias.dtype) + self.bias
+
+
+def blocks(batch: int, d_sae: int) -> Iterator[slice]:
+    """Rows whose pre-latents exist together, in blocks of about the same size."""
+    n = -(-batch * d_sae // BLOCK_ENTRIES)
+    size = max(-(-batch // max(n, 1)), 1)
+    return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
+
+
+class Buffers:
+    """Memory that is asked for once and used in every step: fresh pages cost as much as the work on them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Memory of this name and shape; its contents are whatever was there."""
+        size, kept = math.prod(shape), self.kept.get(name)
+        if kept is not None and kept.shape == shape:
+            return kept
+        if kept is None or kept.untyped_storage().nbytes() < size * kept.element_size():
+            kept = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+        whole = kept.new_empty(0).set_(kept.untyped_storage())
+        self.kept[name] = whole[:size].view(shape)
+        return self.kept[name]
 
 
 class Decoded(NamedTuple):

@@ -14,7 +14,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.base import BETA1, BETA2, EPSILON, Codes, Decoded, DenseCodes, Now, Rows, Scores, State
+from sae.kernels.base import (
+    BETA1,
+    BETA2,
+    EPSILON,
+    Buffers,
+    Codes,
+    Decoded,
+    DenseCodes,
+    Now,
+    Rows,
+    Scores,
+    State,
+    blocks,
+)
 from sae.kernels.build import library
 from sae.kernels.precision import Precision, slack
 
@@ -57,6 +70,20 @@ class Found(NamedTuple):
     total: int
 
 
+class Block(NamedTuple):
+    """Some rows of a batch's scores."""
+
+    scores: Scores
+    rows: slice
+    product: Float[Tensor, "rows d_sae"]
+
+    @classmethod
+    def whole(cls, scores: Scores) -> Block:
+        """All rows."""
+        rows = slice(0, len(scores.x))
+        return cls(scores, rows, scores.product(rows))
+
+
 class Native:
     """The fast version for CPUs.
 
@@ -72,7 +99,7 @@ class Native:
         self._library = library(real)
         self._library.at_least.restype = c_long
         self._library.nth_largest.restype = self._real
-        self._buffers: dict[str, Tensor] = {}
+        self._buffer = Buffers(dtype, torch.device("cpu"))
         self._cut = 0.0
 
     # ------------------------------------------------------------------------------------------------ encoder
@@ -93,64 +120,74 @@ class Native:
         return out
 
     def scores(self, x: Tensor, state: State) -> Scores:
-        shape = (len(x), len(state.encoder))
-        if self.precision == "fp32":
-            return Scores(torch.mm(x, state.encoder.T, out=self._buffer("scores", shape)), state.b_enc, state.encoder)
-        product = self._buffer("scores_rounded", shape, torch.bfloat16)
-        torch.mm(self._buffers["x_rounded"], self._buffers["encoder_rounded"].T, out=product)
         if self.precision == "exact":
-            norms = torch.linalg.vector_norm(x, dim=1, out=self._buffer("x_slack", shape[:1]))
+            norms = torch.linalg.vector_norm(x, dim=1, out=self._buffer("x_slack", (len(x),)))
             norms.mul_(slack(x.shape[1]))
-            return Scores(product, state.b_enc, state.encoder, x)
-        return Scores(product, state.b_enc, state.encoder)
+        fp32 = self.precision == "fp32"
+        left = x if fp32 else self._buffer("x_rounded", x.shape, torch.bfloat16)
+        right = state.encoder if fp32 else self._buffer("encoder_rounded", state.encoder.shape, torch.bfloat16)
+
+        def product(rows: slice) -> Tensor:
+            part = left[rows]
+            out = self._buffer(f"scores_{self.precision}", (len(part), len(right)), right.dtype)
+            return torch.mm(part, right.T, out=out)
+
+        return Scores(x, state.encoder, state.b_enc, product, screens=self.precision == "exact")
 
     # -------------------------------------------------------------------------------------------------- codes
 
     def top_k(self, scores: Scores, k: int) -> Codes:
-        batch, d_sae = scores.product.shape
+        batch, d_sae = scores.shape
         offsets = torch.arange(0, batch * k + 1, k, out=self._buffer("offsets", (batch + 1,), torch.int64))
         latents, values = self._slots("codes", batch * k)
-        if self.precision != "exact":
-            self._call("top_k", *self._parts(scores), batch, d_sae, k, latents, values, None)
-            return Codes(offsets, latents, values)
-        least = self._buffer("least", (batch,))
-        self._call("top_k", *self._parts(scores, -1), batch, d_sae, k, None, None, least)
-        found = self._at_least(scores, least, batch * d_sae, +1)
-        self._rescore(scores, found)
-        self._call("keep_top_k", *found[:-1], batch, k, latents, values)
+        for rows in blocks(batch, d_sae):
+            block, slots = Block(scores, rows, scores.product(rows)), slice(rows.start * k, rows.stop * k)
+            if self.precision == "exact":
+                self._exact_top_k(block, k, latents[slots], values[slots])
+            else:
+                self._call("top_k", *self._parts(block), *block.product.shape, k, latents[slots], values[slots], None)
         return Codes(offsets, latents, values)
 
+    def _exact_top_k(self, block: Block, k: int, latents: Tensor, values: Tensor) -> None:
+        n_rows, d_sae = block.product.shape
+        least = self._buffer("least", (n_rows,))
+        self._call("top_k", *self._parts(block, -1), n_rows, d_sae, k, None, None, least)
+        found = self._at_least(block, least, n_rows * d_sae, +1)
+        self._rescore(block, found)
+        self._call("keep_top_k", *found[:-1], n_rows, k, latents, values)
+
     def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
-        n = min(n, scores.product.numel())
+        block = Block.whole(scores)
+        n = min(n, block.product.numel())
         if self.precision != "exact":
-            found = self._candidates(scores, n, 0)
+            found = self._candidates(block, n, 0)
         else:
-            surely = self._candidates(scores, n, -1)
+            surely = self._candidates(block, n, -1)
             if surely is None:
                 return None
-            found = self._at_least(scores, self._nth_largest(surely, n), SCREENED * n, +1)
+            found = self._at_least(block, self._nth_largest(surely, n), SCREENED * n, +1)
             if found.total > SCREENED * n:
                 return None
-            self._rescore(scores, found)
+            self._rescore(block, found)
         return found and self._compact(found, self._nth_largest(found, n))
 
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
-        exact = self.precision == "exact"
-        found = self._at_least(scores, 0.0, capacity, int(exact))
+        exact, block = self.precision == "exact", Block.whole(scores)
+        found = self._at_least(block, 0.0, capacity, int(exact))
         if found.total > capacity:
             return None
         if exact:
-            self._rescore(scores, found)
+            self._rescore(block, found)
         return self._compact(found, 0.0)
 
-    def _candidates(self, scores: Scores, n: int, sign: int) -> Found | None:
+    def _candidates(self, block: Block, n: int, sign: int) -> Found | None:
         """The n largest pre-latents and few others (all that are positive, where these are fewer than n).
 
         The last batch's cut makes the first guess; what is found depends on it, what is kept of that does not.
         """
-        low, high, guess = 0.0, math.inf, GUESS * (self._cut or self._cut_of_some_rows(scores, n, sign))
+        low, high, guess = 0.0, math.inf, GUESS * (self._cut or self._cut_of_some_rows(block, n, sign))
         for attempt in range(MAX_GUESSES):
-            found = self._at_least(scores, guess, SCREENED * n, sign)
+            found = self._at_least(block, guess, SCREENED * n, sign)
             if found.total > SCREENED * n:
                 low = max(guess, SMALLEST)
             elif found.total < n and guess > 0:
@@ -165,21 +202,21 @@ class Native:
                 guess = high * 0.8 ** (2**attempt) if attempt < 8 else 0.0
         return None
 
-    def _cut_of_some_rows(self, scores: Scores, n: int, sign: int) -> float:
-        batch, d_sae = scores.product.shape
+    def _cut_of_some_rows(self, block: Block, n: int, sign: int) -> float:
+        batch, d_sae = block.product.shape
         stride = max(batch // 64, 1)
         n_rows = -(-batch // stride)
-        found = self._at_least(scores, 0.0, n_rows * d_sae, sign, stride)
+        found = self._at_least(block, 0.0, n_rows * d_sae, sign, stride)
         return self._nth_largest(found, max(n * n_rows // batch, 1))
 
-    def _at_least(self, scores: Scores, least: float | Tensor, capacity: int, sign: int, stride: int = 1) -> Found:
-        batch, d_sae = scores.product.shape
+    def _at_least(self, block: Block, least: float | Tensor, capacity: int, sign: int, stride: int = 1) -> Found:
+        batch, d_sae = block.product.shape
         starts = self._buffer("starts", (batch,), torch.int64)
         counts = self._buffer("counts", (batch,), torch.int32)
         latents, values = self._slots("found", capacity)
         scalar, per_row = (0.0, least) if isinstance(least, Tensor) else (least, None)
         limits = (scalar, per_row, capacity)
-        parts = self._parts(scores, sign)
+        parts = self._parts(block, sign)
         total = self._call("at_least", *parts, batch, d_sae, stride, *limits, starts, counts, latents, values)
         return Found(starts, counts, latents, values, total)
 
@@ -198,10 +235,9 @@ class Native:
         n = int(offsets[-1])
         return Codes(offsets, latents[:n], values[:n])
 
-    def _rescore(self, scores: Scores, found: Found) -> None:
-        x, encoder = scores.x, scores.encoder
-        assert x is not None
-        self._call("rescore", *found[:3], x, encoder, scores.bias, *x.shape, found.values)
+    def _rescore(self, block: Block, found: Found) -> None:
+        x = block.scores.x[block.rows]
+        self._call("rescore", *found[:3], x, block.scores.encoder, block.scores.bias, *x.shape, found.values)
 
     # -------------------------------------------------------------------------------------- decoder, gradients
 
@@ -227,7 +263,7 @@ class Native:
 
     def relu(self, x: Tensor, state: State) -> DenseCodes:
         batch, d_sae = len(x), len(state.b_enc)
-        z = torch.mm(x, state.encoder.T, out=self._buffer("scores", (batch, d_sae)))
+        z = torch.mm(x, state.encoder.T, out=self._buffer("scores_fp32", (batch, d_sae)))
         counts = self._buffer("thread_counts", (torch.get_num_threads(), d_sae), torch.int32)
         firing, sums = self._buffer("firing", (d_sae,), torch.int32), self._buffer("sums", (batch,))
         norms = None if state.unit_norm else state.norms
@@ -266,7 +302,7 @@ class Native:
             extra_of[extra.latents] = torch.arange(len(extra.latents), dtype=torch.int32)
         if firing is not None:
             firing = firing.to(torch.int32)
-        first, second, rounded = state.first, state.second, self._buffers.get("encoder_rounded")
+        first, second, rounded = state.first, state.second, self._buffer.kept.get("encoder_rounded")
         self._call(
             "update",
             *(d_sae, d_in, BLOCK),
@@ -277,7 +313,7 @@ class Native:
             *(state.encoder, first["encoder"], second["encoder"]),
             *(state.W_dec, first["W_dec"], second["W_dec"]),
             *(state.b_enc, first["b_enc"], second["b_enc"]),
-            *(rounded, state.norms, self._buffers.get("encoder_norms")),
+            *(rounded, state.norms, self._buffer.kept.get("encoder_norms")),
             *(state.silent_samples, state.window_firing, firing, batch, blocks),
         )
         moments = (first["b_dec"], second["b_dec"])
@@ -285,22 +321,11 @@ class Native:
 
     # ------------------------------------------------------------------------------------------------- plumbing
 
-    def _parts(self, scores: Scores, sign: int = 0) -> tuple[Any, ...]:
+    def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
         """The struct Scores of native.c; sign says where what bf16 may have changed is added (+1) or taken (-1)."""
-        rounded = int(scores.product.dtype == torch.bfloat16)
-        slacks = (self._buffers["x_slack"], self._buffers["encoder_norms"]) if sign else (None, None)
-        return scores.product, rounded, scores.bias, *slacks, sign
-
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Memory of this name and shape; its contents are whatever was there."""
-        size, kept = math.prod(shape), self._buffers.get(name)
-        if kept is not None and kept.shape == shape:
-            return kept
-        if kept is None or kept.untyped_storage().nbytes() < size * kept.element_size():
-            kept = torch.empty(size, dtype=dtype or self.dtype)
-        whole = kept.new_empty(0).set_(kept.untyped_storage())
-        self._buffers[name] = whole[:size].view(shape)
-        return self._buffers[name]
+        kept, rounded = self._buffer.kept, int(block.product.dtype == torch.bfloat16)
+        slacks = (kept["x_slack"][block.rows], kept["encoder_norms"]) if sign else (None, None)
+        return block.product, rounded, block.scores.bias, *slacks, sign
 
     def _slots(self, name: str, n: int) -> tuple[Tensor, Tensor]:
         return self._buffer(f"{name}_integers", (n,), torch.int32), self._buffer(f"{name}_values", (n,))

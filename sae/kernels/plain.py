@@ -46,9 +46,10 @@ class Plain(Reference):
         self._optimizer: torch.optim.Adam | None = None
 
     def scores(self, x: Tensor, state: State) -> Scores:
-        if self.precision == "bf16":
-            return Scores(x.bfloat16() @ state.encoder.bfloat16().T, state.b_enc, state.encoder)
-        return Scores(x @ state.encoder.T, state.b_enc, state.encoder)
+        if self.precision == "fp32":
+            return super().scores(x, state)
+        x_rounded, encoder_rounded = x.bfloat16(), state.encoder.bfloat16()
+        return Scores(x, state.encoder, state.b_enc, lambda rows: x_rounded[rows] @ encoder_rounded.T)
 
     def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
         pre = scores.pre_latents()

@@ -43,7 +43,7 @@ class Reference:
         return x.to(b_dec.dtype) / unit - b_dec
 
     def scores(self, x: Tensor, state: State) -> Scores:
-        return Scores(x @ state.encoder.T, state.b_enc, state.encoder)
+        return Scores(x, state.encoder, state.b_enc, lambda rows: x[rows] @ state.encoder.T)
 
     def top_k(self, scores: Scores, k: int) -> Codes:
         values, latents = scores.pre_latents().topk(k, dim=1, sorted=False)
