@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import losses
+from sae.errors import UsageError
 from sae.kernels import (
     SPARSE_SHARE,
     Buffers,
@@ -69,11 +70,14 @@ class Engine:
         self.buffer = Buffers(sae.W_dec.dtype, sae.W_dec.device)
         self.l0 = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
 
-    @torch.no_grad()
     def step(
         self, activations: Float[Tensor, "batch d_in"], unit: float, now: Now, sparsity: float, dead: Int[Tensor, " n"]
     ) -> Terms:
         """One batch. `sparsity` scales the penalty, `dead` are the latents that AuxK trains."""
+        with torch.no_grad(), products(self.kernels.precision):
+            return self._step(activations, unit, now, sparsity, dead)
+
+    def _step(self, activations: Tensor, unit: float, now: Now, sparsity: float, dead: Tensor) -> Terms:
         x = self.kernels.centre(activations, unit, self.state.b_dec)
         codes = None
         if not (self.dense or self.by_autograd):
@@ -105,23 +109,22 @@ class Engine:
         gradient, squares, code_sum = buffer("gradient", x.shape), x.new_zeros(()), x.new_zeros(())
         bias, charged = torch.zeros_like(state.b_enc), torch.zeros_like(state.b_enc)
         firing = torch.zeros_like(state.silent_samples)
-        with products(kernels.precision):
-            for block in blocks(len(x), self.sae.d_sae):
-                part, keep = x[block], float(block.start > 0)
-                z = kernels.relu(part, state)
-                residual = torch.mm(z.values, state.W_dec, out=gradient[block]).sub_(part)
-                squares += residual.square().sum()
-                own = residual.mul_(2 / len(x))
-                through = torch.mm(own, state.W_dec.T, out=buffer("through", tuple(z.values.shape)))
-                masked, g_bias = kernels.relu_backward(through, z, state, cost)
-                torch.addmm(rows.encoder, masked.T, part, beta=keep, out=rows.encoder)
-                torch.addmm(rows.W_dec, z.values.T, own, beta=keep, out=rows.W_dec)
-                bias += g_bias
-                firing += z.firing
-                code_sum += z.code_sums.sum()
-                if not state.unit_norm:
-                    charged += z.values.sum(dim=0)
-            auxiliary, extra = self._auxiliary(x, gradient, dead)
+        for block in blocks(len(x), self.sae.d_sae):
+            part, keep = x[block], float(block.start > 0)
+            z = kernels.relu(part, state)
+            residual = torch.mm(z.values, state.W_dec, out=gradient[block]).sub_(part)
+            squares += residual.square().sum()
+            own = residual.mul_(2 / len(x))
+            through = torch.mm(own, state.W_dec.T, out=buffer("through", tuple(z.values.shape)))
+            masked, g_bias = kernels.relu_backward(through, z, state, cost)
+            torch.addmm(rows.encoder, masked.T, part, beta=keep, out=rows.encoder)
+            torch.addmm(rows.W_dec, z.values.T, own, beta=keep, out=rows.W_dec)
+            bias += g_bias
+            firing += z.firing
+            code_sum += z.code_sums.sum()
+            if not state.unit_norm:
+                charged += z.values.sum(dim=0)
+        auxiliary, extra = self._auxiliary(x, gradient, dead)
         if not state.unit_norm:
             rows.W_dec.addcmul_((cost * charged / state.norms.clamp_min(1e-12))[:, None], state.W_dec)
         rows = _with(rows._replace(b_enc=bias), extra)
@@ -150,17 +153,15 @@ class Engine:
             self.optimizer.zero_grad()
         firing = codes.firing()
         self.kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
-        return Terms(mse.detach(), auxiliary, loss.detach() - mse.detach(), firing.sum() / len(x))
+        charged = x.new_zeros(()) if penalty is None else penalty.detach() * sparsity
+        return Terms(mse.detach(), auxiliary, charged, firing.sum() / len(x))
 
     def _auxiliary(self, x: Tensor, gradient: Tensor, dead: Tensor) -> tuple[Tensor, Rows | None]:
         """AuxK: its value, and the gradient rows of the dead latents. `gradient` is the reconstruction's."""
         alpha, state = self.sae.config.aux_coefficient, self.state
         if not alpha or not dead.numel():
             return x.new_zeros(()), None
-        with products(self.kernels.precision):
-            value, rows = losses.aux_k(
-                gradient, x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], self.aux_k
-            )
+        value, rows = losses.aux_k(gradient, x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], self.aux_k)
         return value, Rows(dead, *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:
@@ -176,6 +177,10 @@ class Engine:
             self.dense = dense
             self.buffer.kept.clear()
 
+    def finite(self) -> bool:
+        """Whether every weight is a number. Here the host waits for the device."""
+        return all(bool(weight.sum().isfinite()) for _, weight in self.state.weights())
+
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on: tensors, and plain values."""
         state = self.state
@@ -187,6 +192,7 @@ class Engine:
             moments = self.optimizer.state[parameter].items()
             tensors |= {f"adam.sparsifier.{name}.{key}": value for key, value in moments}
         counters = {"silent_samples": state.silent_samples, "window_firing": state.window_firing, "l0": self.l0}
+        counters["norms"] = state.norms  # what an update left, to the bit
         return tensors | counters, {
             "dense": self.dense,
             "precision": self.kernels.precision,
@@ -199,10 +205,16 @@ class Engine:
         Raises:
             UsageError: these cannot work on this machine.
         """
-        began_with = values["kernels"], values["precision"]
-        if began_with != (self.kernels.name, self.kernels.precision):
+        name, precision = values["kernels"], values["precision"]
+        if (name, precision) != (self.kernels.name, self.kernels.precision):
             weight = self.state.W_dec
-            self.kernels = choose(weight.device, weight.dtype, *began_with)
+            try:
+                self.kernels = choose(weight.device, weight.dtype, name, precision)
+            except UsageError as error:
+                raise UsageError(
+                    f"the run began with {name} kernels in {precision}, and must go on so: {error}; "
+                    "mend that, or start again in another --out"
+                ) from error
         self.sae.load_state_dict({key[4:]: value for key, value in tensors.items() if key.startswith("sae.")})
         state = self.state
         for name, _ in state.weights():
@@ -219,6 +231,7 @@ class Engine:
         self.l0.copy_(tensors["l0"])
         self.dense = values["dense"]
         self.kernels.refresh(state)
+        state.norms.copy_(tensors["norms"])
 
 
 def _with(rows: Rows, extra: Rows | None) -> Rows:

@@ -164,7 +164,7 @@ def _loop(trainer: Trainer, source: Source, log: RunLog, on_line: OnLine | None)
                 step = trainer.n_steps_done
                 if step % config.log.every == 0 or step == config.n_steps:
                     values, fired = trainer.take_window()
-                    if not math.isfinite(values["losses/overall_loss"]):
+                    if not (math.isfinite(values["losses/overall_loss"]) and trainer.engine.finite()):
                         raise Diverged(
                             f"the loss is not finite at step {step}; lower train.lr={config.lr:g} and --overwrite"
                         )

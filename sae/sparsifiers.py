@@ -181,12 +181,15 @@ class BatchTopK(Sparsifier):
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         n = max(round(self.k * n_samples), 1)
-        largest = self.threshold.new_zeros(n + 1)
+        kept, least = [self.threshold.new_zeros(n + 1)], 0.0
         for pre_latents in batches:
-            candidates = torch.cat([largest, pre_latents[pre_latents > largest.min()]])
-            largest = candidates.topk(n + 1).values
+            kept.append(pre_latents[pre_latents > least])
+            if sum(map(len, kept)) > 4 * n:  # ordering costs more than keeping
+                kept = [torch.cat(kept).topk(n + 1, sorted=False).values]
+                least = float(kept[0].min())
+        last, first_silent = (float(kth_largest(torch.cat(kept), rank)) for rank in (n, n + 1))
         # Strictly above: half-way between the last pre-latent that fires and the first that does not.
-        self.threshold.copy_((largest[-2] + largest[-1]) / 2)
+        self.threshold.fill_((last + first_silent) / 2)
 
     def rescale_(self, scale: float) -> None:
         self.threshold.mul_(scale)

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae import SAE, SAEConfig, SparseCodes, Sparsifier, TrainConfig, checkpoint
 from sae.engine import Engine, Terms
+from sae.errors import UsageError
 from sae.kernels import SPARSE_SHARE, Now, blocks, capacity
 from sae.kernels.base import BETA1, BETA2, WEIGHTS
+from sae.kernels.build import CannotBuild
 from sae.trainer import Trainer
 
 BATCH, D_IN, D_SAE = 37, 13, 70
@@ -519,3 +522,56 @@ def test_weights_that_explode_show_in_the_loss(kind, kernels):
     trainer.learning_rate = lambda step: 1e30
     values, _ = train(trainer, 20).take_window()
     assert not math.isfinite(values["losses/overall_loss"])
+
+
+@pytest.mark.parametrize("case", ["topk", "relu dense", "relu sparse"])
+def test_free_rows_go_on_bit_for_bit(case):
+    whole = make_engine(case, make_sae(case, unit_norm=False, dtype=torch.float32))
+    data = batches(8, dtype=torch.float32)
+    for step, x in enumerate(data[:4], 1):
+        whole.step(x, UNIT, Now(RATE, step), 0.7, NO_ONE)
+    tensors, values = whole.saved()
+    parts = make_engine(case, make_sae(case, unit_norm=False, dtype=torch.float32))
+    parts.restore({name: tensor.clone() for name, tensor in tensors.items()}, values)
+    for step, x in enumerate(data[4:], 5):
+        for engine in (whole, parts):
+            engine.step(x, UNIT, Now(RATE, step), 0.7, NO_ONE)
+    for (name, ours), (_, theirs) in zip(parts.state.weights(), whole.state.weights(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_weights_that_are_no_numbers_are_seen():
+    engine = make_engine("topk", make_sae("topk"))
+    assert engine.finite()
+    engine.state.encoder[3, 1] = math.nan
+    assert not engine.finite()
+
+
+def test_a_run_that_cannot_go_on_as_it_began_says_so(monkeypatch):
+    engine = make_engine("topk", make_sae("topk"))
+    tensors, values = engine.saved()
+    other = make_engine("topk", make_sae("topk"), "torch")
+    monkeypatch.setattr("sae.kernels.native.library", no_compiler)
+    with pytest.raises(UsageError, match=r"began with native kernels in fp32, and must go on so: .*no compiler"):
+        other.restore(tensors, values)
+
+
+def no_compiler(real: str):
+    raise CannotBuild("no compiler")
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_a_sparse_step_asks_the_device_nothing(unit_norm, monkeypatch):
+    """Tensors without data cannot answer: whatever would make a host wait for a GPU raises here."""
+    monkeypatch.setattr("sae.kernels.plain._stable_order", lambda latents, d_sae: latents.argsort(stable=True))
+    with FakeTensorMode():
+        sae = SAE(D_IN, SAEConfig.of_kind({"kind": "topk", "k": 5, "d_sae": D_SAE, "unit_norm_decoder": unit_norm}))
+        engine = Engine(sae, "torch", "fp32")
+        x = torch.empty(BATCH, D_IN)
+        state, kernels = engine.state, engine.kernels
+        x = kernels.centre(x, UNIT, state.b_dec)
+        codes = sae.sparsifier.choose(kernels, kernels.scores(x, state))
+        decoded = kernels.decode(codes, state, x, 0.1)
+        plan = kernels.invert(codes, decoded.code_gradients, D_SAE)
+        (g_encoder, _, _), _, firing = kernels.gradient_rows(state, x, decoded.gradient, plan)
+        assert (g_encoder.shape, firing.shape) == ((D_SAE, D_IN), (D_SAE,))

@@ -496,18 +496,16 @@ def test_exact_selects_what_fp32_selects(method, seed):
     double = State.of({name: weight.double() for name, weight in state.weights()}, True)
     judge = Reference()
     expected = fires(getattr(judge, method)(scores(judge, x, double), argument), batch, d_sae)
-    chosen = {}
-    for precision in ("exact", "bf16"):
-        kernels = Native(torch.float32, precision)
-        codes = getattr(kernels, method)(scores(kernels, x, state), argument)
-        chosen[precision] = fires(codes, batch, d_sae)
-        if precision == "exact":
-            pre = pre_latents(x.double(), double)
-            error = whole(codes, batch, d_sae) - torch.where(expected, pre, 0.0)
-            assert error.abs().max() < 2e-5  # float32 on sums of 65 terms
-    assert not torch.equal(chosen["bf16"], expected), "the case must be too hard for bf16"
+    kernels = Native(torch.float32, "exact")
+    codes = getattr(kernels, method)(scores(kernels, x, state), argument)
+    chosen = fires(codes, batch, d_sae)
+    error = whole(codes, batch, d_sae) - torch.where(expected, pre_latents(x.double(), double), 0.0)
+    assert error.abs().max() < 2e-5  # float32 on sums of 65 terms
+    rounded = Plain("bf16")
+    by_bf16 = fires(getattr(judge, method)(scores(rounded, x, state), argument), batch, d_sae)
+    assert not torch.equal(by_bf16, expected), "the case must be too hard for bf16"
     certain = (pre_latents(x.double(), double).abs() > 1e-5) | (method != "positive")
-    assert torch.equal(chosen["exact"] & certain, expected & certain)
+    assert torch.equal(chosen & certain, expected & certain)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "exact"])
@@ -638,6 +636,35 @@ def test_the_compiler_that_cc_names_is_the_one(fresh_cache, monkeypatch):
         choose(CPU, torch.float32, "native")
     monkeypatch.setenv("CC", "env LANG=C cc")
     assert choose(CPU, torch.float32, "native").name == "native"
+
+
+def test_what_the_environment_spoils_is_one_line(fresh_cache, monkeypatch):
+    monkeypatch.setenv("CC", '"gcc -x')
+    with pytest.raises(UsageError, match="cannot be read: No closing quotation"):
+        choose(CPU, torch.float32, "native")
+    monkeypatch.delenv("CC")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(build.Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    with pytest.raises(UsageError, match="no home directory to keep the kernels in; set XDG_CACHE_HOME"):
+        choose(CPU, torch.float32, "native")
+
+
+def test_a_damaged_library_is_built_again(fresh_cache):
+    compiler = build._compiler()
+    path = fresh_cache / "sae" / f"kernels-float-{build._fingerprint(compiler, 'float')}.so"
+    path.parent.mkdir()
+    path.write_bytes(b"half a library")
+    assert choose(CPU, torch.float32, "native").name == "native"
+    assert path.stat().st_size > 1000
+
+
+def test_bf16_batchtopk_fires_as_many_as_asked_for():
+    stream = torch.Generator().manual_seed(0)
+    x, encoder = torch.randn(64, 256, generator=stream), torch.randn(1024, 256, generator=stream)
+    weights = {"encoder": encoder, "W_dec": encoder.clone(), "b_enc": torch.zeros(1024), "b_dec": torch.zeros(256)}
+    state, kernels = State.of(weights, True), Native(torch.float32, "bf16")
+    codes = kernels.batch_top_k(scores(kernels, x, state), 64 * 16)
+    assert len(codes.values) == 64 * 16
 
 
 @pytest.mark.usefixtures("fresh_cache")

@@ -121,11 +121,17 @@ def rms_over_welch(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tens
     return (off_diagonal.clamp(min=0) / max(n * (n - 1), 1)).sqrt() / welch_bound(*W.shape[-2:])
 
 
+def _inner(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*stack d_hidden d_hidden"]:
+    """W^T W in float64, from blocks of rows: square roots of its eigenvalues need the digits."""
+    parts = (W[..., rows, :].double() for rows in _blocks(W.shape[-2]))
+    return sum((part.mT @ part for part in parts), torch.zeros((), dtype=torch.float64, device=W.device))
+
+
 def effective_rank(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*stack"]:
     """exp(−Σ p log p) of the normalised singular values p = σ / Σσ (Roy & Vetterli 2007); 0 for W = 0."""
     # Of a tall matrix, by the eigenvalues of W^T W: as exact as an entropy needs, at a fraction of the cost.
     tall = W.shape[-2] > 4 * W.shape[-1]
-    sigma = torch.linalg.eigvalsh(W.mT @ W).clamp(min=0).sqrt() if tall else torch.linalg.svdvals(W)
+    sigma = torch.linalg.eigvalsh(_inner(W)).clamp(min=0).sqrt() if tall else torch.linalg.svdvals(W)
     total = sigma.sum(-1, keepdim=True)
     entropy = torch.special.entr(sigma / total.where(total > 0, 1)).sum(-1)
     return entropy.exp() * (total.squeeze(-1) > 0)

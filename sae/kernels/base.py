@@ -23,7 +23,7 @@ WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
 # dense products cost little, so that codes must be sparser.
 SPARSE_SHARE: dict[Precision, float] = {"fp32": 1 / 12, "exact": 1 / 12, "bf16": 1 / 40}
 # Pre-latents that exist together, at most.
-BLOCK_ENTRIES = 2**23
+BLOCK_ENTRIES = 5 * 2**20
 # Slots of sparse codes for each code at that share; a batch that needs more is computed densely.
 HEADROOM = 2
 

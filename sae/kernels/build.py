@@ -38,13 +38,21 @@ def library(real: str) -> ctypes.CDLL:
         _compile(compiler, real, target)
     try:
         return ctypes.CDLL(str(target))
+    except OSError:  # damaged: what was cut off, say, by a full disk
+        target.unlink(missing_ok=True)
+        _compile(compiler, real, target)
+    try:
+        return ctypes.CDLL(str(target))
     except OSError as error:
         raise CannotBuild(f"{target} cannot be loaded: {error}") from error
 
 
 def _compiler() -> list[str]:
     """CC, which may bring arguments (`ccache gcc`), or what is found under the usual names."""
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise CannotBuild(f"CC={os.environ['CC']!r} cannot be read: {error}") from error
     if named and shutil.which(named[0]) is None:
         raise CannotBuild(f"CC names {named[0]!r}, which is not there; correct it or unset CC")
     found = [named] if named else [[path] for path in map(shutil.which, ("cc", "gcc", "clang")) if path]
@@ -54,8 +62,10 @@ def _compiler() -> list[str]:
 
 
 def _folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "sae"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae"
+    except RuntimeError as error:
+        raise CannotBuild("there is no home directory to keep the kernels in; set XDG_CACHE_HOME") from error
 
 
 def _fingerprint(compiler: list[str], real: str) -> str:

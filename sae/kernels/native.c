@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__SSE2__)
@@ -48,7 +49,11 @@ static void *own_memory(size_t size) {
     if (own.size < size) {
         free(own.start);
         own.start = aligned_alloc(64, (size + 63) / 64 * 64);
-        own.size = own.start ? size : 0;
+        if (!own.start) {
+            fprintf(stderr, "sae: no memory for %zu bytes\n", size);
+            abort();
+        }
+        own.size = size;
     }
     return own.start;
 }

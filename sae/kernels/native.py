@@ -107,8 +107,7 @@ class Native:
     def refresh(self, state: State) -> None:
         if not state.unit_norm:
             state.norms.copy_(state.W_dec.norm(dim=1))
-        if self.precision != "fp32":
-            self._buffer("encoder_rounded", state.encoder.shape, torch.bfloat16).copy_(state.encoder)
+        self._buffer.kept.pop("encoder_rounded", None)
         if self.precision == "exact":
             self._buffer("encoder_norms", state.b_enc.shape).copy_(state.encoder.norm(dim=1))
 
@@ -124,8 +123,10 @@ class Native:
             norms = torch.linalg.vector_norm(x, dim=1, out=self._buffer("x_slack", (len(x),)))
             norms.mul_(slack(x.shape[1]))
         fp32 = self.precision == "fp32"
-        left = x if fp32 else self._buffer("x_rounded", x.shape, torch.bfloat16)
-        right = state.encoder if fp32 else self._buffer("encoder_rounded", state.encoder.shape, torch.bfloat16)
+        left = x if fp32 else self._rounded_x(x)
+        if not fp32 and "encoder_rounded" not in self._buffer.kept:  # a ReLU's dense steps do without
+            self._buffer("encoder_rounded", tuple(state.encoder.shape), torch.bfloat16).copy_(state.encoder)
+        right = state.encoder if fp32 else self._buffer.kept["encoder_rounded"]
 
         def product(rows: slice) -> Tensor:
             part = left[rows]
@@ -133,6 +134,12 @@ class Native:
             return torch.mm(part, right.T, out=out)
 
         return Scores(x, state.encoder, state.b_enc, product, screens=self.precision == "exact")
+
+    def _rounded_x(self, x: Tensor) -> Tensor:
+        """`centre` has rounded what it gave; anything else is rounded here."""
+        kept = self._buffer.kept
+        known = "x" in kept and kept["x"].data_ptr() == x.data_ptr() and kept["x"].shape == x.shape
+        return kept["x_rounded"] if known else x.bfloat16()
 
     # -------------------------------------------------------------------------------------------------- codes
 
@@ -159,14 +166,17 @@ class Native:
     def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
         block = Block.whole(scores)
         n = min(n, block.product.numel())
+        room = min(SCREENED * n, block.product.numel())
         if self.precision != "exact":
             found = self._candidates(block, n, 0)
+            if found is not None and self.precision == "bf16":
+                self._rescore(block, found)  # bf16 ties by the dozen at the cut; float32 hardly ever
         else:
             surely = self._candidates(block, n, -1)
             if surely is None:
                 return None
-            found = self._at_least(block, self._nth_largest(surely, n), SCREENED * n, +1)
-            if found.total > SCREENED * n:
+            found = self._at_least(block, self._nth_largest(surely, n), room, +1)
+            if found.total > room:
                 return None
             self._rescore(block, found)
         return found and self._compact(found, self._nth_largest(found, n))
@@ -185,10 +195,11 @@ class Native:
 
         The last batch's cut makes the first guess; what is found depends on it, what is kept of that does not.
         """
+        room = min(SCREENED * n, block.product.numel())
         low, high, guess = 0.0, math.inf, GUESS * (self._cut or self._cut_of_some_rows(block, n, sign))
         for attempt in range(MAX_GUESSES):
-            found = self._at_least(block, guess, SCREENED * n, sign)
-            if found.total > SCREENED * n:
+            found = self._at_least(block, guess, room, sign)
+            if found.total > room:
                 low = max(guess, SMALLEST)
             elif found.total < n and guess > 0:
                 high = guess

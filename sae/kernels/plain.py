@@ -52,16 +52,16 @@ class Plain(Reference):
         return Scores(x, state.encoder, state.b_enc, lambda rows: x_rounded[rows] @ encoder_rounded.T)
 
     def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
-        pre = scores.pre_latents()
-        if pre.device.type != "cpu":
+        if scores.x.device.type != "cpu":
             return None  # how many fire in each row is not known without asking the device
+        pre = scores.pre_latents()
         cut = kth_largest(rearrange(pre, "b f -> (b f)"), min(n, pre.numel()))
         return _where(pre, pre >= cut.clamp_min(torch.finfo(pre.dtype).tiny))
 
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
-        pre = scores.pre_latents()
-        if pre.device.type != "cpu":
+        if scores.x.device.type != "cpu":
             return None
+        pre = scores.pre_latents()
         codes = _where(pre, pre > 0)
         return codes if len(codes.values) <= capacity else None
 
@@ -77,7 +77,7 @@ class Plain(Reference):
         code_gradients = weights.grad.add_(cost)
         if not state.unit_norm:
             norms = state.norms[codes.latents]
-            code_gradients, charged = weights.grad.sub_(cost).addcmul_(norms, norms.new_tensor(cost)), charged * norms
+            code_gradients, charged = weights.grad.sub_(cost).add_(norms, alpha=cost), charged * norms
         code_gradients.masked_fill_(codes.values <= 0, 0)
         sums = x.new_zeros(len(x)).index_add_(0, rows, charged)
         return Decoded(residual.square().sum(dim=1), sums, gradient, code_gradients)

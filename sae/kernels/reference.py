@@ -130,13 +130,9 @@ class Reference:
 
 
 def rows_of(codes: Codes) -> Int[Tensor, " slots"]:
-    """The sample that each slot belongs to; slots that belong to none, and are empty, say 0."""
-    batch, slots = len(codes.offsets) - 1, len(codes.values)
-    rows = torch.zeros(slots, dtype=torch.int64, device=codes.values.device)
-    counts = codes.offsets.diff()
-    used = torch.repeat_interleave(torch.arange(batch, device=rows.device), counts)
-    rows[: len(used)] = used
-    return rows
+    """The sample that each slot belongs to."""
+    rows = torch.arange(len(codes.offsets) - 1, device=codes.values.device)
+    return rows.repeat_interleave(codes.offsets.diff(), output_size=len(codes.values))  # the size: no device is asked
 
 
 def dense(codes: Codes, d_sae: int) -> Float[Tensor, "batch d_sae"]:
