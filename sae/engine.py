@@ -41,6 +41,9 @@ from sae.sparsifiers import Sparsifier
 logger = logging.getLogger("sae")
 
 
+NARROW = 256
+
+
 class Terms(NamedTuple):
     """What a step measured, as scalars on its device: the parts of the loss, and the mean L0."""
 
@@ -110,15 +113,15 @@ class Engine:
         bias, charged = torch.zeros_like(state.b_enc), torch.zeros_like(state.b_enc)
         firing = torch.zeros_like(state.silent_samples)
         for block in blocks(len(x), self.sae.d_sae):
-            part, keep = x[block], float(block.start > 0)
+            part, add = x[block], block.start > 0
             z = kernels.relu(part, state)
             residual = torch.mm(z.values, state.W_dec, out=gradient[block]).sub_(part)
             squares += residual.square().sum()
             own = residual.mul_(2 / len(x))
             through = torch.mm(own, state.W_dec.T, out=buffer("through", tuple(z.values.shape)))
             masked, g_bias = kernels.relu_backward(through, z, state, cost)
-            torch.addmm(rows.encoder, masked.T, part, beta=keep, out=rows.encoder)
-            torch.addmm(rows.W_dec, z.values.T, own, beta=keep, out=rows.W_dec)
+            _inner_product_(rows.encoder, masked, part, add)
+            _inner_product_(rows.W_dec, z.values, own, add)
             bias += g_bias
             firing += z.firing
             code_sum += z.code_sums.sum()
@@ -232,6 +235,20 @@ class Engine:
         self.dense = values["dense"]
         self.kernels.refresh(state)
         state.norms.copy_(tensors["norms"])
+
+
+def _inner_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """out = left^T right, or added to it.
+
+    Where right is narrow, the threads of a BLAS share the transpose better: it takes a third of the time at 64 columns,
+    and no less from about 256 on.
+    """
+    if right.shape[1] > NARROW:
+        torch.addmm(out, left.T, right, beta=float(add), out=out)
+    elif add:
+        out.add_((right.T @ left).T)
+    else:
+        out.copy_((right.T @ left).T)
 
 
 def _with(rows: Rows, extra: Rows | None) -> Rows:
