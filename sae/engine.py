@@ -30,6 +30,7 @@ from sae.kernels import (
     PrecisionName,
     Rows,
     State,
+    base,
     blocks,
     choose,
     products,
@@ -112,7 +113,7 @@ class Engine:
         gradient, squares, code_sum = buffer("gradient", x.shape), x.new_zeros(()), x.new_zeros(())
         bias, charged = torch.zeros_like(state.b_enc), torch.zeros_like(state.b_enc)
         firing = torch.zeros_like(state.silent_samples)
-        for block in blocks(len(x), self.sae.d_sae):
+        for block in blocks(len(x), self.sae.d_sae, base.DENSE_BLOCK_ENTRIES):
             part, add = x[block], block.start > 0
             z = kernels.relu(part, state)
             residual = torch.mm(z.values, state.W_dec, out=gradient[block]).sub_(part)

@@ -22,8 +22,10 @@ WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
 # Codes count as sparse when less than this share of them fires: where the sparse step begins to win. With bf16 units
 # dense products cost little, so that codes must be sparser.
 SPARSE_SHARE: dict[Precision, float] = {"fp32": 1 / 12, "exact": 1 / 12, "bf16": 1 / 40}
-# Pre-latents that exist together, at most.
-BLOCK_ENTRIES = 5 * 2**20
+# Pre-latents that exist together, at most, when codes are selected from them; a dense step has two such matrices beside
+# the gradients of the weights. More blocks cost speed: the product packs the encoder anew for each.
+BLOCK_ENTRIES = 13 * 2**20
+DENSE_BLOCK_ENTRIES = 5 * 2**20
 # Slots of sparse codes for each code at that share; a batch that needs more is computed densely.
 HEADROOM = 2
 
@@ -65,9 +67,9 @@ class Scores:
         return product.to(self.bias.dtype) + self.bias
 
 
-def blocks(batch: int, d_sae: int) -> Iterator[slice]:
-    """Rows whose pre-latents exist together, in blocks of about the same size."""
-    n = -(-batch * d_sae // BLOCK_ENTRIES)
+def blocks(batch: int, d_sae: int, entries: int) -> Iterator[slice]:
+    """Rows whose pre-latents exist together, at most about `entries`, in blocks of about the same size."""
+    n = -(-batch * d_sae // entries)
     size = max(-(-batch // max(n, 1)), 1)
     return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.kernels import base
 from sae.kernels.base import (
     BETA1,
     BETA2,
@@ -147,7 +148,7 @@ class Native:
         batch, d_sae = scores.shape
         offsets = torch.arange(0, batch * k + 1, k, out=self._buffer("offsets", (batch + 1,), torch.int64))
         latents, values = self._slots("codes", batch * k)
-        for rows in blocks(batch, d_sae):
+        for rows in blocks(batch, d_sae, base.BLOCK_ENTRIES):
             block, slots = Block(scores, rows, scores.product(rows)), slice(rows.start * k, rows.stop * k)
             if self.precision == "exact":
                 self._exact_top_k(block, k, latents[slots], values[slots])
