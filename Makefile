@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench quality
 demo: .venv/installed
 	$(BIN)/sae demo --out runs/demo --overwrite
 
@@ -15,7 +15,10 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/pytest tests/benchmarks -o addopts= --benchmark-only --benchmark-columns=median,min,rounds
+	$(BIN)/pytest tests/benchmarks --ignore tests/benchmarks/test_bench_quality.py -o addopts= --benchmark-only --benchmark-columns=median,min,rounds
+
+quality: .venv/installed
+	$(BIN)/pytest tests/benchmarks/test_bench_quality.py -o addopts= --benchmark-only --benchmark-columns=median,rounds
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,9 +1,8 @@
-"""A training step of each sparsifier at d_in 64, d_sae 512, batch 1024: forward, backward, Adam, counters."""
+"""A training step of each sparsifier at d_in 64, d_sae 512, batch 1024: native kernels against torch operations."""
 
 from itertools import cycle
 
 import pytest
-import torch
 
 from sae.config import TrainConfig
 from sae.run import start
@@ -20,23 +19,22 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_step(benchmark, say, kind):
-    config = TrainConfig.model_validate({"sae": KINDS[kind] | {"d_sae": D_SAE}, "train": {"batch_size": BATCH}})
+def test_training_step(against, say, kind):
     source = WorldSource(ToyWorld(ToyModel(D_SAE, D_IN, generator=generator(0, "bench")), Features(D_SAE, K / D_SAE)))
-    trainer, unit = start(config, source, source.held_out("calibration", 4096))
     stream = source.batches(BATCH, seed=0)
-    batches = cycle([next(stream) / unit for _ in range(32)])
+    batches = cycle([next(stream) for _ in range(32)])
 
-    def step() -> None:
-        trainer.refresh_dead()
-        trainer.step(next(batches))
+    def step(kernels: str):
+        train = {"batch_size": BATCH, "kernels": kernels}
+        config = TrainConfig.model_validate({"sae": KINDS[kind] | {"d_sae": D_SAE}, "train": train})
+        trainer = start(config, source, source.held_out("calibration", 4096))
 
-    benchmark.pedantic(step, rounds=200, warmup_rounds=50)
-    seconds = benchmark.stats.stats.median
-    # Forward, and twice as much backward, through a dense encoder and decoder: the count that sparsity saves on.
-    dense_flops = 3 * 2 * 2 * BATCH * D_IN * D_SAE
-    say(
-        f"{kind}: {1e3 * seconds:.2f} ms a step, {BATCH / seconds:,.0f} samples/s, "
-        f"{dense_flops / seconds / 1e9:.1f} dense-equivalent GFLOP/s"
-    )
-    assert torch.isfinite(trainer.window).all()
+        def steps() -> None:
+            for _ in range(10):
+                trainer.refresh()
+                trainer.step(next(batches))
+
+        return steps
+
+    native, plain = against(step("native"), step("torch"), rounds=20)
+    say(f"{kind}: {100 * native:.2f} ms a step, {10 * BATCH / native:,.0f} samples/s, {plain / native:.1f} x torch's")
