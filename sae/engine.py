@@ -216,8 +216,8 @@ class Engine:
                 self.kernels = choose(weight.device, weight.dtype, name, precision)
             except UsageError as error:
                 raise UsageError(
-                    f"the run began with {name} kernels in {precision}, and must go on so: {error}; "
-                    "mend that, or start again in another --out"
+                    f"the run began with {name} kernels in {precision}, and must go on so: {error}, "
+                    "or start again in another --out"
                 ) from error
         self.sae.load_state_dict({key[4:]: value for key, value in tensors.items() if key.startswith("sae.")})
         state = self.state

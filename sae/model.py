@@ -66,9 +66,10 @@ class SAE(nn.Module):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """The latents that fire for each row of x, as inference selects them: rows do not influence each other."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
-            raise ValueError(
-                f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; flatten the leading axes first"
+            remedy = (
+                "flatten the leading axes first" if x.shape[-1:] == (self.d_in,) else "this SAE reads another width"
             )
+            raise ValueError(f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; {remedy}")
         return self.sparsifier.select(self.pre_latents(x.to(self.encoder.dtype)))
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:

@@ -609,7 +609,7 @@ def test_without_a_working_compiler(says, fresh_cache, monkeypatch, caplog):
     monkeypatch.setenv("CC", compiler(fresh_cache / "broken", says, "exit 1") if says else "/bin/false")
     monkeypatch.setattr("sae.kernels.has_bf16_units", lambda device: False)
     with pytest.raises(
-        UsageError, match=r"native needs native kernels, which cannot be built: .* failed: .*; use auto"
+        UsageError, match=r"native needs native kernels, which cannot be built: .* failed: .*; install a C compiler"
     ) as raised:
         choose(CPU, torch.float32, "native")
     assert "\n" not in str(raised.value)

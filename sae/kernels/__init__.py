@@ -62,7 +62,9 @@ def choose(
         except CannotBuild as error:
             if name == "native" or resolved == "exact":
                 what = "precision exact" if resolved == "exact" else "train.kernels native"
-                raise UsageError(f"{what} needs native kernels, which cannot be built: {error}; use auto") from error
+                raise UsageError(
+                    f"{what} needs native kernels, which cannot be built: {error}; install a C compiler"
+                ) from error
             logger.warning("training will be slower: native kernels cannot be built (%s); torch is used", error)
             kernels = Plain(resolved)
     logger.info("kernels: %s, products in %s, on %s", kernels.name, kernels.precision, device)
