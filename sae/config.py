@@ -26,6 +26,9 @@ from pydantic import (
 from sae.errors import UsageError
 from toymodels.errors import nearest
 
+KernelName = Literal["auto", "reference", "torch", "native"]
+PrecisionName = Literal["auto", "fp32", "bf16", "exact"]
+
 
 class Section(BaseModel):
     """A part of the configuration: immutable, and strict about its keys."""
@@ -113,9 +116,9 @@ class TrainSection(Section):
     seed: int = Field(default=0, ge=0)
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
-    precision: Literal["auto", "fp32", "bf16", "exact"] = "auto"
+    precision: PrecisionName = "auto"
     """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX, else fp32."""
-    kernels: Literal["auto", "reference", "torch", "native"] = "auto"
+    kernels: KernelName = "auto"
     """What computes a step: C on a CPU (native), torch elsewhere or without a compiler; reference is slow and plain."""
 
 

@@ -20,14 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import losses
+from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
 from sae.kernels import (
     SPARSE_SHARE,
     Buffers,
     Codes,
-    KernelName,
     Now,
-    PrecisionName,
     Rows,
     State,
     base,
@@ -40,8 +39,7 @@ from sae.optim import adam
 from sae.sparsifiers import Sparsifier
 
 logger = logging.getLogger("sae")
-
-
+# Columns up to which a product is faster by its transpose.
 NARROW = 256
 
 
@@ -241,8 +239,7 @@ class Engine:
 def _inner_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     """out = left^T right, or added to it.
 
-    Where right is narrow, the threads of a BLAS share the transpose better: it takes a third of the time at 64 columns,
-    and no less from about 256 on.
+    The threads of a BLAS share a narrow product better by its transpose: a third of the time at 64 columns.
     """
     if right.shape[1] > NARROW:
         torch.addmm(out, left.T, right, beta=float(add), out=out)

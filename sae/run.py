@@ -23,6 +23,7 @@ from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate, live_recovery
+from sae.kernels import require_device
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
 from sae.sources import HeldOut, Source, as_source
@@ -81,7 +82,7 @@ def train(
     if source is not None:
         config = config.model_copy(update={"source": None})  # what is recorded must be what was trained on
     require_wandb(config)
-    _check_device(config)
+    require_device(config.train.device, "train.device")
     if source is None and config.source is None:
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
     check_out(config.out, resume, overwrite)
@@ -311,11 +312,3 @@ def write_report_if_installed(out: Path) -> Path | None:
     from sae.report import write_report  # noqa: PLC0415 - an extra, and slow to import
 
     return write_report([out])
-
-
-def _check_device(config: TrainConfig) -> None:
-    try:
-        torch.zeros(1, device=config.train.device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"train.device {config.train.device!r} cannot be used ({reason}); try cpu") from error

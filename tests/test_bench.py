@@ -331,7 +331,7 @@ def test_bench_prints_and_writes_every_sample(bench, tmp_path, only):
         (["--shapes", "64,512,8"], ["four positive whole numbers d,F,k,B", "'64,512,8'"]),
         (["--kinds", "batchtop"], ["unknown kind 'batchtop'", "did you mean 'batchtopk'?"]),
         (["--rounds", "0"], ["--rounds must be at least 1, got 0"]),
-        (["--device", "nowhere"], ["--device nowhere cannot be used", "try cpu"]),
+        (["--device", "nowhere"], ["--device 'nowhere' cannot be used", "try cpu"]),
         (["--out", "/nowhere/at/all.json"], ["--out /nowhere/at/all.json"]),
     ],
 )

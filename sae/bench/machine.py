@@ -13,23 +13,8 @@ from pathlib import Path
 
 import torch
 
-from sae.errors import UsageError
-
 # Without its size in /sys, the last cache is taken to be larger than any.
 UNKNOWN_CACHE_BYTES = 2**28
-
-
-def require_device(device: str) -> None:
-    """Refuses a device that torch cannot use.
-
-    Raises:
-        UsageError: there is none of this name.
-    """
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UsageError(f"--device {device} cannot be used ({reason}); try cpu") from error
 
 
 def synchroniser(device: str) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from sae.bench import report
 from sae.bench.ceiling import products, streams
 from sae.bench.contenders import OURS, contenders, tell_once
 from sae.bench.loading import RivalFailed
-from sae.bench.machine import load, machine, require_device, synchroniser
+from sae.bench.machine import load, machine, synchroniser
 from sae.bench.memory import STEPS, STEPS_ALONE, Job, measure, require_memory
 from sae.bench.report import Race, Report
 from sae.bench.rivals import RIVALS
@@ -22,6 +22,7 @@ from sae.bench.shapes import LEARNING_RATE, Shape, parse_kinds, parse_shapes
 from sae.bench.stages import stages
 from sae.bench.timing import interleaved
 from sae.errors import UsageError
+from sae.kernels import require_device
 from toymodels.errors import nearest
 
 logger = logging.getLogger("sae")
@@ -84,7 +85,7 @@ def plan(
         medium_too,
         out,
     )
-    require_device(device)
+    require_device(device, "--device")
     if "memory" in parts:
         require_memory(device)
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import torch
 
+from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
 from sae.kernels.base import SPARSE_SHARE, Buffers, Codes, Kernels, Now, Rows, Scores, State, blocks, capacity
 from sae.kernels.build import CannotBuild
@@ -22,10 +22,8 @@ __all__ = [
     "SPARSE_SHARE",
     "Buffers",
     "Codes",
-    "KernelName",
     "Kernels",
     "Now",
-    "PrecisionName",
     "Rows",
     "Scores",
     "State",
@@ -33,11 +31,10 @@ __all__ = [
     "capacity",
     "choose",
     "products",
+    "require_device",
 ]
 
 logger = logging.getLogger("sae")
-KernelName = Literal["auto", "reference", "torch", "native"]
-PrecisionName = Literal["auto", "fp32", "bf16", "exact"]
 
 
 def choose(
@@ -48,7 +45,7 @@ def choose(
     Raises:
         UsageError: those asked for by name cannot work here.
     """
-    kernels: Kernels | None = None
+    kernels: Kernels
     resolved = _resolve(precision, device, dtype, name)
     if name == "reference":
         kernels = Reference()
@@ -69,6 +66,19 @@ def choose(
             kernels = Plain(resolved)
     logger.info("kernels: %s, products in %s, on %s", kernels.name, kernels.precision, device)
     return kernels
+
+
+def require_device(device: str, field: str) -> None:
+    """Refuses a device that torch cannot use; `field` is where it was asked for.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(f"{field} {device!r} cannot be used ({reason}); try cpu") from error
 
 
 def _resolve(precision: PrecisionName, device: torch.device, dtype: torch.dtype, name: KernelName) -> Precision:
