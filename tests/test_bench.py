@@ -349,7 +349,7 @@ def test_a_device_that_is_not_there_is_one_line(bench):
     code, _, errors = bench("--device", "cuda")
     assert code == 2
     assert len(errors.splitlines()) == 1
-    assert "--device cuda cannot be used" in errors
+    assert "--device 'cuda' cannot be used" in errors
 
 
 def test_a_report_is_plain_values():
