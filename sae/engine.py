@@ -16,6 +16,7 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -26,16 +27,17 @@ from sae.kernels import (
     SPARSE_SHARE,
     Buffers,
     Codes,
-    Now,
     Rows,
+    Scalar,
     State,
     base,
     blocks,
     choose,
+    host_sees,
     products,
 )
 from sae.model import SAE
-from sae.optim import adam
+from sae.optim import Now, adam_
 from sae.sparsifiers import Sparsifier
 
 logger = logging.getLogger("sae")
@@ -65,36 +67,34 @@ class Engine:
         self.state = State.of(dict(sae.named_parameters()), sae.config.unit_norm_decoder)
         self.kernels.refresh(self.state)
         self.aux_k = sae.config.aux_k or max(sae.d_in // 2, 1)
-        own = list(sae.sparsifier.parameters())
-        self.optimizer = adam(own) if own else None
+        own = dict(sae.sparsifier.named_parameters())
+        self.own = {name: (weight, torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in own.items()}
         self.by_autograd = type(sae.sparsifier).penalty is not Sparsifier.penalty
         self.dense = sae.sparsifier.passes_positive
         self.buffer = Buffers(sae.W_dec.dtype, sae.W_dec.device)
         self.l0 = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
 
-    def step(
-        self, activations: Float[Tensor, "batch d_in"], unit: float, now: Now, sparsity: float, dead: Int[Tensor, " n"]
-    ) -> Terms:
-        """One batch. `sparsity` scales the penalty, `dead` are the latents that AuxK trains."""
+    def step(self, activations: Float[Tensor, "batch d_in"], unit: float, now: Now, dead: Int[Tensor, " n"]) -> Terms:
+        """One batch. `dead` are the latents that AuxK trains, as `padded` leaves them."""
         with torch.no_grad(), products(self.kernels.precision):
-            return self._step(activations, unit, now, sparsity, dead)
+            return self._step(activations, unit, now, dead)
 
-    def _step(self, activations: Tensor, unit: float, now: Now, sparsity: float, dead: Tensor) -> Terms:
+    def _step(self, activations: Tensor, unit: float, now: Now, dead: Tensor) -> Terms:
         x = self.kernels.centre(activations, unit, self.state.b_dec)
         codes = None
         if not (self.dense or self.by_autograd):
             codes = self.sae.sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
         if codes is not None:
-            terms = self._sparse(x, codes, now, sparsity, dead)
+            terms = self._sparse(x, codes, now, dead)
         elif self.sae.sparsifier.passes_positive and not self.by_autograd:
-            terms = self._dense(x, now, sparsity, dead)
+            terms = self._dense(x, now, dead)
         else:
-            terms = self._by_autograd(x, now, sparsity, dead)
+            terms = self._by_autograd(x, now, dead)
         self.l0.copy_(terms.l0)
         return terms
 
-    def _sparse(self, x: Tensor, codes: Codes, now: Now, sparsity: float, dead: Tensor) -> Terms:
-        kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.l1_coefficient * sparsity
+    def _sparse(self, x: Tensor, codes: Codes, now: Now, dead: Tensor) -> Terms:
+        kernels, state, weight = self.kernels, self.state, self._penalty_weight(now)
         cost = weight / len(x)
         decoded = kernels.decode(codes, state, x, cost)
         auxiliary, extra = self._auxiliary(x, decoded.gradient, dead)
@@ -103,9 +103,9 @@ class Engine:
         kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, cost=cost)
         return Terms(decoded.squares.mean(), auxiliary, weight * decoded.code_sums.mean(), l0)
 
-    def _dense(self, x: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
+    def _dense(self, x: Tensor, now: Now, dead: Tensor) -> Terms:
         """z = max(0, pre) with most of z positive: five dense products, a block of rows at a time."""
-        kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.l1_coefficient * sparsity
+        kernels, state, weight = self.kernels, self.state, self._penalty_weight(now)
         cost, buffer = weight / len(x), self.buffer
         rows = Rows(None, buffer("encoder", state.encoder.shape), buffer("W_dec", state.W_dec.shape), x.new_zeros(0))
         gradient, squares, code_sum = buffer("gradient", x.shape), x.new_zeros(()), x.new_zeros(())
@@ -133,7 +133,7 @@ class Engine:
         kernels.update_(state, now, x, gradient, extra=rows, firing=firing)
         return Terms(squares / len(x), auxiliary, cost * code_sum, firing.sum() / len(x))
 
-    def _by_autograd(self, x: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
+    def _by_autograd(self, x: Tensor, now: Now, dead: Tensor) -> Terms:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
         state, sparsifier = self.state, self.sae.sparsifier
         pre_latents = (x @ state.encoder.T).add_(state.b_enc).requires_grad_()
@@ -143,28 +143,33 @@ class Engine:
             residual = codes.decode(W_dec) - x
             mse = residual.square().sum(dim=1).mean()
             penalty = sparsifier.penalty(codes, W_dec)
-            loss = mse if penalty is None else mse + penalty * sparsity
+            loss = mse if penalty is None else mse + penalty * now.sparsity
             loss.backward()
         gradient = residual.detach() * (2 / len(x))
         auxiliary, extra = self._auxiliary(x, gradient, dead)
         g_pre, g_decoder = (t.grad if t.grad is not None else torch.zeros_like(t) for t in (pre_latents, W_dec))
         rows = Rows(None, g_pre.T @ x, g_decoder, g_pre.sum(dim=0))
-        if self.optimizer is not None:
-            self.optimizer.param_groups[0]["lr"] = now.rate
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        for weight, first, second in self.own.values():
+            if weight.grad is not None:
+                adam_(weight.detach(), weight.grad, first, second, now)
+                weight.grad = None
         firing = codes.firing()
         self.kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
-        charged = x.new_zeros(()) if penalty is None else penalty.detach() * sparsity
+        charged = x.new_zeros(()) if penalty is None else penalty.detach() * now.sparsity
         return Terms(mse.detach(), auxiliary, charged, firing.sum() / len(x))
+
+    def _penalty_weight(self, now: Now) -> Scalar:
+        weight = self.sae.sparsifier.l1_coefficient
+        return weight * now.sparsity if weight else 0.0
 
     def _auxiliary(self, x: Tensor, gradient: Tensor, dead: Tensor) -> tuple[Tensor, Rows | None]:
         """AuxK: its value, and the gradient rows of the dead latents. `gradient` is the reconstruction's."""
         alpha, state = self.sae.config.aux_coefficient, self.state
         if not alpha or not dead.numel():
             return x.new_zeros(()), None
-        value, rows = losses.aux_k(gradient, x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], self.aux_k)
-        return value, Rows(dead, *(alpha * row for row in rows))
+        bias = state.b_enc[dead].masked_fill_(dead < 0, -torch.inf)  # the latent -1 never fires
+        value, rows = losses.aux_k(gradient, x, state.encoder[dead], bias, state.W_dec[dead], self.aux_k)
+        return value, Rows(dead.remainder(self.sae.d_sae), *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:
         """Decides from the last step's L0 whether a ReLU's next steps are dense. Here the host waits for the device."""
@@ -189,10 +194,8 @@ class Engine:
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, _ in state.weights():
             tensors |= {f"adam.{name}.exp_avg": state.first[name], f"adam.{name}.exp_avg_sq": state.second[name]}
-        for name, parameter in self.sae.sparsifier.named_parameters():
-            assert self.optimizer is not None
-            moments = self.optimizer.state[parameter].items()
-            tensors |= {f"adam.sparsifier.{name}.{key}": value for key, value in moments}
+        for name, (_, first, second) in self.own.items():
+            tensors |= {f"adam.sparsifier.{name}.exp_avg": first, f"adam.sparsifier.{name}.exp_avg_sq": second}
         counters = {"silent_samples": state.silent_samples, "window_firing": state.window_firing, "l0": self.l0}
         counters["norms"] = state.norms  # what an update left, to the bit
         return tensors | counters, {
@@ -222,18 +225,22 @@ class Engine:
         for name, _ in state.weights():
             state.first[name].copy_(tensors[f"adam.{name}.exp_avg"])
             state.second[name].copy_(tensors[f"adam.{name}.exp_avg_sq"])
-        for name, parameter in self.sae.sparsifier.named_parameters():
-            prefix = f"adam.sparsifier.{name}."
-            assert self.optimizer is not None
-            moments = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-            if moments:
-                self.optimizer.state[parameter] = {key: v.to(parameter.device) for key, v in moments.items()}
+        for name, (_, first, second) in self.own.items():
+            first.copy_(tensors[f"adam.sparsifier.{name}.exp_avg"])
+            second.copy_(tensors[f"adam.sparsifier.{name}.exp_avg_sq"])
         state.silent_samples.copy_(tensors["silent_samples"])
         state.window_firing.copy_(tensors["window_firing"])
         self.l0.copy_(tensors["l0"])
         self.dense = values["dense"]
         self.kernels.refresh(state)
         state.norms.copy_(tensors["norms"])
+
+
+def padded(dead: Int[Tensor, " n"]) -> Int[Tensor, " at_least_n"]:
+    """On a GPU, filled up to a power of two with the latent -1, so that few widths ever have to be recorded."""
+    if host_sees(dead) or not len(dead):
+        return dead
+    return F.pad(dead, (0, (1 << (len(dead) - 1).bit_length()) - len(dead)), value=-1)
 
 
 def _inner_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:

@@ -159,7 +159,6 @@ def _loop(trainer: Trainer, source: Source, log: RunLog, on_line: OnLine | None)
                         raise UsageError(f"the source ended before its first batch of {config.train.batch_size} rows")
                     logger.warning("the source ended after %d of %d steps", trainer.n_steps_done, config.n_steps)
                     break
-                trainer.refresh()
                 trainer.step(x.to(device, non_blocking=True))
                 since_samples += len(x)
                 step = trainer.n_steps_done

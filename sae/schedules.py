@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sae.optim import Now, row
+
 
 def learning_rate(step: int, n_steps: int, peak: float, warmup_steps: int, decay_fraction: float) -> float:
     """Linear warm-up, constant, then linear decay to 0 over the last `decay_fraction` of the run.
@@ -17,3 +24,30 @@ def learning_rate(step: int, n_steps: int, peak: float, warmup_steps: int, decay
 def warmup(step: int, n_steps: int, fraction: float) -> float:
     """Rises linearly from 0 to 1 over the first `fraction` of the run, then stays."""
     return min(1.0, step / (fraction * n_steps)) if fraction else 1.0
+
+
+class Clock:
+    """Tells each step its learning rate on the device: the host writes the rows of the next steps from time to time,
+    and a step takes the next of them, so that recorded steps can be played again without the host.
+
+    `at(step)` gives the rate and the share of the penalty of a step, counted from 0.
+    """
+
+    def __init__(
+        self, at: Callable[[int], tuple[float, float]], n_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.at = at
+        self.rows = torch.zeros(n_rows, len(Now._fields), dtype=dtype, device=device)
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def wind(self, step: int) -> None:
+        """Makes `step` the next one."""
+        rows = [row(number + 1, *self.at(number)) for number in range(step, step + len(self.rows))]
+        self.rows.copy_(torch.tensor(rows, dtype=torch.float64))
+        self.next.zero_()
+
+    def tick(self) -> Now:
+        """Of the next step; it must have been wound for that."""
+        now: Tensor = self.rows.index_select(0, self.next)[0]
+        self.next += 1
+        return Now(*now.unbind())

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from sae import schedules
 from sae.config import TrainConfig
-from sae.engine import Engine
-from sae.kernels import Now
+from sae.engine import Engine, padded
 from sae.model import SAE
 
-# How often the host looks at the device: which latents are dead, and whether codes are sparse. Between looks both are
-# fixed, so that no step waits.
+# How often the host looks at the device: which latents are dead, and whether codes are sparse; it then writes down the
+# learning rates to come. Between looks no step waits, and all do the same.
 REFRESH_STEPS = 10
 TERMS = ("overall_loss", "mse_loss", "auxiliary_reconstruction_loss", "sparsity_loss")
 
@@ -34,19 +33,29 @@ class Trainer:
         self.engine = Engine(sae, config.train.kernels, config.train.precision)
         self.n_steps_done = 0
         device = sae.W_dec.device
+        self.clock = schedules.Clock(self._at, REFRESH_STEPS, sae.W_dec.dtype, device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.window = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self.window_steps = 0
 
     def step(self, activations: Float[Tensor, "batch d_in"]) -> None:
         """One batch, in the units of the data."""
-        sparsity = schedules.warmup(self.n_steps_done, self.config.n_steps, self.config.train.sparsity_warmup_fraction)
-        now = Now(self.learning_rate(self.n_steps_done), self.n_steps_done + 1)
-        mse, auxiliary, penalty, l0 = self.engine.step(activations, self.unit, now, sparsity, self.dead)
-        loss = mse + self.sae.config.aux_coefficient * auxiliary + penalty
-        self.window += torch.stack([loss, mse, auxiliary, penalty, l0])
+        if self.n_steps_done % REFRESH_STEPS == 0:
+            self.look()
+        self.advance(activations)
         self.window_steps += 1
         self.n_steps_done += 1
+
+    def advance(self, activations: Float[Tensor, "batch d_in"]) -> None:
+        """What a step does on the device. Between two looks of the host each step does the same, to the address."""
+        mse, auxiliary, penalty, l0 = self.engine.step(activations, self.unit, self.clock.tick(), self.dead)
+        loss = mse + self.sae.config.aux_coefficient * auxiliary + penalty
+        self.window += torch.stack([loss, mse, auxiliary, penalty, l0])
+
+    def _at(self, step: int) -> tuple[float, float]:
+        config = self.config
+        sparsity = schedules.warmup(step, config.n_steps, config.train.sparsity_warmup_fraction)
+        return self.learning_rate(step), sparsity
 
     def learning_rate(self, step: int) -> float:
         """Of the step with this number, counted from 0."""
@@ -55,12 +64,12 @@ class Trainer:
             step, self.config.n_steps, self.config.lr, train.warmup_steps, train.decay_fraction
         )
 
-    def refresh(self) -> None:
-        """Looks which latents are dead and whether codes are sparse; called between steps, as the host then waits."""
-        if self.n_steps_done % REFRESH_STEPS == 0:
-            silent = self.engine.state.silent_samples
-            self.dead = (silent >= self.config.dead_after_samples).nonzero().squeeze(1)
-            self.engine.refresh(self.n_steps_done)
+    def look(self) -> None:
+        """Looks which latents are dead and whether codes are sparse, and sets the clock; here the host waits."""
+        silent = self.engine.state.silent_samples
+        self.dead = padded((silent >= self.config.dead_after_samples).nonzero().squeeze(1))
+        self.engine.refresh(self.n_steps_done)
+        self.clock.wind(self.n_steps_done)
 
     def take_window(self) -> tuple[dict[str, float], Bool[Tensor, " d_sae"]]:
         """Means over the steps since the last call under the names of the log, and which latents fired in them."""
@@ -101,3 +110,4 @@ class Trainer:
         self.dead, self.window = tensors["dead"].to(device), tensors["window"].to(device)
         self.unit = values["unit"]
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
+        self.clock.wind(self.n_steps_done)

@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sae import SAE, SAEConfig, SparseCodes, Sparsifier, TrainConfig, checkpoint
 from sae.engine import Engine, Terms
 from sae.errors import UsageError
-from sae.kernels import SPARSE_SHARE, Now, blocks, capacity
-from sae.kernels.base import BETA1, BETA2, WEIGHTS
+from sae.kernels import SPARSE_SHARE, blocks, capacity
+from sae.kernels.base import WEIGHTS
 from sae.kernels.build import CannotBuild
+from sae.optim import BETA1, BETA2, Now
 from sae.trainer import Trainer
 
 BATCH, D_IN, D_SAE = 37, 13, 70
@@ -98,14 +99,14 @@ class Judge:
         weight = self.config.l1_coefficient if self.config.kind == "relu" else 0.0
         return weight * (z * W_dec.norm(dim=1)).sum(dim=1).mean()
 
-    def step(self, activations: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
+    def step(self, activations: Tensor, now: Now, dead: Tensor) -> Terms:
         encoder, W_dec, b_enc, b_dec = (self.weights[name] for name in WEIGHTS)
         x = activations / UNIT
         pre = (x - b_dec) @ encoder.T + b_enc
         z = self.select(pre)
         x_hat = z @ W_dec + b_dec
         mse = (x - x_hat).square().sum(dim=1).mean()
-        penalty = sparsity * self.penalty(z, W_dec)
+        penalty = now.sparsity * self.penalty(z, W_dec)
         auxiliary = x.new_zeros(())
         if len(dead):
             largest = pre[:, dead].topk(min(self.config.aux_k, len(dead)), dim=1)
@@ -117,7 +118,7 @@ class Judge:
             if self.config.unit_norm_decoder:
                 W_dec.grad -= (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec
             self.gradients = {name: weight.grad.clone() for name, weight in self.weights.items()}
-            self.optimizer.param_groups[0]["lr"] = now.rate
+            self.optimizer.param_groups[0]["lr"] = float(now.rate)
             self.optimizer.step()
             if self.config.unit_norm_decoder:
                 W_dec /= W_dec.norm(dim=1, keepdim=True)
@@ -159,7 +160,7 @@ def test_one_step(case, unit_norm, kernels, precision, dead):
     sae = make_sae(case, unit_norm)
     engine, judge = make_engine(case, sae, kernels, precision), Judge(sae)
     x, dead = batches(1)[0], torch.tensor(dead, dtype=torch.int64)
-    terms, expected = (by(x, Now(RATE, 1), 0.7, dead) for by in (with_unit(engine), judge.step))
+    terms, expected = (by(x, Now.at(1, RATE, 0.7), dead) for by in (with_unit(engine), judge.step))
     if case == "topk":
         assert (judge.z > 0).sum(dim=1).min() < sae.config.k, "some rows must have fewer than k positives"
     if case == "relu sparse":
@@ -171,7 +172,7 @@ def test_one_step(case, unit_norm, kernels, precision, dead):
 
 
 def with_unit(engine: Engine):
-    return lambda x, now, sparsity, dead: engine.step(x, UNIT, now, sparsity, dead)
+    return lambda x, now, dead: engine.step(x, UNIT, now, dead)
 
 
 def hundred_steps(step, silent):
@@ -180,7 +181,7 @@ def hundred_steps(step, silent):
     for number, x in enumerate(batches(100)):
         if number % 10 == 0:
             dead = (silent() >= 3 * BATCH).nonzero().squeeze(1)
-        terms = step(x, Now(RATE * (1 - number / 200), number + 1), number / 100, dead)
+        terms = step(x, Now.at(number + 1, RATE * (1 - number / 200), number / 100), dead)
         revived |= bool(terms.auxiliary > 0)
     return terms, revived
 
@@ -214,7 +215,9 @@ def test_blocks_of_rows_give_the_same_step(case, unit_norm, precision, monkeypat
     sae = make_sae(case, unit_norm)
     engine, judge = make_engine(case, sae, "native", precision), Judge(sae)
     for step, x in enumerate(batches(2), 1):
-        same_terms(*(by(x, Now(RATE, step), 0.7, torch.tensor([2, 60, 69])) for by in (with_unit(engine), judge.step)))
+        same_terms(
+            *(by(x, Now.at(step, RATE, 0.7), torch.tensor([2, 60, 69])) for by in (with_unit(engine), judge.step))
+        )
     same_weights(engine, judge, 1e-10)
 
 
@@ -222,8 +225,8 @@ def test_the_last_batch_may_be_smaller():
     sae = make_sae("topk")
     engine, judge = make_engine("topk", sae), Judge(sae)
     for number, (x, rows) in enumerate(zip(batches(3), (BATCH, 1, 5), strict=True)):
-        engine.step(x[:rows], UNIT, Now(RATE, number + 1), 1.0, NO_ONE)
-        judge.step(x[:rows], Now(RATE, number + 1), 1.0, NO_ONE)
+        engine.step(x[:rows], UNIT, Now.at(number + 1, RATE, 1.0), NO_ONE)
+        judge.step(x[:rows], Now.at(number + 1, RATE, 1.0), NO_ONE)
     same_weights(engine, judge, 1e-10)
 
 
@@ -236,7 +239,7 @@ def test_counters():
     for number, x in enumerate(batches(3)):
         pre = (x / UNIT - sae.b_dec) @ sae.W_enc + sae.b_enc
         fired += (sae.sparsifier(pre).dense() > 0).sum(dim=0)
-        terms = engine.step(x, UNIT, Now(RATE, number + 1), 1.0, NO_ONE)
+        terms = engine.step(x, UNIT, Now.at(number + 1, RATE, 1.0), NO_ONE)
     assert engine.state.silent_samples[7] == 3 * BATCH
     assert torch.equal(engine.state.window_firing, fired)
     assert (engine.state.silent_samples[fired == 0] == 3 * BATCH).all()
@@ -281,8 +284,8 @@ def test_a_sparsifier_of_ones_own(make, unit_norm, kernels, precision):
     engine, judge = Engine(sae, kernels, precision), Judge(sae)
     dead = torch.tensor([3, 60, 66])
     for number, x in enumerate(batches(10)):
-        now = Now(RATE, number + 1)
-        same_terms(engine.step(x, UNIT, now, 0.7, dead), judge.step(x, now, 0.7, dead))
+        now = Now.at(number + 1, RATE, 0.7)
+        same_terms(engine.step(x, UNIT, now, dead), judge.step(x, now, dead))
         if number == 0:
             same_gradients(engine, judge)
     same_weights(engine, judge, 1e-9)
@@ -305,7 +308,7 @@ def test_parameters_of_a_sparsifier_are_saved_and_restored():
                 sae.sparsifier = Squared().double()
                 engine = Engine(sae, "native", "fp32")
                 engine.restore(tensors, values)
-            engine.step(x, UNIT, Now(RATE, number + 1), 1.0, NO_ONE)
+            engine.step(x, UNIT, Now.at(number + 1, RATE, 1.0), NO_ONE)
         runs.append(engine.saved()[0])
     assert "adam.sparsifier.gain.exp_avg" in runs[0]
     assert runs[0].keys() == runs[1].keys()
@@ -330,7 +333,7 @@ def test_the_example_sparsifier_goes_sparse(kernels, precision, monkeypatch):
             engine._by_autograd = None  # to call it would fail
         engines.append(engine)
     for number, x in enumerate(batches(10)):
-        ours, theirs = (e.step(x, UNIT, Now(RATE, number + 1), 1.0, torch.tensor([60, 66])) for e in engines)
+        ours, theirs = (e.step(x, UNIT, Now.at(number + 1, RATE, 1.0), torch.tensor([60, 66])) for e in engines)
         same_terms(ours, theirs)
     for (name, weight), (_, expected) in zip(*(e.state.weights() for e in engines), strict=True):
         close(weight, expected, 1e-9, name)
@@ -345,7 +348,7 @@ def test_a_relu_with_too_many_codes_takes_a_dense_step(unit_norm, kernels, preci
     engines = [make_engine("relu dense", make_sae("relu dense", unit_norm), kernels, precision) for _ in range(2)]
     engines[0].dense = False
     for number, x in enumerate(batches(3)):
-        ours, theirs = (e.step(x, UNIT, Now(RATE, number + 1), 1.0, NO_ONE) for e in engines)
+        ours, theirs = (e.step(x, UNIT, Now.at(number + 1, RATE, 1.0), NO_ONE) for e in engines)
         assert ours.l0 > capacity(BATCH, D_SAE, "fp32") / BATCH
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for (_, weight), (_, expected) in zip(*(e.state.weights() for e in engines), strict=True):
@@ -364,7 +367,7 @@ def test_a_tie_too_wide_for_its_slots_takes_an_autograd_step(precision):
     called = []
     original = engine._by_autograd
     engine._by_autograd = lambda *arguments: called.append(1) or original(*arguments)
-    same_terms(with_unit(engine)(x, Now(RATE, 1), 1.0, NO_ONE), judge.step(x, Now(RATE, 1), 1.0, NO_ONE))
+    same_terms(with_unit(engine)(x, Now.at(1, RATE, 1.0), NO_ONE), judge.step(x, Now.at(1, RATE, 1.0), NO_ONE))
     assert called
     assert (judge.z > 0).all(), "all tie, all fire"
     same_gradients(engine, judge)
@@ -394,7 +397,6 @@ def train(trainer: Trainer, until: int) -> Trainer:
     for number in range(until):
         x = torch.randn(64, 8, generator=stream) * (300.0 if number >= 35 else 1.0)
         if number == trainer.n_steps_done:
-            trainer.refresh()
             trainer.step(x)
     return trainer
 
@@ -460,7 +462,7 @@ def test_two_threads_change_no_bit(case, precision):
         try:
             torch.set_num_threads(threads)
             for number, x in enumerate(batches(10, dtype=torch.float32)):
-                engine.step(x, UNIT, Now(RATE, number + 1), 1.0, NO_ONE)
+                engine.step(x, UNIT, Now.at(number + 1, RATE, 1.0), NO_ONE)
         finally:
             torch.set_num_threads(1)
         engines.append(engine)
@@ -489,7 +491,7 @@ def test_a_run_goes_on_as_it_began(began, monkeypatch):
     first = make_engine(case, make_sae(case, True, torch.float32), *asked[began])
     x = batches(6, dtype=torch.float32)
     for number in range(3):
-        first.step(x[number], UNIT, Now(RATE, number + 1), 1.0, NO_ONE)
+        first.step(x[number], UNIT, Now.at(number + 1, RATE, 1.0), NO_ONE)
     tensors, values = first.saved()
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -500,7 +502,7 @@ def test_a_run_goes_on_as_it_began(began, monkeypatch):
     assert (second.kernels.name, second.kernels.precision) == (first.kernels.name, first.kernels.precision)
     for number in range(3, 6):
         for engine in (first, second):
-            engine.step(x[number], UNIT, Now(RATE, number + 1), 1.0, NO_ONE)
+            engine.step(x[number], UNIT, Now.at(number + 1, RATE, 1.0), NO_ONE)
     for name, tensor in first.saved()[0].items():
         assert torch.equal(tensor, second.saved()[0][name]), name
 
@@ -512,7 +514,7 @@ def test_bad_activations_show_in_the_loss(case, bad, kernels, precision):
     engine = make_engine(case, make_sae(case, True, torch.float32), kernels, precision)
     x = batches(1, dtype=torch.float32)[0]
     x[20, 5] = bad
-    assert not engine.step(x, UNIT, Now(RATE, 1), 1.0, NO_ONE).mse.isfinite()
+    assert not engine.step(x, UNIT, Now.at(1, RATE, 1.0), NO_ONE).mse.isfinite()
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch", "reference"])
@@ -530,13 +532,13 @@ def test_free_rows_go_on_bit_for_bit(case):
     whole = make_engine(case, make_sae(case, unit_norm=False, dtype=torch.float32))
     data = batches(8, dtype=torch.float32)
     for step, x in enumerate(data[:4], 1):
-        whole.step(x, UNIT, Now(RATE, step), 0.7, NO_ONE)
+        whole.step(x, UNIT, Now.at(step, RATE, 0.7), NO_ONE)
     tensors, values = whole.saved()
     parts = make_engine(case, make_sae(case, unit_norm=False, dtype=torch.float32))
     parts.restore({name: tensor.clone() for name, tensor in tensors.items()}, values)
     for step, x in enumerate(data[4:], 5):
         for engine in (whole, parts):
-            engine.step(x, UNIT, Now(RATE, step), 0.7, NO_ONE)
+            engine.step(x, UNIT, Now.at(step, RATE, 0.7), NO_ONE)
     for (name, ours), (_, theirs) in zip(parts.state.weights(), whole.state.weights(), strict=True):
         assert torch.equal(ours, theirs), name
 

@@ -6,7 +6,9 @@ import torch
 import sae
 from sae import UsageError, checkpoint, run
 from sae.config import TrainConfig
-from sae.schedules import learning_rate, warmup
+from sae.schedules import Clock, learning_rate, warmup
+
+CPU = torch.device("cpu")
 
 KINDS = [{"kind": "topk", "k": 3}, {"kind": "batchtopk", "k": 2.5}, {"kind": "relu", "l1_coefficient": 0.1}]
 
@@ -188,3 +190,16 @@ def test_schedules():
     assert 0 < rates[99] < 0.1
     assert [warmup(step, 100, 0.1) for step in (0, 5, 10, 99)] == [0, 0.5, 1, 1]
     assert learning_rate(0, 10, 1.0, 0, 0.0) == 1.0
+
+
+def test_the_clock_tells_each_step_its_own_rate():
+    clock = Clock(
+        lambda step: (learning_rate(step, 100, 3e-3, 10, 0.3), warmup(step, 100, 0.05)), 10, torch.float32, CPU
+    )
+    for step in range(43):
+        if step % 10 == 0 or step == 37:  # resumed there
+            clock.wind(step)
+        now = clock.tick()
+        expected = learning_rate(step, 100, 3e-3, 10, 0.3), 1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)
+        torch.testing.assert_close(torch.stack(now[:3]), torch.tensor(expected), rtol=1e-6, atol=0)
+        assert float(now.sparsity) == pytest.approx(min(1.0, step / 5))

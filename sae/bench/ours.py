@@ -44,7 +44,6 @@ def advance(kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, d
     begun, batch = trainer(kind, shape, x, lr, device)
 
     def step() -> None:
-        begun.refresh()
         begun.step(batch())
 
     return step

@@ -72,7 +72,6 @@ def stages(shape: Shape, kind: str, device: str, n_steps: int, synchronise: Call
         activations = batch()
         synchronise()
         watch.seconds.clear()
-        trainer.refresh()
         began = time.perf_counter()
         trainer.step(activations)
         synchronise()

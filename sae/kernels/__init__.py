@@ -11,7 +11,19 @@ import torch
 
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
-from sae.kernels.base import SPARSE_SHARE, Buffers, Codes, Kernels, Now, Rows, Scores, State, blocks, capacity
+from sae.kernels.base import (
+    SPARSE_SHARE,
+    Buffers,
+    Codes,
+    Kernels,
+    Rows,
+    Scalar,
+    Scores,
+    State,
+    blocks,
+    capacity,
+    host_sees,
+)
 from sae.kernels.build import CannotBuild
 from sae.kernels.native import REALS, Native
 from sae.kernels.plain import Plain
@@ -23,13 +35,14 @@ __all__ = [
     "Buffers",
     "Codes",
     "Kernels",
-    "Now",
     "Rows",
+    "Scalar",
     "Scores",
     "State",
     "blocks",
     "capacity",
     "choose",
+    "host_sees",
     "products",
     "require_device",
 ]

@@ -16,8 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.precision import Precision
+from sae.optim import Now
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+Scalar = float | Tensor
+"""A number that the host knows, or one on the device."""
 WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
 # Codes count as sparse when less than this share of them fires: where the sparse step begins to win. With bf16 units
 # dense products cost little, so that codes must be sparser.
@@ -65,6 +67,11 @@ class Scores:
         """All of them, with the bias, in its type."""
         product = self.x @ self.encoder.T if self.screens else self.product(slice(None))
         return product.to(self.bias.dtype) + self.bias
+
+
+def host_sees(tensor: Tensor) -> bool:
+    """Whether the host can read it without waiting for a device to finish."""
+    return tensor.device.type == "cpu"
 
 
 def blocks(batch: int, d_sae: int, entries: int) -> Iterator[slice]:
@@ -130,19 +137,6 @@ class DenseCodes(NamedTuple):
     values: Float[Tensor, "batch d_sae"]
     firing: Int[Tensor, " d_sae"]
     code_sums: Float[Tensor, " batch"]
-
-
-class Now(NamedTuple):
-    """What depends on the number of the step: Adam's rate, and how young its moments are."""
-
-    rate: float
-    step: int
-    """1 for the first."""
-
-    @property
-    def corrections(self) -> tuple[float, float]:
-        """1 - beta^step for both moments."""
-        return 1 - BETA1**self.step, 1 - BETA2**self.step
 
 
 @dataclass
@@ -212,7 +206,7 @@ class Kernels(Protocol):
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
         """All positive pre-latents; None where there are more than `capacity`."""
 
-    def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
+    def decode(self, codes: Codes, state: State, x: Tensor, cost: Scalar) -> Decoded:
         """Reconstruction, loss and the gradients in it and in the codes."""
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:
@@ -221,7 +215,7 @@ class Kernels(Protocol):
     def relu(self, x: Tensor, state: State) -> DenseCodes:
         """max(0, pre), as a matrix."""
 
-    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: float) -> tuple[Tensor, Tensor]:
+    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: Scalar) -> tuple[Tensor, Tensor]:
         """(gradient + cost |W_dec_j|) where codes fire, else 0; and its sum over samples. `gradient` may be reused."""
 
     def update_(
@@ -233,7 +227,7 @@ class Kernels(Protocol):
         plan: Any = None,
         extra: Rows | None = None,
         firing: Tensor | None = None,
-        cost: float = 0.0,
+        cost: Scalar = 0.0,
     ) -> None:
         """Weight gradients, projection, Adam, renormalisation and counters: all that changes the state.
 

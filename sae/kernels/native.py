@@ -16,21 +16,19 @@ from torch import Tensor
 
 from sae.kernels import base
 from sae.kernels.base import (
-    BETA1,
-    BETA2,
-    EPSILON,
     Buffers,
     Codes,
     Decoded,
     DenseCodes,
-    Now,
     Rows,
+    Scalar,
     Scores,
     State,
     blocks,
 )
 from sae.kernels.build import library
 from sae.kernels.precision import Precision, slack
+from sae.optim import BETA1, BETA2, EPSILON, Now
 
 REALS: dict[torch.dtype, tuple[str, Any]] = {torch.float32: ("float", c_float), torch.float64: ("double", c_double)}
 # Latents whose contributions to b_dec one thread sums, in order.
@@ -253,13 +251,13 @@ class Native:
 
     # -------------------------------------------------------------------------------------- decoder, gradients
 
-    def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
+    def decode(self, codes: Codes, state: State, x: Tensor, cost: Scalar) -> Decoded:
         batch, d_in = x.shape
         norms = None if state.unit_norm else state.norms
         gradient = self._buffer("gradient", x.shape)
         code_gradients = self._buffer("code_gradients", codes.values.shape)
         squares, sums = self._buffer("squares", (batch,)), self._buffer("sums", (batch,))
-        given = (*_as_c(codes), state.W_dec, x, norms, cost, 2 / batch, batch, d_in)
+        given = (*_as_c(codes), state.W_dec, x, norms, float(cost), 2 / batch, batch, d_in)
         self._call("decode", *given, gradient, code_gradients, squares, sums)
         return Decoded(squares, sums, gradient, code_gradients)
 
@@ -282,12 +280,12 @@ class Native:
         self._call("relu_", z, state.b_enc, norms, batch, d_sae, counts, firing, sums)
         return DenseCodes(z, firing, sums)
 
-    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: float) -> tuple[Tensor, Tensor]:
+    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: Scalar) -> tuple[Tensor, Tensor]:
         batch, d_sae = gradient.shape
         blocks = self._buffer("relu_blocks", (-(-batch // 64), d_sae))
         bias_gradient = self._buffer("bias_gradient", (d_sae,))
         norms = None if state.unit_norm else state.norms
-        self._call("relu_backward_", gradient, codes.values, norms, cost, batch, d_sae, blocks, bias_gradient)
+        self._call("relu_backward_", gradient, codes.values, norms, float(cost), batch, d_sae, blocks, bias_gradient)
         return gradient, bias_gradient
 
     # -------------------------------------------------------------------------------------------------- update
@@ -301,12 +299,12 @@ class Native:
         plan: Plan | None = None,
         extra: Rows | None = None,
         firing: Tensor | None = None,
-        cost: float = 0.0,
+        cost: Scalar = 0.0,
     ) -> None:
         batch, d_in = x.shape
         d_sae = len(state.b_enc)
         constants = (BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPSILON)
-        adam = torch.tensor([now.rate, *now.corrections, *constants], dtype=self.dtype)
+        adam = torch.tensor([*now[:3], *constants], dtype=self.dtype)
         blocks = self._buffer("blocks", (-(-d_sae // BLOCK), d_in))
         extra_of = None
         if extra is not None and extra.latents is not None:
@@ -321,7 +319,7 @@ class Native:
             *(plan or (None, None, None, None)),
             *(x, gradient, extra_of),
             *([t.contiguous() for t in extra[1:]] if extra else (None, None, None)),
-            *(adam, int(state.unit_norm), cost),
+            *(adam, int(state.unit_norm), float(cost)),
             *(state.encoder, first["encoder"], second["encoder"]),
             *(state.W_dec, first["W_dec"], second["W_dec"]),
             *(state.b_enc, first["b_enc"], second["b_enc"]),

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.codes import flat_nonzero, kth_largest
-from sae.kernels.base import Codes, Decoded, Now, Scores, State
+from sae.kernels.base import Codes, Decoded, Scalar, Scores, State, host_sees
 from sae.kernels.precision import Precision
 from sae.kernels.reference import Reference, rows_of
-from sae.optim import adam
+from sae.optim import Now, adam_
 
 
 class Plan(NamedTuple):
@@ -37,13 +37,12 @@ class Plan(NamedTuple):
 
 
 class Plain(Reference):
-    """Sparse decoding and sparse gradients by `embedding_bag`; torch's fused Adam."""
+    """Sparse decoding and sparse gradients by `embedding_bag`."""
 
     name = "torch"
 
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
-        self._optimizer: torch.optim.Adam | None = None
 
     def scores(self, x: Tensor, state: State) -> Scores:
         if self.precision == "fp32":
@@ -52,20 +51,20 @@ class Plain(Reference):
         return Scores(x, state.encoder, state.b_enc, lambda rows: x_rounded[rows] @ encoder_rounded.T)
 
     def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
-        if scores.x.device.type != "cpu":
-            return None  # how many fire in each row is not known without asking the device
         pre = scores.pre_latents()
+        if not host_sees(pre):
+            return _largest(pre, n)
         cut = kth_largest(rearrange(pre, "b f -> (b f)"), min(n, pre.numel()))
         return _where(pre, pre >= cut.clamp_min(torch.finfo(pre.dtype).tiny))
 
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
-        if scores.x.device.type != "cpu":
-            return None
+        if not host_sees(scores.x):
+            return None  # how many fire is not known without asking the device
         pre = scores.pre_latents()
         codes = _where(pre, pre > 0)
         return codes if len(codes.values) <= capacity else None
 
-    def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
+    def decode(self, codes: Codes, state: State, x: Tensor, cost: Scalar) -> Decoded:
         residual = _bags(codes.latents, state.W_dec, codes.offsets, codes.values) - x
         gradient = residual * (2 / len(x))
         # A weighted bag's gradient in its weights is what is wanted: gradient[row of slot] . W_dec[latent of slot].
@@ -74,10 +73,12 @@ class Plain(Reference):
             _bags(codes.latents, state.W_dec, codes.offsets, weights).backward(gradient)
         assert weights.grad is not None
         rows, charged = rows_of(codes), codes.values
-        code_gradients = weights.grad.add_(cost)
-        if not state.unit_norm:
+        code_gradients = weights.grad
+        if state.unit_norm:
+            code_gradients += cost
+        else:
             norms = state.norms[codes.latents]
-            code_gradients, charged = weights.grad.sub_(cost).add_(norms, alpha=cost), charged * norms
+            code_gradients, charged = code_gradients + cost * norms, charged * norms
         code_gradients.masked_fill_(codes.values <= 0, 0)
         sums = x.new_zeros(len(x)).index_add_(0, rows, charged)
         return Decoded(residual.square().sum(dim=1), sums, gradient, code_gradients)
@@ -104,18 +105,16 @@ class Plain(Reference):
         return (g_encoder, g_decoder, g_bias), sums, plan.firing
 
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
-        if self._optimizer is None:
-            self._optimizer = adam([torch.nn.Parameter(weight) for _, weight in state.weights()])
-        group = self._optimizer.param_groups[0]
-        group["lr"] = now.rate
-        for parameter, (name, _) in zip(group["params"], state.weights(), strict=True):
-            parameter.grad = gradients[name].contiguous()
-            self._optimizer.state[parameter] = {
-                "step": torch.full((), now.step - 1.0, device=parameter.device),
-                "exp_avg": state.first[name],
-                "exp_avg_sq": state.second[name],
-            }
-        self._optimizer.step()
+        for name, weight in state.weights():
+            adam_(weight, gradients[name], state.first[name], state.second[name], now)
+
+
+def _largest(pre: Float[Tensor, "batch d_sae"], n: int) -> Codes:
+    """The n largest, those that are positive, in n slots whatever they are: no size depends on the data."""
+    values, positions = pre.flatten().topk(min(n, pre.numel()), sorted=False)
+    positions, order = positions.sort()
+    rows = torch.arange(len(pre) + 1, device=pre.device) * pre.shape[1]
+    return Codes(torch.searchsorted(positions, rows), positions % pre.shape[1], values[order].relu())
 
 
 def _where(values: Tensor, fires: Tensor) -> Codes:
@@ -130,7 +129,7 @@ def _bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Te
 
 
 def _stable_order(latents: Int[Tensor, " n"], d_sae: int) -> Int[Tensor, " n"]:
-    if latents.device.type == "cpu" and d_sae <= 2**15:
+    if host_sees(latents) and d_sae <= 2**15:
         # NumPy sorts 16-bit integers by radix, 15 times faster than torch sorts 64-bit ones.
         return torch.from_numpy(np.argsort(latents.numpy().astype(np.int16), kind="stable"))
     return latents.argsort(stable=True)

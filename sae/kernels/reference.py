@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.base import BETA1, BETA2, EPSILON, Codes, Decoded, DenseCodes, Now, Rows, Scores, State
+from sae.kernels.base import Codes, Decoded, DenseCodes, Rows, Scalar, Scores, State
 from sae.kernels.precision import Precision
+from sae.optim import BETA1, BETA2, EPSILON, Now
 
 
 class Plan(NamedTuple):
@@ -59,7 +60,7 @@ class Reference:
         pre = scores.pre_latents().relu()
         return None if int((pre > 0).sum()) > capacity else _where(pre)
 
-    def decode(self, codes: Codes, state: State, x: Tensor, cost: float) -> Decoded:
+    def decode(self, codes: Codes, state: State, x: Tensor, cost: Scalar) -> Decoded:
         z, rows, norms = dense(codes, len(state.W_dec)), rows_of(codes), _norms(state)
         residual = z @ state.W_dec - x
         gradient = 2 * residual / len(x)
@@ -75,7 +76,7 @@ class Reference:
         z = self.scores(x, state).pre_latents().relu()
         return DenseCodes(z, (z > 0).sum(dim=0), z @ _norms(state))
 
-    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: float) -> tuple[Tensor, Tensor]:
+    def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: Scalar) -> tuple[Tensor, Tensor]:
         masked = (gradient + cost * _norms(state)) * (codes.values > 0)
         return masked, masked.sum(dim=0)
 
@@ -88,14 +89,14 @@ class Reference:
         plan: Any = None,
         extra: Rows | None = None,
         firing: Tensor | None = None,
-        cost: float = 0.0,
+        cost: Scalar = 0.0,
     ) -> None:
         rows, sums, fires = self.gradient_rows(state, x, gradient, plan)
         fires = firing if firing is not None else fires
         if extra is not None:
-            where = slice(None) if extra.latents is None else extra.latents
+            latents = torch.arange(len(state.b_enc), device=x.device) if extra.latents is None else extra.latents
             for total, part in zip(rows, extra[1:], strict=True):
-                total[where] += part
+                total.index_add_(0, latents, part)
         g_encoder, g_decoder, g_bias = rows
         if state.unit_norm:
             g_decoder -= (g_decoder * state.W_dec).sum(dim=1, keepdim=True) * state.W_dec
@@ -121,12 +122,11 @@ class Reference:
 
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
         """Adam (Kingma & Ba 2015) with bias correction."""
-        correction1, correction2 = now.corrections
         for name, weight in state.weights():
             g, m, v = gradients[name], state.first[name], state.second[name]
             m.copy_(BETA1 * m + (1 - BETA1) * g)
             v.copy_(BETA2 * v + (1 - BETA2) * g * g)
-            weight.sub_(now.rate * (m / correction1) / ((v / correction2).sqrt() + EPSILON))
+            weight.sub_(now.rate * (m / now.correction1) / ((v / now.correction2).sqrt() + EPSILON))
 
 
 def rows_of(codes: Codes) -> Int[Tensor, " slots"]:

@@ -31,7 +31,6 @@ def test_training_step(against, say, kind):
 
         def steps() -> None:
             for _ in range(10):
-                trainer.refresh()
                 trainer.step(next(batches))
 
         return steps
