@@ -87,10 +87,23 @@ class SAEConfig(Family):
     """Start the encoder as the decoder's transpose."""
     unit_norm_decoder: bool = True
     """Keep decoder rows at norm 1: gradients are projected, rows renormalised after each step."""
+    tied_bias: bool = True
+    """The encoder subtracts b_dec from its input; off: it subtracts the value that b_dec started from, for good."""
+    prefixes: tuple[int, ...] | None = None
+    """Matryoshka: widths whose first latents alone must reconstruct, ascending to d_sae; default all latents only."""
     aux_coefficient: float = Field(default=0.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
     aux_k: int | None = Field(default=None, gt=0)
     """How many dead latents explain each residual; default d_in / 2."""
+
+    @model_validator(mode="after")
+    def _prefixes_fit(self) -> SAEConfig:
+        given = self.prefixes
+        if given is not None:
+            rising = all(a < b for a, b in zip((0, *given), given, strict=False))
+            if not given or not rising or given[-1] != self.d_sae:
+                raise ValueError(f"prefixes must rise to d_sae={self.d_sae}, got {list(given)}; end them with d_sae")
+        return self
 
     @abstractmethod
     def build(self) -> Any:

@@ -2,7 +2,9 @@
 
     x     = activation / sqrt(s) - b_dec
     codes = sparsifier(x W_enc + b_enc)
-    loss  = mean |codes W_dec - x|^2 + penalty + alpha * AuxK
+    loss  = mean |codes W_dec - target|^2 + penalty + alpha * AuxK
+
+The target is x, unless b_dec does not centre the input (`tied_bias` off) or something else is to be reconstructed.
 
 Codes stay sparse from the selection to the weights: the decoder is read once for each code, both weight gradients are
 sums over the samples that a latent fired for, and a latent's gradients, projection, Adam and counters happen in one
@@ -21,12 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import losses
+from sae.codes import SparseCodes
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
 from sae.kernels import (
     SPARSE_SHARE,
+    WEIGHTS,
     Buffers,
     Codes,
+    Decoded,
     Rows,
     Scalar,
     State,
@@ -46,8 +51,12 @@ NARROW = 256
 
 
 class Terms(NamedTuple):
-    """What a step measured, as scalars on its device: the parts of the loss, and the mean L0."""
+    """What a step measured, as scalars on its device: the parts of the loss, and the mean L0.
 
+    `error` is what the loss charges for errors: the mse, or its mean over several readings and what a gate adds.
+    """
+
+    error: Tensor
     mse: Tensor
     auxiliary: Tensor
     sparsity: Tensor
@@ -64,57 +73,97 @@ class Engine:
     def __init__(self, sae: SAE, kernels: KernelName = "auto", precision: PrecisionName = "auto") -> None:
         self.sae = sae
         self.kernels = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
-        self.state = State.of(dict(sae.named_parameters()), sae.config.unit_norm_decoder)
+        self.state = State.of(
+            dict(sae.named_parameters()), sae.config.unit_norm_decoder, sae.config.tied_bias, sae.sparsifier.weighted
+        )
         self.kernels.refresh(self.state)
         self.aux_k = sae.config.aux_k or max(sae.d_in // 2, 1)
-        own = dict(sae.sparsifier.named_parameters())
+        own = {name: weight for name, weight in sae.named_parameters() if name not in WEIGHTS}
         self.own = {name: (weight, torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in own.items()}
-        self.by_autograd = type(sae.sparsifier).penalty is not Sparsifier.penalty
+        kind = type(sae.sparsifier)
+        own_penalty = kind.penalty is not Sparsifier.penalty or kind.objective is not Sparsifier.objective
+        self.by_autograd = own_penalty and kind.differentiate is Sparsifier.differentiate
+        self.prefixes = sae.config.prefixes or (sae.d_sae,)
+        self.weights = (1 / len(self.prefixes),) * len(self.prefixes)
+        ends = torch.tensor(self.prefixes, device=sae.W_dec.device)
+        self.level_of = torch.bucketize(torch.arange(sae.d_sae, device=ends.device), ends, right=True, out_int32=True)
+        self.dense_products = sae.sparsifier.passes_positive and len(self.prefixes) == 1
         self.dense = sae.sparsifier.passes_positive
         self.buffer = Buffers(sae.W_dec.dtype, sae.W_dec.device)
         self.l0 = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
 
-    def step(self, activations: Float[Tensor, "batch d_in"], unit: float, now: Now, dead: Int[Tensor, " n"]) -> Terms:
-        """One batch. `dead` are the latents that AuxK trains, as `padded` leaves them."""
+    def step(
+        self,
+        activations: Float[Tensor, "batch d_in"],
+        unit: float,
+        now: Now,
+        dead: Int[Tensor, " n"],
+        target: Float[Tensor, "batch d_out"] | None = None,
+    ) -> Terms:
+        """One batch. `dead` are the latents that AuxK trains, as `padded` leaves them. `target` is what to reconstruct,
+        in the trainer's units already, where that is not the activations themselves."""
         with torch.no_grad(), products(self.kernels.precision):
-            return self._step(activations, unit, now, dead)
+            state = self.state
+            x = self.kernels.centre(activations, unit, state.b_dec if self.sae.centre is None else self.sae.centre)
+            if target is None and state.tied:
+                return self._step(x, x, now, dead)
+            wanted = (activations.to(x.dtype) / unit if target is None else target.to(x.dtype)) - state.b_dec
+            if self.sae.W_skip is not None:
+                wanted -= x @ self.sae.W_skip.detach()
+            return self._step(x, wanted, now, dead)
 
-    def _step(self, activations: Tensor, unit: float, now: Now, dead: Tensor) -> Terms:
-        x = self.kernels.centre(activations, unit, self.state.b_dec)
+    def _step(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
         codes = None
         if not (self.dense or self.by_autograd):
             codes = self.sae.sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
         if codes is not None:
-            terms = self._sparse(x, codes, now, dead)
-        elif self.sae.sparsifier.passes_positive and not self.by_autograd:
-            terms = self._dense(x, now, dead)
+            terms = self._sparse(x, target, codes, now, dead)
+        elif self.dense_products and not self.by_autograd:
+            terms = self._dense(x, target, now, dead)
         else:
-            terms = self._by_autograd(x, now, dead)
+            terms = self._by_autograd(x, target, now, dead)
         self.l0.copy_(terms.l0)
+        for weight, first, second in self.own.values():
+            if weight.grad is not None:
+                adam_(weight.detach(), weight.grad, first, second, now)
+                weight.grad = None
         return terms
 
-    def _sparse(self, x: Tensor, codes: Codes, now: Now, dead: Tensor) -> Terms:
-        kernels, state, weight = self.kernels, self.state, self._penalty_weight(now)
-        cost = weight / len(x)
-        decoded = kernels.decode(codes, state, x, cost)
-        auxiliary, extra = self._auxiliary(x, decoded.gradient, dead)
-        plan = kernels.invert(codes, decoded.code_gradients, self.sae.d_sae)
-        l0 = plan.n_codes / len(x)
-        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, cost=cost)
-        return Terms(decoded.squares.mean(), auxiliary, weight * decoded.code_sums.mean(), l0)
+    def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> Terms:
+        kernels, state = self.kernels, self.state
+        if len(self.prefixes) > 1:
+            codes = codes._replace(levels=self.level_of[codes.latents], weights=self.weights)
 
-    def _dense(self, x: Tensor, now: Now, dead: Tensor) -> Terms:
+        def decode(codes: Codes, cost: Scalar) -> Decoded:
+            return kernels.decode(codes, state, target, cost)
+
+        decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
+        last = decoded.gradient[-len(x) :] / codes.weights[-1] if len(codes.weights) > 1 else decoded.gradient
+        auxiliary, extra = self._auxiliary(x, last, dead)
+        plan = kernels.invert(codes, gradients, self.sae.d_sae)
+        l0 = plan.n_codes / len(x)
+        self._skip(x, decoded.gradient)
+        cost = cost if state.weighted else 0.0
+        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, cost=cost, pull=pull)
+        return Terms(error, decoded.squares.mean(), auxiliary, penalty, l0)
+
+    def _skip(self, x: Tensor, gradient: Tensor) -> None:
+        """The gradient of x W_skip, which is part of x_hat."""
+        if self.sae.W_skip is not None:
+            self.sae.W_skip.grad = x.T @ gradient[: len(x)]
+
+    def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
         """z = max(0, pre) with most of z positive: five dense products, a block of rows at a time."""
         kernels, state, weight = self.kernels, self.state, self._penalty_weight(now)
         cost, buffer = weight / len(x), self.buffer
         rows = Rows(None, buffer("encoder", state.encoder.shape), buffer("W_dec", state.W_dec.shape), x.new_zeros(0))
-        gradient, squares, code_sum = buffer("gradient", x.shape), x.new_zeros(()), x.new_zeros(())
+        gradient, squares, code_sum = buffer("gradient", target.shape), x.new_zeros(()), x.new_zeros(())
         bias, charged = torch.zeros_like(state.b_enc), torch.zeros_like(state.b_enc)
         firing = torch.zeros_like(state.silent_samples)
         for block in blocks(len(x), self.sae.d_sae, base.DENSE_BLOCK_ENTRIES):
             part, add = x[block], block.start > 0
             z = kernels.relu(part, state)
-            residual = torch.mm(z.values, state.W_dec, out=gradient[block]).sub_(part)
+            residual = torch.mm(z.values, state.W_dec, out=gradient[block]).sub_(target[block])
             squares += residual.square().sum()
             own = residual.mul_(2 / len(x))
             through = torch.mm(own, state.W_dec.T, out=buffer("through", tuple(z.values.shape)))
@@ -124,39 +173,42 @@ class Engine:
             bias += g_bias
             firing += z.firing
             code_sum += z.code_sums.sum()
-            if not state.unit_norm:
+            if state.charged_norms is not None:
                 charged += z.values.sum(dim=0)
         auxiliary, extra = self._auxiliary(x, gradient, dead)
-        if not state.unit_norm:
+        if state.charged_norms is not None:
             rows.W_dec.addcmul_((cost * charged / state.norms.clamp_min(1e-12))[:, None], state.W_dec)
         rows = _with(rows._replace(b_enc=bias), extra)
+        self._skip(x, gradient)
         kernels.update_(state, now, x, gradient, extra=rows, firing=firing)
-        return Terms(squares / len(x), auxiliary, cost * code_sum, firing.sum() / len(x))
+        mse = squares / len(x)
+        return Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
 
-    def _by_autograd(self, x: Tensor, now: Now, dead: Tensor) -> Terms:
+    def _by_autograd(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
         state, sparsifier = self.state, self.sae.sparsifier
         pre_latents = (x @ state.encoder.T).add_(state.b_enc).requires_grad_()
         W_dec = state.W_dec.detach().requires_grad_()
+        offset = torch.zeros_like(target).requires_grad_()  # its gradient is that of x_hat
+
+        def error(codes: SparseCodes, W_dec: Tensor) -> Tensor:
+            wanted = target - (offset if W_dec.requires_grad else offset.detach())
+            return losses.nested_reconstruction(codes, W_dec, wanted, self.prefixes, self.weights)
+
         with torch.enable_grad():
-            codes = sparsifier(pre_latents)
-            residual = codes.decode(W_dec) - x
-            mse = residual.square().sum(dim=1).mean()
-            penalty = sparsifier.penalty(codes, W_dec)
-            loss = mse if penalty is None else mse + penalty * now.sparsity
-            loss.backward()
-        gradient = residual.detach() * (2 / len(x))
-        auxiliary, extra = self._auxiliary(x, gradient, dead)
+            codes, errors, penalty = sparsifier.objective(pre_latents, W_dec, error)
+            (errors if penalty is None else errors + penalty * now.sparsity).backward()
+        assert offset.grad is not None
+        residual = codes.decode(state.W_dec) - target
+        auxiliary, extra = self._auxiliary(x, residual * (2 / len(x)), dead)
+        gradient = offset.grad
+        self._skip(x, gradient)
         g_pre, g_decoder = (t.grad if t.grad is not None else torch.zeros_like(t) for t in (pre_latents, W_dec))
         rows = Rows(None, g_pre.T @ x, g_decoder, g_pre.sum(dim=0))
-        for weight, first, second in self.own.values():
-            if weight.grad is not None:
-                adam_(weight.detach(), weight.grad, first, second, now)
-                weight.grad = None
         firing = codes.firing()
         self.kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
         charged = x.new_zeros(()) if penalty is None else penalty.detach() * now.sparsity
-        return Terms(mse.detach(), auxiliary, charged, firing.sum() / len(x))
+        return Terms(errors.detach(), residual.square().sum(dim=1).mean(), auxiliary, charged, firing.sum() / len(x))
 
     def _penalty_weight(self, now: Now) -> Scalar:
         weight = self.sae.sparsifier.l1_coefficient
@@ -195,7 +247,7 @@ class Engine:
         for name, _ in state.weights():
             tensors |= {f"adam.{name}.exp_avg": state.first[name], f"adam.{name}.exp_avg_sq": state.second[name]}
         for name, (_, first, second) in self.own.items():
-            tensors |= {f"adam.sparsifier.{name}.exp_avg": first, f"adam.sparsifier.{name}.exp_avg_sq": second}
+            tensors |= {f"adam.{name}.exp_avg": first, f"adam.{name}.exp_avg_sq": second}
         counters = {"silent_samples": state.silent_samples, "window_firing": state.window_firing, "l0": self.l0}
         counters["norms"] = state.norms  # what an update left, to the bit
         return tensors | counters, {
@@ -226,8 +278,8 @@ class Engine:
             state.first[name].copy_(tensors[f"adam.{name}.exp_avg"])
             state.second[name].copy_(tensors[f"adam.{name}.exp_avg_sq"])
         for name, (_, first, second) in self.own.items():
-            first.copy_(tensors[f"adam.sparsifier.{name}.exp_avg"])
-            second.copy_(tensors[f"adam.sparsifier.{name}.exp_avg_sq"])
+            first.copy_(tensors[f"adam.{name}.exp_avg"])
+            second.copy_(tensors[f"adam.{name}.exp_avg_sq"])
         state.silent_samples.copy_(tensors["silent_samples"])
         state.window_firing.copy_(tensors["window_firing"])
         self.l0.copy_(tensors["l0"])

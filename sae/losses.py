@@ -8,6 +8,8 @@ free of scale: in the units of the data the objective reads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +20,22 @@ from sae.codes import SparseCodes
 def reconstruction(x: Float[Tensor, "batch d"], x_hat: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
     """|x - x_hat|^2, summed over dimensions, averaged over samples."""
     return (x - x_hat).square().sum(dim=1).mean()
+
+
+def nested_reconstruction(
+    codes: SparseCodes,
+    W_dec: Float[Tensor, "d_sae d"],
+    target: Float[Tensor, "batch d"],
+    prefixes: Sequence[int],
+    weights: Sequence[float],
+) -> Float[Tensor, ""]:
+    """sum_l w_l |target - z_{:m_l} W_dec_{:m_l}|^2: the first m_l latents alone reconstruct as well as they can.
+
+    Matryoshka SAEs (Bussmann et al. 2025, section 3); one prefix of all latents is the plain reconstruction.
+    """
+    z = codes.dense()
+    errors = [reconstruction(target, z[:, :m] @ W_dec[:m]) for m in prefixes]
+    return torch.stack([w * error for w, error in zip(weights, errors, strict=True)]).sum()
 
 
 def l1(codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""]:

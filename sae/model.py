@@ -29,8 +29,12 @@ class SAE(nn.Module):
         z     = sparsifier(pre)                    [batch, d_sae], sparse, z >= 0
         x_hat = z W_dec + b_dec                    [batch, d_in]
 
-    W_enc [d_in, d_sae] is a view of `encoder` [d_sae, d_in]: a latent is a row on both sides.
+    W_enc [d_in, d_sae] is a view of `encoder` [d_sae, d_in]: a latent is a row on both sides. Where `tied_bias` is off,
+    a fixed `centre` takes the place of b_dec in `pre`.
     """
+
+    centre: Tensor | None
+    W_skip: nn.Parameter | None
 
     def __init__(self, d_in: int, config: SAEConfig) -> None:
         super().__init__()
@@ -39,6 +43,8 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("centre", None if config.tied_bias else torch.zeros(d_in))
+        self.W_skip = None
         self.sparsifier = config.build()
 
     @property
@@ -57,7 +63,7 @@ class SAE(nn.Module):
         if latents is not None:
             encoder, b_enc = encoder[latents], b_enc[latents]
         # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
-        return (x @ encoder.T).add_(b_enc - encoder @ self.b_dec)
+        return (x @ encoder.T).add_(b_enc - encoder @ (self.b_dec if self.centre is None else self.centre))
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_in"]:
         """z W_dec + b_dec."""
@@ -86,6 +92,8 @@ class SAE(nn.Module):
         self.encoder.copy_(other)
         self.b_enc.zero_()
         self.b_dec.copy_(b_dec)
+        if self.centre is not None:
+            self.centre.copy_(b_dec)
 
     @torch.no_grad()
     def rescale_(self, scale: float) -> None:
@@ -96,6 +104,8 @@ class SAE(nn.Module):
         """
         self.b_enc.mul_(scale)
         self.b_dec.mul_(scale)
+        if self.centre is not None:
+            self.centre.mul_(scale)
         self.sparsifier.rescale_(scale)
 
     def save(self, folder: str | Path) -> None:
@@ -103,6 +113,7 @@ class SAE(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        tensors |= {} if self.centre is None else {"centre": self.centre}
         tensors |= self.sparsifier.state_dict()
         partial = folder / f"{WEIGHTS}.partial"
         save_tensors(partial, tensors)
@@ -143,7 +154,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         raise UsageError(f"{folder} cannot be loaded: {reason}") from error
     sae = SAE(d_in, config).to(device)
     tensors["encoder"] = tensors.pop("W_enc").T
-    own = ("encoder", "W_dec", "b_enc", "b_dec")
+    own = ("encoder", "W_dec", "b_enc", "b_dec", "centre")
     sae.load_state_dict({name if name in own else f"sparsifier.{name}": t for name, t in tensors.items()})
     return sae.eval().requires_grad_(False)
 

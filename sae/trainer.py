@@ -48,8 +48,9 @@ class Trainer:
 
     def advance(self, activations: Float[Tensor, "batch d_in"]) -> None:
         """What a step does on the device. Between two looks of the host each step does the same, to the address."""
-        mse, auxiliary, penalty, l0 = self.engine.step(activations, self.unit, self.clock.tick(), self.dead)
-        loss = mse + self.sae.config.aux_coefficient * auxiliary + penalty
+        now = self.clock.tick()
+        error, mse, auxiliary, penalty, l0 = self.engine.step(activations, self.unit, now, self.dead)
+        loss = error + self.sae.config.aux_coefficient * auxiliary + penalty
         self.window += torch.stack([loss, mse, auxiliary, penalty, l0])
 
     def _at(self, step: int) -> tuple[float, float]:

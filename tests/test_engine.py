@@ -49,6 +49,8 @@ def make_sae(case: str, unit_norm: bool = True, dtype: torch.dtype = torch.float
         sae.b_enc[:-10] -= {"relu dense": 1, "relu sparse": 11}.get(case, 8)  # TopK: some rows have few positives
         if unit_norm:
             sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        if sae.centre is not None:
+            sae.centre.copy_(0.5 * sae.b_dec)
     return sae
 
 
@@ -76,13 +78,14 @@ class Judge:
         self.sparsifier = copy.deepcopy(sae.sparsifier)
         self.weights = {name: dict(sae.named_parameters())[name].detach().clone().requires_grad_() for name in WEIGHTS}
         self.optimizer = torch.optim.Adam([*self.weights.values(), *self.sparsifier.parameters()], lr=0.0)
+        self.centre = None if sae.centre is None else sae.centre.clone()
         self.silent = torch.zeros(sae.d_sae, dtype=torch.int64)
         self.window = torch.zeros_like(self.silent)
         self.gradients: dict[str, Tensor] = {}
 
     def select(self, pre: Tensor) -> Tensor:
         kind = self.config.kind
-        if type(self.sparsifier).__module__ != "sae.sparsifiers":
+        if not type(self.sparsifier).__module__.startswith("sae.sparsifiers"):
             return self.sparsifier(pre).dense()
         if kind == "topk":
             chosen = torch.zeros_like(pre).scatter(1, pre.topk(self.config.k, dim=1).indices, 1.0)
@@ -94,7 +97,7 @@ class Judge:
 
     def penalty(self, z: Tensor, W_dec: Tensor) -> Tensor:
         own = self.sparsifier.penalty(SparseCodes(z, None, z.shape[1]), W_dec)
-        if type(self.sparsifier).__module__ != "sae.sparsifiers":
+        if not type(self.sparsifier).__module__.startswith("sae.sparsifiers"):
             return z.new_zeros(()) if own is None else own
         weight = self.config.l1_coefficient if self.config.kind == "relu" else 0.0
         return weight * (z * W_dec.norm(dim=1)).sum(dim=1).mean()
@@ -102,10 +105,13 @@ class Judge:
     def step(self, activations: Tensor, now: Now, dead: Tensor) -> Terms:
         encoder, W_dec, b_enc, b_dec = (self.weights[name] for name in WEIGHTS)
         x = activations / UNIT
-        pre = (x - b_dec) @ encoder.T + b_enc
+        pre = (x - (b_dec if self.centre is None else self.centre)) @ encoder.T + b_enc
         z = self.select(pre)
         x_hat = z @ W_dec + b_dec
         mse = (x - x_hat).square().sum(dim=1).mean()
+        ends = self.config.prefixes or (len(W_dec),)
+        readings = [(x - z[:, :end] @ W_dec[:end] - b_dec).square().sum(dim=1).mean() for end in ends]
+        error = torch.stack(readings).mean()
         penalty = now.sparsity * self.penalty(z, W_dec)
         auxiliary = x.new_zeros(())
         if len(dead):
@@ -113,7 +119,7 @@ class Judge:
             sketch = torch.zeros_like(pre[:, dead]).scatter(1, largest.indices, largest.values.relu()) @ W_dec[dead]
             auxiliary = ((x - x_hat).detach() - sketch).square().sum(dim=1).mean()
         self.optimizer.zero_grad()
-        (mse + penalty + self.config.aux_coefficient * auxiliary).backward()
+        (error + penalty + self.config.aux_coefficient * auxiliary).backward()
         with torch.no_grad():
             if self.config.unit_norm_decoder:
                 W_dec.grad -= (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec
@@ -126,7 +132,7 @@ class Judge:
             self.silent = torch.where(fires > 0, 0, self.silent + len(x))
             self.window += fires
         self.z = z.detach()
-        return Terms(*(t.detach() for t in (mse, auxiliary, penalty, (z > 0).sum() / len(x))))
+        return Terms(*(t.detach() for t in (error, mse, auxiliary, penalty, (z > 0).sum() / len(x))))
 
 
 def same_terms(ours: Terms, theirs: Terms) -> None:
@@ -169,6 +175,26 @@ def test_one_step(case, unit_norm, kernels, precision, dead):
     same_terms(terms, expected)
     same_gradients(engine, judge)
     same_weights(engine, judge, 1e-10)
+
+
+@every_kernel
+@both_decoders
+@every_case
+@pytest.mark.parametrize(
+    "options",
+    [{"prefixes": (3, 20, D_SAE)}, {"tied_bias": False}, {"prefixes": (50, D_SAE), "tied_bias": False}],
+    ids=["prefixes", "own centre", "both"],
+)
+def test_readings_and_a_centre_of_its_own(case, unit_norm, kernels, precision, options):
+    sae = make_sae(case, unit_norm, **options)
+    engine, judge, dead = make_engine(case, sae, kernels, precision), Judge(sae), torch.tensor([2, 60, 64, 69])
+    for number, x in enumerate(batches(5), 1):
+        terms, expected = (by(x, Now.at(number, RATE, 0.7), dead) for by in (with_unit(engine), judge.step))
+        same_terms(terms, expected)
+        if number == 1:
+            assert ("prefixes" in options) == bool((expected.error - expected.mse).abs() > 0.01)
+            same_gradients(engine, judge)
+    same_weights(engine, judge, 1e-9)
 
 
 def with_unit(engine: Engine):

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.sparsifiers import BatchTopK, ReLU, TopK, kth_largest
+from sae.codes import kth_largest
+from sae.sparsifiers import BatchTopK, ReLU, TopK
 
 
 @given(st.integers(1, 9), st.integers(2, 17), st.integers(0, 99), st.data())

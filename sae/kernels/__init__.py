@@ -13,8 +13,10 @@ from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
 from sae.kernels.base import (
     SPARSE_SHARE,
+    WEIGHTS,
     Buffers,
     Codes,
+    Decoded,
     Kernels,
     Rows,
     Scalar,
@@ -32,8 +34,10 @@ from sae.kernels.reference import Reference
 
 __all__ = [
     "SPARSE_SHARE",
+    "WEIGHTS",
     "Buffers",
     "Codes",
+    "Decoded",
     "Kernels",
     "Rows",
     "Scalar",

@@ -1,7 +1,8 @@
 """What the stages of a training step pass to each other, and the interface that a device's kernels implement.
 
-Everything is in the trainer's units, and activations come centred: x is (activation - b_dec). The residual is then
-z W_dec - x, and b_dec appears in no product.
+Everything is in the trainer's units, and activations come centred: x is (activation - centre), the target is (what is
+to be reconstructed - b_dec), the same where an autoencoder centres by b_dec. The residual is then z W_dec - target, and
+b_dec appears in no product.
 """
 
 from __future__ import annotations
@@ -35,12 +36,19 @@ HEADROOM = 2
 class Codes(NamedTuple):
     """Codes of a batch, row after row: row b owns the slots from offsets[b] to offsets[b + 1].
 
-    A slot whose value is 0 is empty: TopK gives every row k slots, whether or not k pre-latents are positive.
+    A slot whose value is 0 is empty: TopK gives every row k slots, whether or not k pre-latents are positive. Where
+    `pre_latents` are given, no slot is empty: a gradient is wanted in silent codes as well.
+
+    Codes may be read several times: reading l takes the slots with `levels` up to l, and the loss is the mean of all
+    readings' errors under `weights`, which sum to 1. The last reading takes all.
     """
 
     offsets: Int[Tensor, " batch_plus_1"]
     latents: Int[Tensor, " slots"]
     values: Float[Tensor, " slots"]
+    pre_latents: Float[Tensor, " slots"] | None = None
+    levels: Int[Tensor, " slots"] | None = None
+    weights: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -103,13 +111,16 @@ class Buffers:
 class Decoded(NamedTuple):
     """What one pass over the decoder gives: the loss of each sample and its gradients.
 
-    squares: |x_hat - x|^2. code_sums: sum_j z_j |W_dec_j|. gradient: of mean(squares) in x_hat. code_gradients: of
-    mean(squares) + cost * sum(code_sums) in each code, 0 in empty slots.
+    squares: |x_hat - target|^2 of the last reading. losses: the mean of it over readings. code_sums: sum_j z_j
+    |W_dec_j|. gradient: of mean(losses) in what the slots of each level add to x_hat, level after level; a level's
+    slots add to its own reading and all later ones, so that the first `batch` rows are the gradient in b_dec.
+    code_gradients: of mean(losses) + cost * sum(code_sums) in each code, 0 in empty slots.
     """
 
     squares: Float[Tensor, " batch"]
+    losses: Float[Tensor, " batch"]
     code_sums: Float[Tensor, " batch"]
-    gradient: Float[Tensor, "batch d_in"]
+    gradient: Float[Tensor, "levels_x_batch d_out"]
     code_gradients: Float[Tensor, " slots"]
 
 
@@ -118,7 +129,7 @@ class Rows(NamedTuple):
 
     latents: Int[Tensor, " n"] | None
     encoder: Float[Tensor, "n d_in"]
-    W_dec: Float[Tensor, "n d_in"]
+    W_dec: Float[Tensor, "n d_out"]
     b_enc: Float[Tensor, " n"]
 
 
@@ -144,10 +155,14 @@ class State:
     """Weights, Adam's moments of each, and counters: all that a step changes."""
 
     encoder: Float[Tensor, "d_sae d_in"]
-    W_dec: Float[Tensor, "d_sae d_in"]
+    W_dec: Float[Tensor, "d_sae d_out"]
     b_enc: Float[Tensor, " d_sae"]
-    b_dec: Float[Tensor, " d_in"]
+    b_dec: Float[Tensor, " d_out"]
     unit_norm: bool
+    tied: bool
+    """b_dec is also what x is centred by, and gets a gradient from there."""
+    weighted: bool
+    """A penalty charges z |W_dec_j|, not z."""
     first: dict[str, Tensor]
     second: dict[str, Tensor]
     norms: Float[Tensor, " d_sae"]
@@ -156,7 +171,7 @@ class State:
     window_firing: Int[Tensor, " d_sae"]
 
     @classmethod
-    def of(cls, weights: dict[str, Tensor], unit_norm: bool) -> State:
+    def of(cls, weights: dict[str, Tensor], unit_norm: bool, tied: bool = True, weighted: bool = True) -> State:
         """The state before the first step."""
         own = {name: weights[name].detach() for name in WEIGHTS}
         d_sae, device = len(own["W_dec"]), own["W_dec"].device
@@ -164,12 +179,19 @@ class State:
         return cls(
             **own,
             unit_norm=unit_norm,
+            tied=tied,
+            weighted=weighted,
             first={name: torch.zeros_like(weight) for name, weight in own.items()},
             second={name: torch.zeros_like(weight) for name, weight in own.items()},
             norms=own["W_dec"].norm(dim=1),
             silent_samples=counter,
             window_firing=counter.clone(),
         )
+
+    @property
+    def charged_norms(self) -> Float[Tensor, " d_sae"] | None:
+        """What a penalty multiplies codes by; None: 1."""
+        return self.norms if self.weighted and not self.unit_norm else None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The four weights with their names."""
@@ -206,7 +228,7 @@ class Kernels(Protocol):
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
         """All positive pre-latents; None where there are more than `capacity`."""
 
-    def decode(self, codes: Codes, state: State, x: Tensor, cost: Scalar) -> Decoded:
+    def decode(self, codes: Codes, state: State, target: Tensor, cost: Scalar) -> Decoded:
         """Reconstruction, loss and the gradients in it and in the codes."""
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:
@@ -228,9 +250,11 @@ class Kernels(Protocol):
         extra: Rows | None = None,
         firing: Tensor | None = None,
         cost: Scalar = 0.0,
+        pull: Tensor | None = None,
     ) -> None:
         """Weight gradients, projection, Adam, renormalisation and counters: all that changes the state.
 
         Gradients are those of the codes in `plan` (from `invert`) plus the `extra` rows; `firing` counts in place of
-        the plan. `cost` is what the penalty charges a unit of z |W_dec_j|, for rows that are free.
+        the plan. For rows that are free: `cost` is what the penalty charges a unit of z |W_dec_j|, and `pull` [d_sae]
+        is what any other penalty adds to the gradient in |W_dec_j|.
         """

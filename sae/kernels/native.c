@@ -490,8 +490,9 @@ API void keep_top_k(const int64_t *starts, const int32_t *counts, int32_t *laten
 /* ----------------------------------------------------------------------------------------------------------- decode */
 
 /* One pass over the decoder rows of each sample: residual = z W_dec - target, its square, gradient = scale * residual,
-   and for each code gradient . W_dec_j + cost * norms_j. Slots of value 0 get no gradient. `norms` may be null: 1. */
-API void decode(const int64_t *offsets, const int32_t *latents, const real *values, const real *W_dec,
+   and for each code gradient . W_dec_j + cost * norms_j. Slots of value 0 get no gradient unless `all` do. `norms` may
+   be null: 1. */
+API void decode(const int64_t *offsets, const int32_t *latents, const real *values, long all, const real *W_dec,
                 const real *target, const real *norms, real cost, real scale, long batch, long d, real *gradient,
                 real *code_gradients, real *row_loss, real *row_sum, long threads) {
 #pragma omp parallel for num_threads((int)threads) schedule(dynamic, 16)
@@ -518,27 +519,85 @@ API void decode(const int64_t *offsets, const int32_t *latents, const real *valu
         for (long e = 0; e < n; e++) {
             real norm = norms ? norms[who[e]] : 1;
             sum += z[e] * norm;
-            code_gradients[first + e] = z[e] > 0 ? code_gradients[first + e] + cost * norm : 0;
+            code_gradients[first + e] = all || z[e] > 0 ? code_gradients[first + e] + cost * norm : 0;
         }
         row_loss[b] = loss;
         row_sum[b] = sum;
     }
 }
 
+/* The same for codes that are read n_levels times: reading l takes the slots of levels up to l. `gradient`
+   [n_levels, batch, d] receives sum over readings m >= l of weights_m * scale * residual_m, which is what a slot of
+   level l gets; row_loss the weighted sum of squares, row_square the last of them. */
+API void decode_levels(const int64_t *offsets, const int32_t *latents, const real *values, const int32_t *levels,
+                       const real *weights, long n_levels, long all, const real *W_dec, const real *target,
+                       const real *norms, real cost, real scale, long batch, long d, real *gradient,
+                       real *code_gradients, real *row_square, real *row_loss, real *row_sum, long threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic, 16)
+    for (long b = 0; b < batch; b++) {
+        long first = offsets[b], n = offsets[b + 1] - first;
+        const int32_t *who = latents + first;
+        const real *z = values + first;
+        real *own_values = own_memory((size_t)n * (sizeof(real) + 2 * sizeof(int32_t)) + 64);
+        int32_t *own_latents = (int32_t *)(own_values + n), *slots = own_latents + n;
+        const real *before = target + b * d;
+        real sum = 0, total = 0, square = 0;
+        for (long l = 0; l < n_levels; l++) {
+            real *restrict r = gradient + (l * batch + b) * d, sign = l ? 1 : -1;
+            long m = 0;
+            for (long e = 0; e < n; e++)
+                if (levels[first + e] == l) own_latents[m] = who[e], own_values[m++] = z[e];
+            for (long i = 0; i < d; i++) r[i] = sign * before[i];
+            add_rows(r, W_dec, own_latents, own_values, m, d);
+            square = dot(r, r, d);
+            total += weights[l] * square;
+            before = r;
+        }
+        for (long l = n_levels - 1; l >= 0; l--) {
+            real *restrict g = gradient + (l * batch + b) * d, factor = weights[l] * scale;
+            const real *restrict later = g + batch * d;
+            if (l + 1 < n_levels)
+                for (long i = 0; i < d; i++) g[i] = factor * g[i] + later[i];
+            else
+                for (long i = 0; i < d; i++) g[i] *= factor;
+            long m = 0;
+            for (long e = 0; e < n; e++)
+                if (levels[first + e] == l) own_latents[m] = who[e], slots[m++] = (int32_t)e;
+            for (long e = 0; e < m; e += 4) {
+                const real *four[4];
+                real dots[4];
+                four_rows(W_dec, own_latents, e, m, d, four);
+                four_dots(g, four, d, dots);
+                for (long i = 0; i < MIN(4, m - e); i++) code_gradients[first + slots[e + i]] = dots[i];
+            }
+        }
+        for (long e = 0; e < n; e++) {
+            real norm = norms ? norms[who[e]] : 1;
+            sum += z[e] * norm;
+            code_gradients[first + e] = all || z[e] > 0 ? code_gradients[first + e] + cost * norm : 0;
+        }
+        row_square[b] = square, row_loss[b] = total, row_sum[b] = sum;
+    }
+}
+
 /* ----------------------------------------------------------------------------------------------------------- invert */
 
 /* The codes in the order of their latents, samples ascending: a counting sort, each thread with rows of its own.
-   `counts` is scratch, [threads, n_latents]. Slots of value 0 are left out. */
-API void invert(const int64_t *offsets, const int32_t *latents, const real *values, const real *code_gradients,
-                long batch, long n_latents, int32_t *counts, int32_t *latent_offsets, int32_t *rows, real *codes,
-                real *gradients, long threads) {
-    long per_thread = (batch + threads - 1) / threads;
-#pragma omp parallel for num_threads((int)threads) schedule(static, 1)
+   `counts` is scratch, [threads, n_latents]. Slots with neither a value nor a gradient are left out. Where codes have
+   levels, `decoder_rows` receives level * batch + sample beside the sample. Returns how many codes fire. */
+API long invert(const int64_t *offsets, const int32_t *latents, const real *values, const real *code_gradients,
+                const int32_t *levels, long batch, long n_latents, int32_t *counts, int32_t *latent_offsets,
+                int32_t *rows, int32_t *decoder_rows, real *codes, real *gradients, long threads) {
+    long per_thread = (batch + threads - 1) / threads, fired = 0;
+#pragma omp parallel for num_threads((int)threads) schedule(static, 1) reduction(+ : fired)
     for (long t = 0; t < threads; t++) {
         int32_t *own_counts = counts + t * n_latents;
         memset(own_counts, 0, (size_t)n_latents * sizeof(int32_t));
         long first = MIN(t * per_thread, batch), last = MIN(first + per_thread, batch);
-        for (long e = offsets[first]; e < offsets[last]; e++) own_counts[latents[e]] += values[e] > 0;
+        for (long e = offsets[first]; e < offsets[last]; e++) {
+            own_counts[latents[e]] += values[e] > 0 || code_gradients[e] != 0;
+            fired += values[e] > 0;
+        }
     }
     int32_t total = 0;
     for (long j = 0; j < n_latents; j++) {
@@ -556,11 +615,13 @@ API void invert(const int64_t *offsets, const int32_t *latents, const real *valu
         long first = MIN(t * per_thread, batch), last = MIN(first + per_thread, batch);
         for (long b = first; b < last; b++)
             for (long e = offsets[b]; e < offsets[b + 1]; e++)
-                if (values[e] > 0) {
+                if (values[e] > 0 || code_gradients[e] != 0) {
                     int32_t to = next[latents[e]]++;
                     rows[to] = (int32_t)b, codes[to] = values[e], gradients[to] = code_gradients[e];
+                    if (levels) decoder_rows[to] = (int32_t)(levels[e] * batch + b);
                 }
     }
+    return fired;
 }
 
 /* ----------------------------------------------------------------------------------------------------------- update */
@@ -591,13 +652,14 @@ static inline void adam_row(real *restrict w, real *restrict m, real *restrict v
    fired for; `extra` rows (AuxK, or all rows of a dense step); projection of the decoder's gradient; Adam on encoder
    row, decoder row and bias; the decoder row back to norm 1; the encoder row rounded for the next product; counters.
 
-   `blocks` [n_blocks, d] receives the sums over latents of (bias gradient) * (encoder row), which is what b_dec gets
-   through the encoder. `extra_of[j]` is latent j's row in the extra gradients or -1; null: row j. */
-API void update(long n_latents, long d, long block, const int32_t *latent_offsets, const int32_t *rows,
-                const real *codes, const real *gradients, const real *x, const real *residual_gradient,
-                const int32_t *extra_of, const real *extra_encoder, const real *extra_decoder, const real *extra_bias,
-                const real *parameters_of_adam, long unit_norm, real cost, real *encoder, real *encoder_m,
-                real *encoder_v, real *decoder, real *decoder_m, real *decoder_v, real *bias, real *bias_m,
+   `blocks` [n_blocks, d_in], where given, receives the sums over latents of (bias gradient) * (encoder row), which is
+   what b_dec gets through the encoder. `extra_of[j]` is latent j's row in the extra gradients or -1; null: row j.
+   `pull[j]` is added to the gradient in the norm of decoder row j. */
+API void update(long n_latents, long d_in, long d_out, long block, const int32_t *latent_offsets, const int32_t *rows,
+                const int32_t *decoder_rows, const real *codes, const real *gradients, const real *x,
+                const real *residual_gradient, const int32_t *extra_of, const real *extra_encoder,
+                const real *extra_decoder, const real *extra_bias, const real *parameters_of_adam, long unit_norm,
+                real cost, const real *pull, real *encoder, real *encoder_m, real *encoder_v, real *decoder, real *decoder_m, real *decoder_v, real *bias, real *bias_m,
                 real *bias_v, bf16 *encoder_rounded, real *norms, real *encoder_norms, int64_t *silent,
                 int64_t *window, const int32_t *firing, long batch, real *blocks, long threads) {
     const real *p = parameters_of_adam;
@@ -606,52 +668,55 @@ API void update(long n_latents, long d, long block, const int32_t *latent_offset
 #pragma omp parallel num_threads((int)threads)
     {
         unsigned before = flush_subnormals();
-        real *g_encoder = own_memory((size_t)(2 * d) * sizeof(real)), *g_decoder = g_encoder + d;
+        real *g_encoder = own_memory((size_t)(d_in + d_out) * sizeof(real)), *g_decoder = g_encoder + d_in;
 #pragma omp for schedule(dynamic, 1)
         for (long c = 0; c < n_blocks; c++) {
-            real *restrict through_bias = blocks + c * d;
-            memset(through_bias, 0, (size_t)d * sizeof(real));
+            real *restrict through_bias = blocks ? blocks + c * d_in : NULL;
+            if (blocks) memset(through_bias, 0, (size_t)d_in * sizeof(real));
             for (long j = c * block; j < MIN((c + 1) * block, n_latents); j++) {
                 long first = latent_offsets ? latent_offsets[j] : 0;
                 long n = latent_offsets ? latent_offsets[j + 1] - first : 0;
                 long extra = extra_encoder ? (extra_of ? extra_of[j] : j) : -1;
-                real *restrict w_enc = encoder + j * d, *restrict w_dec = decoder + j * d;
+                real *restrict w_enc = encoder + j * d_in, *restrict w_dec = decoder + j * d_out;
                 real g_bias = 0, sum = 0;
+                long fired = 0;
                 if (extra >= 0) {
-                    memcpy(g_encoder, extra_encoder + extra * d, (size_t)d * sizeof(real));
-                    memcpy(g_decoder, extra_decoder + extra * d, (size_t)d * sizeof(real));
+                    memcpy(g_encoder, extra_encoder + extra * d_in, (size_t)d_in * sizeof(real));
+                    memcpy(g_decoder, extra_decoder + extra * d_out, (size_t)d_out * sizeof(real));
                     g_bias = extra_bias[extra];
                 } else {
-                    memset(g_encoder, 0, (size_t)(2 * d) * sizeof(real));
+                    memset(g_encoder, 0, (size_t)(d_in + d_out) * sizeof(real));
                 }
-                add_rows(g_encoder, x, rows + first, gradients + first, n, d);
-                add_rows(g_decoder, residual_gradient, rows + first, codes + first, n, d);
-                for (long e = first; e < first + n; e++) g_bias += gradients[e], sum += codes[e];
-                if (g_bias != 0)
+                add_rows(g_encoder, x, rows + first, gradients + first, n, d_in);
+                add_rows(g_decoder, residual_gradient, decoder_rows + first, codes + first, n, d_out);
+                for (long e = first; e < first + n; e++)
+                    g_bias += gradients[e], sum += codes[e], fired += codes[e] > 0;
+                if (blocks && g_bias != 0)
 #pragma omp simd
-                    for (long i = 0; i < d; i++) through_bias[i] += g_bias * w_enc[i];
+                    for (long i = 0; i < d_in; i++) through_bias[i] += g_bias * w_enc[i];
 
                 /* The penalty cost * z |w| pulls on the row itself; on unit rows the projection would undo that. */
-                real along = unit_norm ? -dot(g_decoder, w_dec, d) : (norms[j] > 0 ? cost * sum / norms[j] : 0);
+                real along = unit_norm ? -dot(g_decoder, w_dec, d_out) : cost * sum + (pull ? pull[j] : 0);
+                if (!unit_norm) along = norms[j] > 0 ? along / norms[j] : 0;
                 if (along != 0)
 #pragma omp simd
-                    for (long i = 0; i < d; i++) g_decoder[i] += along * w_dec[i];
+                    for (long i = 0; i < d_out; i++) g_decoder[i] += along * w_dec[i];
 
-                adam_row(w_enc, encoder_m + j * d, encoder_v + j * d, g_encoder, d, &adam);
-                adam_row(w_dec, decoder_m + j * d, decoder_v + j * d, g_decoder, d, &adam);
+                adam_row(w_enc, encoder_m + j * d_in, encoder_v + j * d_in, g_encoder, d_in, &adam);
+                adam_row(w_dec, decoder_m + j * d_out, decoder_v + j * d_out, g_decoder, d_out, &adam);
                 adam_row(bias + j, bias_m + j, bias_v + j, &g_bias, 1, &adam);
-                real norm = (real)sqrt(dot(w_dec, w_dec, d));
+                real norm = (real)sqrt(dot(w_dec, w_dec, d_out));
                 if (unit_norm) {
                     real shrink = 1 / MAX(norm, (real)1e-12);
 #pragma omp simd
-                    for (long i = 0; i < d; i++) w_dec[i] *= shrink;
+                    for (long i = 0; i < d_out; i++) w_dec[i] *= shrink;
                 } else {
                     norms[j] = norm;
                 }
                 if (encoder_rounded)
-                    for (long i = 0; i < d; i++) encoder_rounded[j * d + i] = to_bf16((float)w_enc[i]);
-                if (encoder_norms) encoder_norms[j] = (real)sqrt(dot(w_enc, w_enc, d));
-                long fired = firing ? firing[j] : n;
+                    for (long i = 0; i < d_in; i++) encoder_rounded[j * d_in + i] = to_bf16((float)w_enc[i]);
+                if (encoder_norms) encoder_norms[j] = (real)sqrt(dot(w_enc, w_enc, d_in));
+                if (firing) fired = firing[j];
                 silent[j] = fired ? 0 : silent[j] + batch;
                 window[j] += fired;
             }
@@ -672,7 +737,7 @@ API void update_b_dec(const real *residual_gradient, const real *blocks, long ba
         real g[TILE] = {0};
         for (long b = 0; b < batch; b++)
             for (long i = 0; i < width; i++) g[i] += residual_gradient[b * d + first + i];
-        for (long c = 0; c < n_blocks; c++)
+        for (long c = 0; blocks && c < n_blocks; c++)
             for (long i = 0; i < width; i++) g[i] -= blocks[c * d + first + i];
         adam_row(b_dec + first, m + first, v + first, g, width, &adam);
     }

@@ -43,17 +43,17 @@ SCREENED = 4
 
 
 class Plan(NamedTuple):
-    """The codes in the order of latents: latent j owns the entries from offsets[j] to offsets[j + 1]."""
+    """The codes in the order of latents: latent j owns the entries from offsets[j] to offsets[j + 1].
+
+    `rows` are those of x, `decoder_rows` those of the gradient in x_hat, which has a block of rows for each level.
+    """
 
     offsets: Int[Tensor, " d_sae_plus_1"]
     rows: Int[Tensor, " slots"]
+    decoder_rows: Int[Tensor, " slots"]
     codes: Float[Tensor, " slots"]
     gradients: Float[Tensor, " slots"]
-
-    @property
-    def n_codes(self) -> Tensor:
-        """How many fire, in all."""
-        return self.offsets[-1]
+    n_codes: Int[Tensor, ""]
 
 
 class Found(NamedTuple):
@@ -96,7 +96,7 @@ class Native:
         self.dtype, self.precision = dtype, precision
         real, self._real = REALS[dtype]
         self._library = library(real)
-        self._library.at_least.restype = c_long
+        self._library.at_least.restype = self._library.invert.restype = c_long
         self._library.nth_largest.restype = self._real
         self._buffer = Buffers(dtype, torch.device("cpu"))
         self._cut = 0.0
@@ -251,40 +251,47 @@ class Native:
 
     # -------------------------------------------------------------------------------------- decoder, gradients
 
-    def decode(self, codes: Codes, state: State, x: Tensor, cost: Scalar) -> Decoded:
-        batch, d_in = x.shape
-        norms = None if state.unit_norm else state.norms
-        gradient = self._buffer("gradient", x.shape)
+    def decode(self, codes: Codes, state: State, target: Tensor, cost: Scalar) -> Decoded:
+        (batch, d_out), n_levels, codes = target.shape, len(codes.weights), _as_c(codes)
+        gradient = self._buffer("gradient", (n_levels * batch, d_out))
         code_gradients = self._buffer("code_gradients", codes.values.shape)
         squares, sums = self._buffer("squares", (batch,)), self._buffer("sums", (batch,))
-        given = (*_as_c(codes), state.W_dec, x, norms, float(cost), 2 / batch, batch, d_in)
-        self._call("decode", *given, gradient, code_gradients, squares, sums)
-        return Decoded(squares, sums, gradient, code_gradients)
+        shared = (
+            *(int(codes.pre_latents is not None), state.W_dec, target, state.charged_norms, float(cost), 2 / batch),
+            *(batch, d_out, gradient, code_gradients, squares),
+        )
+        if codes.levels is None:
+            losses = squares
+            self._call("decode", *codes[:3], *shared, sums)
+        else:
+            losses, weights = self._buffer("losses", (batch,)), torch.tensor(codes.weights, dtype=self.dtype)
+            self._call("decode_levels", *codes[:3], codes.levels, weights, n_levels, *shared, losses, sums)
+        return Decoded(squares, losses, sums, gradient, code_gradients)
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:
-        n = len(codes.values)
+        n, codes = len(codes.values), _as_c(codes)
         offsets = self._buffer("latent_offsets", (d_sae + 1,), torch.int32)
         rows, values = self._slots("plan", n)
         gradients = self._buffer("plan_gradients", (n,))
+        decoder_rows = rows if codes.levels is None else self._buffer("plan_decoder_rows", (n,), torch.int32)
         counts = self._buffer("thread_counts", (torch.get_num_threads(), d_sae), torch.int32)
-        batch = len(codes.offsets) - 1
-        self._call("invert", *_as_c(codes), code_gradients, batch, d_sae, counts, offsets, rows, values, gradients)
-        return Plan(offsets, rows, values, gradients)
+        given = (*codes[:3], code_gradients, codes.levels, len(codes.offsets) - 1, d_sae, counts)
+        fired = self._call("invert", *given, offsets, rows, decoder_rows, values, gradients)
+        return Plan(offsets, rows, decoder_rows, values, gradients, torch.tensor(fired))
 
     def relu(self, x: Tensor, state: State) -> DenseCodes:
         batch, d_sae = len(x), len(state.b_enc)
         z = torch.mm(x, state.encoder.T, out=self._buffer("scores_fp32", (batch, d_sae)))
         counts = self._buffer("thread_counts", (torch.get_num_threads(), d_sae), torch.int32)
         firing, sums = self._buffer("firing", (d_sae,), torch.int32), self._buffer("sums", (batch,))
-        norms = None if state.unit_norm else state.norms
-        self._call("relu_", z, state.b_enc, norms, batch, d_sae, counts, firing, sums)
+        self._call("relu_", z, state.b_enc, state.charged_norms, batch, d_sae, counts, firing, sums)
         return DenseCodes(z, firing, sums)
 
     def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: Scalar) -> tuple[Tensor, Tensor]:
         batch, d_sae = gradient.shape
         blocks = self._buffer("relu_blocks", (-(-batch // 64), d_sae))
         bias_gradient = self._buffer("bias_gradient", (d_sae,))
-        norms = None if state.unit_norm else state.norms
+        norms = state.charged_norms
         self._call("relu_backward_", gradient, codes.values, norms, float(cost), batch, d_sae, blocks, bias_gradient)
         return gradient, bias_gradient
 
@@ -300,12 +307,13 @@ class Native:
         extra: Rows | None = None,
         firing: Tensor | None = None,
         cost: Scalar = 0.0,
+        pull: Tensor | None = None,
     ) -> None:
         batch, d_in = x.shape
-        d_sae = len(state.b_enc)
+        d_sae, d_out = state.W_dec.shape
         constants = (BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPSILON)
         adam = torch.tensor([*now[:3], *constants], dtype=self.dtype)
-        blocks = self._buffer("blocks", (-(-d_sae // BLOCK), d_in))
+        blocks = self._buffer("blocks", (-(-d_sae // BLOCK), d_in)) if state.tied else None
         extra_of = None
         if extra is not None and extra.latents is not None:
             extra_of = self._buffer("extra_of", (d_sae,), torch.int32).fill_(-1)
@@ -315,11 +323,11 @@ class Native:
         first, second, rounded = state.first, state.second, self._buffer.kept.get("encoder_rounded")
         self._call(
             "update",
-            *(d_sae, d_in, BLOCK),
-            *(plan or (None, None, None, None)),
+            *(d_sae, d_in, d_out, BLOCK),
+            *(plan[:-1] if plan else [None] * 5),
             *(x, gradient, extra_of),
             *([t.contiguous() for t in extra[1:]] if extra else (None, None, None)),
-            *(adam, int(state.unit_norm), float(cost)),
+            *(adam, int(state.unit_norm), float(cost), pull),
             *(state.encoder, first["encoder"], second["encoder"]),
             *(state.W_dec, first["W_dec"], second["W_dec"]),
             *(state.b_enc, first["b_enc"], second["b_enc"]),
@@ -327,7 +335,8 @@ class Native:
             *(state.silent_samples, state.window_firing, firing, batch, blocks),
         )
         moments = (first["b_dec"], second["b_dec"])
-        self._call("update_b_dec", gradient, blocks, batch, len(blocks), d_in, adam, state.b_dec, *moments)
+        n_blocks = 0 if blocks is None else len(blocks)
+        self._call("update_b_dec", gradient, blocks, batch, n_blocks, d_out, adam, state.b_dec, *moments)
 
     # ------------------------------------------------------------------------------------------------- plumbing
 
@@ -354,4 +363,10 @@ class Native:
 
 def _as_c(codes: Codes) -> Codes:
     """In the types of native.c; its own codes have them already."""
-    return Codes(codes.offsets.to(torch.int64), codes.latents.to(torch.int32), codes.values.contiguous())
+    levels = None if codes.levels is None else codes.levels.to(torch.int32)
+    return codes._replace(
+        offsets=codes.offsets.to(torch.int64),
+        latents=codes.latents.to(torch.int32),
+        values=codes.values.contiguous(),
+        levels=levels,
+    )

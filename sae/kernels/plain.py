@@ -5,6 +5,7 @@ Where the host would have to wait for a GPU (to learn how many codes there are),
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,10 +23,14 @@ from sae.optim import Now, adam_
 
 
 class Plan(NamedTuple):
-    """The codes in the order of latents: latent j owns the entries from offsets[j] to offsets[j + 1]."""
+    """The codes in the order of latents: latent j owns the entries from offsets[j] to offsets[j + 1].
+
+    `rows` are those of x, `decoder_rows` those of the gradient in x_hat, which has a block of rows for each level.
+    """
 
     offsets: Int[Tensor, " d_sae_plus_1"]
     rows: Int[Tensor, " slots"]
+    decoder_rows: Int[Tensor, " slots"]
     codes: Float[Tensor, " slots"]
     gradients: Float[Tensor, " slots"]
     firing: Int[Tensor, " d_sae"]
@@ -64,24 +69,24 @@ class Plain(Reference):
         codes = _where(pre, pre > 0)
         return codes if len(codes.values) <= capacity else None
 
-    def decode(self, codes: Codes, state: State, x: Tensor, cost: Scalar) -> Decoded:
-        residual = _bags(codes.latents, state.W_dec, codes.offsets, codes.values) - x
-        gradient = residual * (2 / len(x))
-        # A weighted bag's gradient in its weights is what is wanted: gradient[row of slot] . W_dec[latent of slot].
-        weights = codes.values.clone().requires_grad_()
-        with torch.enable_grad():
-            _bags(codes.latents, state.W_dec, codes.offsets, weights).backward(gradient)
-        assert weights.grad is not None
-        rows, charged = rows_of(codes), codes.values
-        code_gradients = weights.grad
-        if state.unit_norm:
-            code_gradients += cost
-        else:
-            norms = state.norms[codes.latents]
-            code_gradients, charged = code_gradients + cost * norms, charged * norms
-        code_gradients.masked_fill_(codes.values <= 0, 0)
-        sums = x.new_zeros(len(x)).index_add_(0, rows, charged)
-        return Decoded(residual.square().sum(dim=1), sums, gradient, code_gradients)
+    def decode(self, codes: Codes, state: State, target: Tensor, cost: Scalar) -> Decoded:
+        weights = codes.weights
+        by_level = [_of_level(codes.values, codes, level) for level in range(len(weights))]
+        parts = [_bags(codes.latents, state.W_dec, codes.offsets, values) for values in by_level]
+        parts[0] = parts[0] - target
+        residuals = list(accumulate(parts))
+        charged = [r * (2 / len(target) * w) for r, w in zip(residuals, weights, strict=True)]
+        gradients = list(accumulate(reversed(charged)))[::-1]
+        norms = torch.ones_like(codes.values) if state.charged_norms is None else state.charged_norms[codes.latents]
+        code_gradients = cost * norms
+        for level, gradient in enumerate(gradients):
+            code_gradients += _of_level(_along_rows(codes, state.W_dec, gradient), codes, level)
+        if codes.pre_latents is None:
+            code_gradients = code_gradients.masked_fill(codes.values <= 0, 0)
+        squares = [r.square().sum(dim=1) for r in residuals]
+        losses = torch.stack([w * square for w, square in zip(weights, squares, strict=True)]).sum(dim=0)
+        sums = target.new_zeros(len(target)).index_add_(0, rows_of(codes), codes.values * norms)
+        return Decoded(squares[-1], losses, sums, torch.cat(gradients), code_gradients)
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
         order = _stable_order(codes.latents, d_sae)
@@ -89,7 +94,10 @@ class Plain(Reference):
         firing = torch.zeros(d_sae, dtype=torch.int64, device=fires.device).index_add_(0, codes.latents, fires)
         slots = torch.zeros_like(firing).index_add_(0, codes.latents, torch.ones_like(fires))
         offsets = F.pad(slots.cumsum(0), (1, 0))
-        return Plan(offsets, rows_of(codes)[order], codes.values[order], code_gradients[order], firing)
+        rows = rows_of(codes)
+        decoder_rows = rows if codes.levels is None else codes.levels * (len(codes.offsets) - 1) + rows
+        given = (rows[order], decoder_rows[order], codes.values[order], code_gradients[order])
+        return Plan(offsets, *given, firing)
 
     def gradient_rows(
         self, state: State, x: Tensor, gradient: Tensor, plan: Any
@@ -101,7 +109,7 @@ class Plain(Reference):
         )
         sums, g_bias = (x.new_zeros(len(state.b_enc)).index_add_(0, owners, v) for v in (plan.codes, plan.gradients))
         g_encoder = _bags(plan.rows, x, plan.offsets, plan.gradients)
-        g_decoder = _bags(plan.rows, gradient, plan.offsets, plan.codes)
+        g_decoder = _bags(plan.decoder_rows, gradient, plan.offsets, plan.codes)
         return (g_encoder, g_decoder, g_bias), sums, plan.firing
 
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
@@ -126,6 +134,20 @@ def _where(values: Tensor, fires: Tensor) -> Codes:
 
 def _bags(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def _along_rows(codes: Codes, W_dec: Tensor, gradient: Tensor) -> Tensor:
+    """gradient[row of slot] . W_dec[latent of slot]: a weighted bag's gradient in its weights."""
+    weights = codes.values.clone().requires_grad_()
+    with torch.enable_grad():
+        _bags(codes.latents, W_dec, codes.offsets, weights).backward(gradient)
+    assert weights.grad is not None
+    return weights.grad
+
+
+def _of_level(values: Tensor, codes: Codes, level: int) -> Tensor:
+    """The values of the slots of one level, 0 in the others."""
+    return values if codes.levels is None else values * (codes.levels == level)
 
 
 def _stable_order(latents: Int[Tensor, " n"], d_sae: int) -> Int[Tensor, " n"]:

@@ -18,9 +18,9 @@ from sae.optim import BETA1, BETA2, EPSILON, Now
 
 
 class Plan(NamedTuple):
-    """Codes and their gradients as matrices, and in how many samples each latent fires."""
+    """Codes (level after level) and their gradients as matrices, and in how many samples each latent fires."""
 
-    codes: Float[Tensor, "batch d_sae"]
+    codes: Float[Tensor, "levels_x_batch d_sae"]
     gradients: Float[Tensor, "batch d_sae"]
     firing: Int[Tensor, " d_sae"]
 
@@ -60,17 +60,26 @@ class Reference:
         pre = scores.pre_latents().relu()
         return None if int((pre > 0).sum()) > capacity else _where(pre)
 
-    def decode(self, codes: Codes, state: State, x: Tensor, cost: Scalar) -> Decoded:
-        z, rows, norms = dense(codes, len(state.W_dec)), rows_of(codes), _norms(state)
-        residual = z @ state.W_dec - x
-        gradient = 2 * residual / len(x)
+    def decode(self, codes: Codes, state: State, target: Tensor, cost: Scalar) -> Decoded:
+        d_sae, norms, weights = len(state.W_dec), _norms(state), codes.weights
+        levels = torch.zeros_like(codes.latents) if codes.levels is None else codes.levels
+        readings = [dense(codes._replace(values=codes.values * (levels <= n)), d_sae) for n in range(len(weights))]
+        residuals = torch.stack([z @ state.W_dec - target for z in readings])
+        squares = residuals.square().sum(dim=2)
+        shares = residuals.new_tensor(weights)
+        gradient = (2 / len(target) * shares[:, None, None] * residuals).flip(0).cumsum(0).flip(0)
         code_gradients = gradient @ state.W_dec.T + cost * norms
-        gathered = code_gradients[rows, codes.latents.long()] * (codes.values > 0)
-        return Decoded(residual.square().sum(dim=1), z @ norms, gradient, gathered)
+        gathered = code_gradients[levels.long(), rows_of(codes), codes.latents.long()]
+        if codes.pre_latents is None:
+            gathered = gathered * (codes.values > 0)
+        return Decoded(squares[-1], shares @ squares, readings[-1] @ norms, gradient.flatten(0, 1), gathered)
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
         z = dense(codes, d_sae)
-        return Plan(z, dense(codes._replace(values=code_gradients), d_sae), (z > 0).sum(dim=0))
+        rows = rows_of(codes) if codes.levels is None else codes.levels.long() * len(z) + rows_of(codes)
+        by_level = z.new_zeros(len(codes.weights) * len(z), d_sae)
+        by_level.index_put_((rows, codes.latents.long()), codes.values, accumulate=True)
+        return Plan(by_level, dense(codes._replace(values=code_gradients), d_sae), (z > 0).sum(dim=0))
 
     def relu(self, x: Tensor, state: State) -> DenseCodes:
         z = self.scores(x, state).pre_latents().relu()
@@ -90,6 +99,7 @@ class Reference:
         extra: Rows | None = None,
         firing: Tensor | None = None,
         cost: Scalar = 0.0,
+        pull: Tensor | None = None,
     ) -> None:
         rows, sums, fires = self.gradient_rows(state, x, gradient, plan)
         fires = firing if firing is not None else fires
@@ -101,8 +111,11 @@ class Reference:
         if state.unit_norm:
             g_decoder -= (g_decoder * state.W_dec).sum(dim=1, keepdim=True) * state.W_dec
         else:
-            g_decoder += (cost * sums / state.norms.clamp_min(1e-12))[:, None] * state.W_dec
-        g_b_dec = gradient.sum(dim=0) - g_bias @ state.encoder
+            along = cost * sums if pull is None else cost * sums + pull
+            g_decoder += (along / state.norms.clamp_min(1e-12))[:, None] * state.W_dec
+        g_b_dec = gradient[: len(x)].sum(dim=0)
+        if state.tied:
+            g_b_dec -= g_bias @ state.encoder
         self.adam_(state, now, {"encoder": g_encoder, "W_dec": g_decoder, "b_enc": g_bias, "b_dec": g_b_dec})
         if state.unit_norm:
             state.W_dec.div_(state.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
@@ -148,4 +161,4 @@ def _where(values: Float[Tensor, "batch d_sae"]) -> Codes:
 
 
 def _norms(state: State) -> Float[Tensor, " d_sae"]:
-    return torch.ones_like(state.b_enc) if state.unit_norm else state.norms
+    return torch.ones_like(state.b_enc) if state.charged_norms is None else state.charged_norms

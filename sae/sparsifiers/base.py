@@ -1,0 +1,105 @@
+"""From pre-activations to sparse codes. One class an idea; everything else about an SAE is shared.
+
+To add one, subclass `SAEConfig` (its options, under a `kind`) and `Sparsifier` (the selection, and a penalty if it
+has one). `docs/sparsifiers.md` walks through an example.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae import losses
+from sae.codes import SparseCodes
+from sae.kernels import Codes, Decoded, Kernels, Scalar, Scores
+
+Decode = Callable[[Codes, Scalar], Decoded]
+"""Decodes codes; the second argument is what an L1 penalty charges a unit of z |W_dec_j|."""
+Error = Callable[[SparseCodes, Tensor], Tensor]
+"""|x_hat - target|^2 of codes under a decoder, averaged over samples (and over readings, where there are several)."""
+
+
+class Flow(NamedTuple):
+    """What a step learns from its codes: errors and penalty, and what flows back from both to the pre-latents."""
+
+    decoded: Decoded
+    gradients: Float[Tensor, " slots"]
+    """In the pre-latent of each slot."""
+    error: Float[Tensor, ""]
+    penalty: Float[Tensor, ""]
+    cost: Scalar = 0.0
+    """What the penalty charges a unit of z |W_dec_j|."""
+    pull: Float[Tensor, " d_sae"] | None = None
+    """What any other penalty adds to the gradient in |W_dec_j|."""
+
+
+class Objective(NamedTuple):
+    """The same as differentiable terms, for autograd."""
+
+    codes: SparseCodes
+    error: Float[Tensor, ""]
+    penalty: Float[Tensor, ""] | None
+
+
+class Sparsifier(nn.Module, ABC):
+    """Chooses which latents fire. State that inference needs (a threshold) is a buffer and is saved with the SAE."""
+
+    passes_pre_latents = False
+    """Codes equal the pre-latents wherever they fire: the engine then needs no gradient of the selection."""
+    passes_positive = False
+    """Codes are max(0, pre): while many fire, the engine computes them as a matrix."""
+    weighted = True
+    """The penalty charges z_j |W_dec_j|; off: z_j."""
+    l1_coefficient = 0.0
+    """lambda of the penalty lambda * sum_j z_j |W_dec_j|."""
+
+    @abstractmethod
+    def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        """Codes to train on: differentiable in the pre-latents that were chosen."""
+
+    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        """Codes for inference, each row on its own. The same as in training unless a sparsifier says otherwise."""
+        return self(pre_latents)
+
+    def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
+        """Codes to train on, without a gradient, where `passes_pre_latents`; None: too many fire to be sparse."""
+        if not self.passes_pre_latents:
+            return None
+        codes = self(scores.pre_latents())
+        if codes.indices is None:
+            return None
+        batch, k_cap = codes.values.shape
+        offsets = torch.arange(0, batch * k_cap + 1, k_cap, device=codes.values.device)
+        return Codes(offsets, codes.indices.flatten(), codes.values.flatten())
+
+    def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
+        """From codes to the loss, and back to the pre-latents; own parameters get their `grad`. `sparsity` scales the
+        penalty. Here codes pass pre-latents on, so that both have the same gradient."""
+        weight = self.l1_coefficient * sparsity if self.l1_coefficient else 0.0
+        cost = weight / (len(codes.offsets) - 1)
+        decoded = decode(codes, cost)
+        penalty = weight * decoded.code_sums.mean()
+        return Flow(decoded, decoded.code_gradients, decoded.losses.mean(), penalty, cost)
+
+    def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
+        """The terms of the loss but AuxK, for autograd."""
+        codes = self(pre_latents)
+        return Objective(codes, error(codes, W_dec), self.penalty(codes, W_dec))
+
+    def penalty(self, codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""] | None:
+        """What sparsity costs, for sparsifiers that pay for it in the loss.
+
+        Where a subclass has its own, steps go by autograd.
+        """
+        return self.l1_coefficient * losses.l1(codes, W_dec) if self.l1_coefficient else None
+
+    def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
+        """Fits what inference needs on the pre-latents of n_samples held-out activations, once training is over."""
+
+    def rescale_(self, scale: float) -> None:
+        """Follows the SAE when pre-latents are multiplied by `scale` (thresholds are in their units)."""

@@ -1,0 +1,85 @@
+"""The largest pre-latents of a whole batch fire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sae.codes import SparseCodes, kth_largest
+from sae.config import SAEConfig
+from sae.kernels import Codes, Kernels, Scores
+from sae.sparsifiers.base import Sparsifier
+from sae.sparsifiers.topk import require_k_fits
+
+
+class BatchTopKConfig(SAEConfig):
+    """BatchTopK SAE (Bussmann et al. 2024)."""
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    k: float = Field(gt=0)
+    """Mean number of latents that fire for one activation; may be fractional."""
+    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> BatchTopKConfig:
+        require_k_fits(self.k, self.d_sae)
+        return self
+
+    def build(self) -> BatchTopK:
+        return BatchTopK(self.k)
+
+
+class BatchTopK(Sparsifier):
+    """In training the batch's round(k * batch) largest positive pre-latents fire, wherever they are.
+
+    Inference must not depend on a sample's neighbours: a latent fires when pre > threshold, and the threshold is
+    calibrated on held-out data so that the mean L0 is min(k, mean number of positive pre-latents).
+    """
+
+    passes_pre_latents = True
+    threshold: Float[Tensor, ""]
+
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.k = k
+        self.register_buffer("threshold", torch.tensor(torch.nan))
+
+    def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
+        return kernels.batch_top_k(scores, self._n_codes(len(scores.x)))
+
+    def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        n = min(self._n_codes(len(pre_latents)), pre_latents.numel())
+        cut = kth_largest(rearrange(pre_latents.detach(), "b f -> (b f)"), n)
+        fires = (pre_latents >= cut) & (pre_latents > 0)
+        # Not padded: the host would have to wait for the number of those that fire.
+        return SparseCodes(pre_latents.masked_fill(~fires, 0), None, pre_latents.shape[1])
+
+    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        if bool(self.threshold.isnan()):
+            raise ValueError("BatchTopK has no inference threshold yet; calibrate it on held-out activations first")
+        return SparseCodes.where(pre_latents > self.threshold, pre_latents)
+
+    def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
+        n = max(round(self.k * n_samples), 1)
+        kept, least = [self.threshold.new_zeros(n + 1)], 0.0
+        for pre_latents in batches:
+            kept.append(pre_latents[pre_latents > least])
+            if sum(map(len, kept)) > 4 * n:  # ordering costs more than keeping
+                kept = [torch.cat(kept).topk(n + 1, sorted=False).values]
+                least = float(kept[0].min())
+        last, first_silent = (float(kth_largest(torch.cat(kept), rank)) for rank in (n, n + 1))
+        # Strictly above: half-way between the last pre-latent that fires and the first that does not.
+        self.threshold.fill_((last + first_silent) / 2)
+
+    def rescale_(self, scale: float) -> None:
+        self.threshold.mul_(scale)
+
+    def _n_codes(self, batch: int) -> int:
+        return max(round(self.k * batch), 1)
