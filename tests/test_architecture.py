@@ -55,6 +55,7 @@ LAYERS = {
         "metrics",
         "evaluation",
         "trainer",
+        "ensemble",
         "checkpoint",
         "log",
         "report",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -19,16 +20,37 @@ def has_bf16_units(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
+class _Inside(NamedTuple):
+    """Steps that are under way, and the setting that they found."""
+
+    steps: int
+    before: str
+
+
+_lock = threading.Lock()
+_inside = _Inside(0, "")
+
+
 @contextmanager
 def products(precision: Precision) -> Iterator[None]:
-    """Within it, float32 products on a CPU go through its bf16 units, unless precision forbids."""
+    """Within it, float32 products on a CPU go through its bf16 units, unless precision forbids.
+
+    The setting is the process's. Threads may be within at the same time if they ask for the same: the last restores it.
+    """
+    global _inside  # noqa: PLW0603 - as the setting is
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16" if precision == "bf16" else "ieee"
+    wanted = "bf16" if precision == "bf16" else "ieee"
+    with _lock:
+        _inside = _Inside(_inside.steps + 1, _inside.before if _inside.steps else settings.fp32_precision)
+        assert _inside.steps == 1 or settings.fp32_precision == wanted, "threads disagree on the precision of products"
+        settings.fp32_precision = wanted
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        with _lock:
+            _inside = _Inside(_inside.steps - 1, _inside.before)
+            if not _inside.steps:
+                settings.fp32_precision = _inside.before
 
 
 def slack(d_in: int) -> float:

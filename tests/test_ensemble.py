@@ -1,0 +1,72 @@
+"""Members of an ensemble train as they would alone, whatever runs beside them."""
+
+import pytest
+import torch
+
+from sae import SAE, TrainConfig
+from sae.ensemble import Ensemble
+from sae.kernels.precision import products
+from sae.trainer import Trainer
+
+BATCH, D_IN, D_SAE = 64, 13, 70
+KINDS = [
+    {"kind": "topk", "k": 5},
+    {"kind": "batchtopk", "k": 2.3},
+    {"kind": "relu", "l1_coefficient": 0.3},
+    {"kind": "topk", "k": 3, "d_sae": 35},
+    {"kind": "topk", "k": 5},
+]
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def trainers(kernels: str, threads: int) -> list[Trainer]:
+    made = []
+    for seed, options in enumerate(KINDS):
+        train = {"n_samples": 40 * BATCH, "batch_size": BATCH, "kernels": kernels, "dead_after_samples": 4 * BATCH}
+        config = TrainConfig.model_validate({"sae": {"d_sae": D_SAE} | options, "train": train})
+        sae = SAE(D_IN, config.sae)
+        sae.initialise_(torch.zeros(D_IN), torch.Generator().manual_seed(seed))
+        made.append(Trainer(sae, config, 1.3))
+    torch.set_num_threads(threads)
+    return made
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_together_is_alone(kernels):
+    batches = torch.randn(40, BATCH, D_IN, generator=torch.Generator().manual_seed(2))
+    alone = trainers(kernels, threads=1)
+    for batch in batches:
+        for member in alone:
+            member.step(batch)
+    with Ensemble(trainers(kernels, threads=2)) as ensemble:
+        assert ensemble.pool is not None
+        assert torch.get_num_threads() == 2
+        for batch in batches:
+            ensemble.step(batch)
+    for ours, theirs in zip(ensemble.members, alone, strict=True):
+        for name, tensor in theirs.state()[0].items():
+            assert torch.equal(ours.state()[0][name].nan_to_num(), tensor.nan_to_num()), name
+
+
+def test_a_members_error_is_raised():
+    with Ensemble(trainers("native", threads=2)) as ensemble, pytest.raises(TypeError):
+        ensemble.members[1].step = None
+        ensemble.step(torch.zeros(BATCH, D_IN))
+
+
+def test_the_last_of_several_steps_restores_the_precision_of_products():
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    first, second = products("bf16"), products("bf16")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings.fp32_precision == "bf16"
+    second.__exit__(None, None, None)
+    assert settings.fp32_precision == before
