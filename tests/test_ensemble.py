@@ -55,9 +55,10 @@ def test_together_is_alone(kernels):
 
 
 def test_a_members_error_is_raised():
-    with Ensemble(trainers("native", threads=2)) as ensemble, pytest.raises(TypeError):
+    with Ensemble(trainers("native", threads=2)) as ensemble:
         ensemble.members[1].step = None
-        ensemble.step(torch.zeros(BATCH, D_IN))
+        with pytest.raises(TypeError):
+            ensemble.step(torch.zeros(BATCH, D_IN))
 
 
 def test_the_last_of_several_steps_restores_the_precision_of_products():

@@ -11,13 +11,14 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae.bench.loading import RivalFailed, first_line, load, quiet
-from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape
+from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape, groups
 
 Step = Callable[[Tensor], object]
 
@@ -57,12 +58,21 @@ class Rival:
 
 def dictionary_learning(kind: str, shape: Shape, lr: float, device: str) -> Step:
     """`update` of its trainer classes, as `trainSAE` calls it."""
-    module, name = {
-        "topk": ("top_k", "TopKTrainer"),
-        "batchtopk": ("batch_top_k", "BatchTopKTrainer"),
-        "relu": ("standard", "StandardTrainer"),
-    }[kind]
-    own = {"l1_penalty": L1_COEFFICIENT} if kind == "relu" else {"k": shape.k}
+    fractions = [m / shape.d_sae for m in groups(shape)]
+    trainers: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "topk": ("top_k", "TopKTrainer", {"k": shape.k}),
+        "batchtopk": ("batch_top_k", "BatchTopKTrainer", {"k": shape.k}),
+        "relu": ("standard", "StandardTrainer", {"l1_penalty": L1_COEFFICIENT}),
+        "gated": ("gdm", "GatedSAETrainer", {"l1_penalty": L1_COEFFICIENT}),
+        "jumprelu": ("jumprelu", "JumpReluTrainer", {"target_l0": float(shape.k)}),
+        "p_annealing": ("p_anneal", "PAnnealTrainer", {"initial_sparsity_penalty": L1_COEFFICIENT}),
+        "matryoshka": (
+            "matryoshka_batch_top_k",
+            "MatryoshkaBatchTopKTrainer",
+            {"k": shape.k, "group_fractions": fractions},
+        ),
+    }
+    module, name, own = trainers[kind]
     trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(
         steps=N_STEPS,
         activation_dim=shape.d_in,
@@ -81,13 +91,21 @@ def dictionary_learning(kind: str, shape: Shape, lr: float, device: str) -> Step
 def sae_lens(kind: str, shape: Shape, lr: float, device: str) -> Step:
     """What `SAETrainer.fit` does for a batch, by the methods that it offers to other loops; no progress bar."""
     config, trainers = load("sae_lens.config"), load("sae_lens.training.sae_trainer")
-    module, name = {
-        "topk": ("topk_sae", "TopKTrainingSAE"),
-        "batchtopk": ("batchtopk_sae", "BatchTopKTrainingSAE"),
-        "relu": ("standard_sae", "StandardTrainingSAE"),
-    }[kind]
+    classes: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "topk": ("topk_sae", "TopKTrainingSAE", {"k": shape.k}),
+        "batchtopk": ("batchtopk_sae", "BatchTopKTrainingSAE", {"k": shape.k}),
+        "relu": ("standard_sae", "StandardTrainingSAE", {"l1_coefficient": L1_COEFFICIENT}),
+        "gated": ("gated_sae", "GatedTrainingSAE", {"l1_coefficient": L1_COEFFICIENT}),
+        "jumprelu": ("jumprelu_sae", "JumpReLUTrainingSAE", {"l0_coefficient": L1_COEFFICIENT}),
+        "matryoshka": (
+            "matryoshka_batchtopk_sae",
+            "MatryoshkaBatchTopKTrainingSAE",
+            {"k": shape.k, "matryoshka_widths": list(accumulate(groups(shape)))},
+        ),
+        "matching_pursuit": ("matching_pursuit_sae", "MatchingPursuitTrainingSAE", {"max_iterations": shape.k}),
+    }
+    module, name, own = classes[kind]
     saes = load(f"sae_lens.saes.{module}")
-    own = {"l1_coefficient": L1_COEFFICIENT} if kind == "relu" else {"k": shape.k}
     sae = getattr(saes, name)(getattr(saes, f"{name}Config")(d_in=shape.d_in, d_sae=shape.d_sae, device=device, **own))
     trainer = trainers.SAETrainer(
         config.SAETrainerConfig(
@@ -157,18 +175,19 @@ def sparsify(shape: Shape, lr: float, device: str) -> Step:
 def overcomplete(kind: str, shape: Shape, lr: float, device: str) -> Step:
     """`train_sae` on a loader of one batch, with monitoring off; k of BatchTopK counts a whole batch there."""
     train_sae = load("overcomplete.sae.train").train_sae
-    if kind == "topk":
-        sae = load("overcomplete.sae.topk_sae").TopKSAE(shape.d_in, shape.d_sae, top_k=shape.k, device=device)
-    elif kind == "batchtopk":
-        own = load("overcomplete.sae.batchtopk_sae").BatchTopKSAE
-        sae = own(shape.d_in, shape.d_sae, top_k=shape.k * shape.batch, device=device)
-    else:
-        sae = load("overcomplete.sae.base").SAE(shape.d_in, shape.d_sae, device=device)
+    module, name, own = {
+        "topk": ("topk_sae", "TopKSAE", {"top_k": shape.k}),
+        "batchtopk": ("batchtopk_sae", "BatchTopKSAE", {"top_k": shape.k * shape.batch}),
+        "relu": ("base", "SAE", {}),
+        "jumprelu": ("jump_sae", "JumpSAE", {}),
+        "matching_pursuit": ("mp_sae", "MpSAE", {"k": shape.k}),
+    }[kind]
+    sae = getattr(load(f"overcomplete.sae.{module}"), name)(shape.d_in, shape.d_sae, device=device, **own)
 
     def criterion(x: Tensor, x_hat: Tensor, pre_codes: Tensor, codes: Tensor, dictionary: Tensor) -> Tensor:
         return (x - x_hat).square().mean()  # its README's
 
-    if kind == "relu":
+    if kind in ("relu", "jumprelu"):
         # It takes the mean of the squared error over batch and d_in, and the sum of |z| over both.
         penalty = L1_COEFFICIENT / (shape.batch * shape.d_in)
         criterion = partial(load("overcomplete.sae.losses").mse_l1, penalty=penalty)
@@ -180,12 +199,16 @@ def _each_kind(make: Callable[[str, Shape, float, str], Step], *kinds: str) -> d
     return {kind: partial(make, kind) for kind in kinds}
 
 
+SELECTIONS = ("topk", "batchtopk", "relu")
 RIVALS = {
     rival.name: rival
     for rival in (
-        Rival("dictionary-learning", _each_kind(dictionary_learning, "topk", "batchtopk", "relu")),
-        Rival("sae-lens", _each_kind(sae_lens, "topk", "batchtopk", "relu")),
-        Rival("overcomplete", _each_kind(overcomplete, "topk", "batchtopk", "relu")),
+        Rival(
+            "dictionary-learning",
+            _each_kind(dictionary_learning, *SELECTIONS, "gated", "jumprelu", "p_annealing", "matryoshka"),
+        ),
+        Rival("sae-lens", _each_kind(sae_lens, *SELECTIONS, "gated", "jumprelu", "matryoshka", "matching_pursuit")),
+        Rival("overcomplete", _each_kind(overcomplete, *SELECTIONS, "jumprelu", "matching_pursuit")),
         Rival("eai-sparsify", {"topk": sparsify}, precision="high"),
     )
 }

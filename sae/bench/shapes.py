@@ -60,6 +60,12 @@ SHAPES = {
 }
 
 
+def groups(shape: Shape) -> list[int]:
+    """Latents that each further reading of a Matryoshka SAE adds: 1, 1, 2, 4 and 8 sixteenths of them."""
+    sixteenth = shape.d_sae // 16
+    return [sixteenth, sixteenth, 2 * sixteenth, 4 * sixteenth, shape.d_sae - 8 * sixteenth]
+
+
 def parse_shapes(text: str) -> list[Shape]:
     """Shapes from `S,M`, from `64,512,8,1024` (d, F, k, B), or from several of these with spaces between.
 
