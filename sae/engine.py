@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae import losses
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
 from sae.kernels import (
     SPARSE_SHARE,
     Buffers,
     Codes,
+    DenseStep,
     Now,
     Rows,
     State,
@@ -104,9 +104,17 @@ class Engine:
         return Terms(decoded.squares.mean(), auxiliary, weight * decoded.code_sums.mean(), l0)
 
     def _dense(self, x: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
-        """z = max(0, pre) with most of z positive: five dense products, a block of rows at a time."""
+        """z = max(0, pre) with most of z positive: five dense products."""
         kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.l1_coefficient * sparsity
-        cost, buffer = weight / len(x), self.buffer
+        cost = weight / len(x)
+        step = kernels.dense_step(x, state, cost) or self._dense_by_blocks(x, cost)
+        auxiliary, extra = self._auxiliary(x, step.gradient, dead)
+        kernels.update_(state, now, x, step.gradient, extra=_with(step.rows, extra), firing=step.firing)
+        return Terms(step.squares / len(x), auxiliary, cost * step.code_sum, step.firing.sum() / len(x))
+
+    def _dense_by_blocks(self, x: Tensor, cost: float) -> DenseStep:
+        """A block of rows at a time."""
+        kernels, state, buffer = self.kernels, self.state, self.buffer
         rows = Rows(None, buffer("encoder", state.encoder.shape), buffer("W_dec", state.W_dec.shape), x.new_zeros(0))
         gradient, squares, code_sum = buffer("gradient", x.shape), x.new_zeros(()), x.new_zeros(())
         bias, charged = torch.zeros_like(state.b_enc), torch.zeros_like(state.b_enc)
@@ -126,12 +134,9 @@ class Engine:
             code_sum += z.code_sums.sum()
             if not state.unit_norm:
                 charged += z.values.sum(dim=0)
-        auxiliary, extra = self._auxiliary(x, gradient, dead)
         if not state.unit_norm:
             rows.W_dec.addcmul_((cost * charged / state.norms.clamp_min(1e-12))[:, None], state.W_dec)
-        rows = _with(rows._replace(b_enc=bias), extra)
-        kernels.update_(state, now, x, gradient, extra=rows, firing=firing)
-        return Terms(squares / len(x), auxiliary, cost * code_sum, firing.sum() / len(x))
+        return DenseStep(rows._replace(b_enc=bias), gradient, firing, squares, code_sum)
 
     def _by_autograd(self, x: Tensor, now: Now, sparsity: float, dead: Tensor) -> Terms:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
@@ -163,7 +168,9 @@ class Engine:
         alpha, state = self.sae.config.aux_coefficient, self.state
         if not alpha or not dead.numel():
             return x.new_zeros(()), None
-        value, rows = losses.aux_k(gradient, x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], self.aux_k)
+        value, rows = self.kernels.aux_k(
+            gradient, x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], self.aux_k
+        )
         return value, Rows(dead, *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:

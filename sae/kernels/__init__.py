@@ -11,7 +11,19 @@ import torch
 
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
-from sae.kernels.base import SPARSE_SHARE, Buffers, Codes, Kernels, Now, Rows, Scores, State, blocks, capacity
+from sae.kernels.base import (
+    SPARSE_SHARE,
+    Buffers,
+    Codes,
+    DenseStep,
+    Kernels,
+    Now,
+    Rows,
+    Scores,
+    State,
+    blocks,
+    capacity,
+)
 from sae.kernels.build import CannotBuild
 from sae.kernels.native import REALS, Native
 from sae.kernels.plain import Plain
@@ -22,6 +34,7 @@ __all__ = [
     "SPARSE_SHARE",
     "Buffers",
     "Codes",
+    "DenseStep",
     "Kernels",
     "Now",
     "Rows",

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae import losses
 from sae.kernels import base
 from sae.kernels.base import (
     BETA1,
@@ -23,6 +24,7 @@ from sae.kernels.base import (
     Codes,
     Decoded,
     DenseCodes,
+    DenseStep,
     Now,
     Rows,
     Scores,
@@ -42,6 +44,12 @@ MAX_GUESSES = 40
 SMALLEST = 1e-37
 # Slots for each code that is asked for: room for what a guess lets in.
 SCREENED = 4
+
+
+# Entries of a matrix of weights up to which products with it are those of native.c, which stay in the cache.
+SMALL_ENTRIES = 2**16
+# As in native.c: parts of a batch whose weight gradients are summed apart, and more columns than a panel has.
+PARTS, PANEL = 8, 32
 
 
 class Plan(NamedTuple):
@@ -289,6 +297,50 @@ class Native:
         norms = None if state.unit_norm else state.norms
         self._call("relu_backward_", gradient, codes.values, norms, cost, batch, d_sae, blocks, bias_gradient)
         return gradient, bias_gradient
+
+    def dense_step(self, x: Tensor, state: State, cost: float) -> DenseStep | None:
+        if not self._small(state.encoder):
+            return None
+        gradient, firing = self._buffer("gradient", x.shape), self._buffer("firing", state.b_enc.shape, torch.int32)
+        norms = None if state.unit_norm else state.norms
+        weights = (state.encoder, state.b_enc, state.W_dec)
+        rows, totals = self._relu_step("dense", x, None, weights, norms, cost, 0, gradient, firing)
+        return DenseStep(Rows(None, *rows), gradient, firing, totals[0], totals[1])
+
+    def aux_k(
+        self, gradient: Tensor, x: Tensor, encoder: Tensor, b_enc: Tensor, W_dec: Tensor, k: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        if not self._small(encoder):
+            return losses.aux_k(gradient, x, encoder, b_enc, W_dec, k)
+        firing = self._buffer("aux_firing", b_enc.shape, torch.int32)
+        weights = (encoder, b_enc, W_dec)
+        (g_encoder, g_W_dec, g_bias), totals = self._relu_step("aux", x, gradient, weights, None, 0.0, k, None, firing)
+        return totals[0] / len(x), (g_encoder, g_W_dec, g_bias)
+
+    def _small(self, weight: Tensor) -> bool:
+        return self.precision != "bf16" and weight.numel() <= SMALL_ENTRIES
+
+    def _relu_step(
+        self,
+        name: str,
+        x: Tensor,
+        start: Tensor | None,
+        weights: tuple[Tensor, Tensor, Tensor],
+        norms: Tensor | None,
+        cost: float,
+        k: int,
+        gradient: Tensor | None,
+        firing: Tensor,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Gradients of encoder, W_dec and b_enc, and the sums of squares and of codes."""
+        batch, (n, d) = len(x), weights[0].shape
+        panels = self._buffer("panels", (2 * (n + PANEL) * d + (d + PANEL) * n,))
+        parts = self._buffer("parts", (PARTS * (2 * n * d + 3 * n + 1),))
+        g_encoder, g_W_dec = (self._buffer(f"{name}_{side}", (n, d)) for side in ("encoder", "W_dec"))
+        g_bias, totals = self._buffer(f"{name}_bias", (n,)), self._buffer(f"{name}_totals", (2,))
+        given = (x, start, *weights, norms, cost, 2 / batch, k, batch, n, d)
+        self._call("relu_step", *given, panels, parts, gradient, g_encoder, g_W_dec, g_bias, firing, totals)
+        return (g_encoder, g_W_dec, g_bias), totals
 
     # -------------------------------------------------------------------------------------------------- update
 
