@@ -20,7 +20,7 @@ from sae.kernels.reference import Reference, dense
 
 CPU = torch.device("cpu")
 NAMES = ["native", "exact", "torch"]
-BATCHES, WIDTHS, LATENTS = [1, 5, 37], [1, 7, 13, 65, 70], [1, 3, 19, 61, 257]
+BATCHES, WIDTHS, LATENTS = [1, 5, 37], [1, 7, 13, 65, 70], [1, 3, 19, 61, 128, 257]
 DATA = ["spread", "few", "none", "tied", "heavy", "tiny", "huge"]
 
 

@@ -219,13 +219,25 @@ API void centre(const real *x, real factor, const real *b_dec, real *out, bf16 *
 /* -------------------------------------------------------------------------------------------------------- selection */
 
 /* Pre-latents as the encoder's product left them: without bias, `real` or bf16. `slack` widens them by what bf16 may
-   have changed: sign * slack_row[b] * slack_latent[j] is added (see `exact` in engine.md). */
+   have changed: sign * slack_row[b] * slack_latent[j] is added (see `exact` in engine.md). Where `pre` is null they are
+   computed from x and the packed encoder, a few rows at a time, which are read while they lie in the cache. */
 typedef struct {
     const void *pre;
     const real *bias;
     const real *slack_row, *slack_latent;
     long batch, n_latents, rounded, sign;
+    const real *x, *panels;
+    long d;
 } Scores;
+
+enum { SCORED_ROWS = 48, READ_ROWS = 16 };
+
+/* Pre-latents of m rows from row `first` on, `stride` apart, into `block`. */
+static void score_rows(Scores *scores, long first, long stride, long m, real *block) {
+    long d = scores->d, n = scores->n_latents;
+    product(scores->x + first * d, stride * d, 1, scores->panels, m, n, d, block, n, 0);
+    scores->pre = block;
+}
 
 /* Latents are dealt to `n` groups in turn: latent j belongs to group j mod n. */
 typedef struct {
@@ -249,6 +261,12 @@ static inline real pre_latent(const Row *row, long j) {
     return scores->slack_row ? value + scores->sign * scores->slack_row[row->number] * scores->slack_latent[j] : value;
 }
 
+#if REAL_IS_DOUBLE
+#define SMALLEST 4.9406564584124654e-324
+#else
+#define SMALLEST 1.4012985e-45f
+#endif
+
 enum { LANES = 32 / sizeof(real) };
 typedef real lanes __attribute__((vector_size(LANES * sizeof(real))));
 #if REAL_IS_DOUBLE
@@ -264,8 +282,26 @@ static inline lanes load(const real *from) {
 }
 
 static inline lanes larger(lanes a, lanes b) { /* b where a is NaN */
+#if defined(__AVX__) && REAL_IS_DOUBLE
+    return (lanes)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__AVX__)
+    return (lanes)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     lane_bits first = a > b;
     return (lanes)(((lane_bits)a & first) | ((lane_bits)b & ~first));
+#endif
+}
+
+/* The maxima of 2 * LANES groups from group g on, which never leave the registers. */
+static inline void maxima_of_strip(const Row *row, const real *from, long g) {
+    const real *bias = row->scores->bias;
+    lanes first = {0}, second = {0};
+    for (long j = g; j < row->n_latents; j += row->n) {
+        first = larger(load(from + j) + load(bias + j), first);
+        second = larger(load(from + j + LANES) + load(bias + j + LANES), second);
+    }
+    memcpy(row->maxima + g, &first, sizeof first);
+    memcpy(row->maxima + g + LANES, &second, sizeof second);
 }
 
 /* Compiled once for each kind of scores, so that nothing is asked in the loop. */
@@ -306,6 +342,9 @@ static void load_row(Row *row, long b) {
     row->number = b;
     if (row->scores->rounded && row->scores->slack_row) load_row_as(row, 1, 1);
     else if (row->scores->rounded) load_row_as(row, 1, 0);
+    else if (row->n % (2 * LANES) == 0 && row->n_latents % row->n == 0)
+        for (long g = 0; g < row->n; g += 2 * LANES)
+            maxima_of_strip(row, (const real *)row->scores->pre + b * row->n_latents, g);
     else load_row_as(row, 0, 0);
 }
 
@@ -379,11 +418,45 @@ static inline __attribute__((always_inline)) long collect_as(const Row *row, rea
     return n;
 }
 
+#if defined(__AVX__)
+static inline unsigned where_reached(const real *from, const real *bias, lanes least) {
+#if REAL_IS_DOUBLE
+    return (unsigned)_mm256_movemask_pd(_mm256_cmp_pd((__m256d)(load(from) + load(bias)), (__m256d)least, _CMP_GE_OQ));
+#else
+    return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps((__m256)(load(from) + load(bias)), (__m256)least, _CMP_GE_OQ));
+#endif
+}
+
+/* The same of few latents, in their order: looking at all of them at once costs less than guessing at branches. */
+enum { FEW_LATENTS = 1024, AT_ONCE = 32 };
+
+static long collect_in_order(const Row *row, real least, int32_t *latents, real *values, long room) {
+    const real *from = (const real *)row->scores->pre + row->number * row->n_latents, *bias = row->scores->bias;
+    real limit = least > 0 ? least : SMALLEST;
+    lanes limits = limit - (lanes){0};
+    long n = 0;
+    for (long start = 0; start < row->n_latents; start += AT_ONCE) {
+        unsigned reached = 0;
+        for (long i = start; i < start + AT_ONCE; i += LANES)
+            reached |= where_reached(from + i, bias + i, limits) << (i - start);
+        for (; reached; reached &= reached - 1, n++) {
+            long j = start + __builtin_ctz(reached);
+            if (n < room) latents[n] = (int32_t)j, values[n] = from[j] + bias[j];
+        }
+    }
+    return n;
+}
+#endif
+
 /* The latents whose value is positive and reaches `least`, group by group. Returns their number, and writes as many of
    them as there is room for. */
 static long collect(const Row *row, real least, int32_t *latents, real *values, long room) {
     if (row->scores->rounded && row->scores->slack_row) return collect_as(row, least, latents, values, room, 1, 1);
     if (row->scores->rounded) return collect_as(row, least, latents, values, room, 1, 0);
+#if defined(__AVX__)
+    if (row->n_latents <= FEW_LATENTS && row->n_latents % AT_ONCE == 0)
+        return collect_in_order(row, least, latents, values, room);
+#endif
     return collect_as(row, least, latents, values, room, 0, 0);
 }
 
@@ -441,32 +514,39 @@ static long keep_largest(int32_t *latents, real *values, long n, long k, real *w
 /* Each row's k largest positive pre-latents, k slots a row; a slot without one has value 0. `cuts`, where given,
    receives the k-th largest value of each row (0 where fewer are positive). */
 API void top_k(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent, long sign,
-               long batch, long n_latents, long k, int32_t *latents, real *values, real *cuts, long threads) {
-    Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign};
-    long groups = n_groups(n_latents, k);
+               const real *x, const real *encoder, real *panels, long d, long batch, long n_latents, long k,
+               int32_t *latents, real *values, real *cuts, long threads) {
+    long groups = n_groups(n_latents, k), at_once = pre ? READ_ROWS : SCORED_ROWS, room = pre ? 0 : at_once * n_latents;
+    if (!pre) pack(encoder, n_latents, d, 1, d, panels);
 #pragma omp parallel num_threads((int)threads)
     {
-        real *memory = own_memory((size_t)(groups + 2 * n_latents) * sizeof(real) + (size_t)n_latents * sizeof(int32_t));
+        Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign, x, panels, d};
+        size_t reals = (size_t)(room + groups + 2 * n_latents);
+        real *block = own_memory(reals * sizeof(real) + (size_t)n_latents * sizeof(int32_t)), *memory = block + room;
         Row row = {memory, groups, n_latents, 0, &scores};
         real *candidates = memory + groups, *work = candidates + n_latents;
         int32_t *who = (int32_t *)(work + n_latents);
 #pragma omp for schedule(static)
-        for (long b = 0; b < batch; b++) {
-            load_row(&row, b);
-            real cut;
-            long n = collect(&row, bound(&row, k), who, candidates, n_latents);
-            n = keep_largest(who, candidates, n, k, work, &cut);
-            if (cuts) {
-                if (n == k && cut == 0) {
-                    cut = candidates[0];
-                    for (long e = 1; e < n; e++) cut = MIN(cut, candidates[e]);
+        for (long first = 0; first < batch; first += at_once) {
+            long last = MIN(first + at_once, batch);
+            if (!pre) score_rows(&scores, first, 1, last - first, block);
+            for (long b = first; b < last; b++) {
+                load_row(&row, pre ? b : b - first);
+                real cut;
+                long n = collect(&row, bound(&row, k), who, candidates, n_latents);
+                n = keep_largest(who, candidates, n, k, work, &cut);
+                if (cuts) {
+                    if (n == k && cut == 0) {
+                        cut = candidates[0];
+                        for (long e = 1; e < n; e++) cut = MIN(cut, candidates[e]);
+                    }
+                    cuts[b] = cut;
                 }
-                cuts[b] = cut;
+                if (!latents) continue;
+                memcpy(latents + b * k, who, (size_t)n * sizeof(int32_t));
+                memcpy(values + b * k, candidates, (size_t)n * sizeof(real));
+                for (long e = n; e < k; e++) latents[b * k + e] = 0, values[b * k + e] = 0;
             }
-            if (!latents) continue;
-            memcpy(latents + b * k, who, (size_t)n * sizeof(int32_t));
-            memcpy(values + b * k, candidates, (size_t)n * sizeof(real));
-            for (long e = n; e < k; e++) latents[b * k + e] = 0, values[b * k + e] = 0;
         }
     }
 }
@@ -475,30 +555,37 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
    the arrays as they are done, so they lie there in any order: row b's counts[b] entries begin at starts[b]. Returns
    how many there are; when that exceeds the capacity, not all were written. */
 API long at_least(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent,
-                  long sign, long batch, long n_latents, long stride, real least, const real *row_least, long capacity,
+                  long sign, const real *x, const real *encoder, real *panels, long d, long batch, long n_latents,
+                  long stride, real least, const real *row_least, long capacity,
                   int64_t *starts, int32_t *counts, int32_t *latents, real *values, long threads) {
-    Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign};
-    long groups = n_groups(n_latents, 0);
-    long total = 0;
+    long groups = n_groups(n_latents, 0), at_once = pre ? READ_ROWS : SCORED_ROWS, room = pre ? 0 : at_once * n_latents;
+    long total = 0, n_rows = (batch + stride - 1) / stride;
+    if (!pre) pack(encoder, n_latents, d, 1, d, panels);
 #pragma omp parallel num_threads((int)threads)
     {
-        real *memory = own_memory((size_t)(groups + n_latents) * sizeof(real) + (size_t)n_latents * sizeof(int32_t));
+        Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign, x, panels, d};
+        size_t reals = (size_t)(room + groups + n_latents);
+        real *block = own_memory(reals * sizeof(real) + (size_t)n_latents * sizeof(int32_t)), *memory = block + room;
         Row row = {memory, groups, n_latents, 0, &scores};
         real *found = memory + groups;
         int32_t *who = (int32_t *)(found + n_latents);
 #pragma omp for schedule(static)
-        for (long b = 0; b < batch; b += stride) {
-            load_row(&row, b);
-            long n = collect(&row, row_least ? row_least[b] : least, who, found, n_latents), start;
-#pragma omp atomic capture
-            {
-                start = total;
-                total += n;
+        for (long first = 0; first < n_rows; first += at_once) {
+            long last = MIN(first + at_once, n_rows);
+            if (!pre) score_rows(&scores, first * stride, stride, last - first, block);
+            for (long b = first; b < last; b++) {
+                load_row(&row, pre ? b * stride : b - first);
+                long n = collect(&row, row_least ? row_least[b * stride] : least, who, found, n_latents), start;
+    #pragma omp atomic capture
+                {
+                    start = total;
+                    total += n;
+                }
+                starts[b] = start, counts[b] = (int32_t)n;
+                if (start + n > capacity) continue;
+                memcpy(latents + start, who, (size_t)n * sizeof(int32_t));
+                memcpy(values + start, found, (size_t)n * sizeof(real));
             }
-            starts[b / stride] = start, counts[b / stride] = (int32_t)n;
-            if (start + n > capacity) continue;
-            memcpy(latents + start, who, (size_t)n * sizeof(int32_t));
-            memcpy(values + start, found, (size_t)n * sizeof(real));
         }
     }
     return total;

@@ -80,17 +80,21 @@ class Found(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some rows of a batch's scores."""
+    """Some rows of a batch's scores; where these are small, native.c computes them while it selects (product None)."""
 
     scores: Scores
     rows: slice
-    product: Float[Tensor, "rows d_sae"]
+    product: Float[Tensor, "rows d_sae"] | None
 
-    @classmethod
-    def whole(cls, scores: Scores) -> Block:
-        """All rows."""
-        rows = slice(0, len(scores.x))
-        return cls(scores, rows, scores.product(rows))
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, d_sae]."""
+        return self.rows.stop - self.rows.start, self.scores.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return self.shape[0] * self.shape[1]
 
 
 class Native:
@@ -157,15 +161,15 @@ class Native:
         offsets = torch.arange(0, batch * k + 1, k, out=self._buffer("offsets", (batch + 1,), torch.int64))
         latents, values = self._slots("codes", batch * k)
         for rows in blocks(batch, d_sae, base.BLOCK_ENTRIES):
-            block, slots = Block(scores, rows, scores.product(rows)), slice(rows.start * k, rows.stop * k)
+            block, slots = self._block(scores, rows), slice(rows.start * k, rows.stop * k)
             if self.precision == "exact":
                 self._exact_top_k(block, k, latents[slots], values[slots])
             else:
-                self._call("top_k", *self._parts(block), *block.product.shape, k, latents[slots], values[slots], None)
+                self._call("top_k", *self._parts(block), *block.shape, k, latents[slots], values[slots], None)
         return Codes(offsets, latents, values)
 
     def _exact_top_k(self, block: Block, k: int, latents: Tensor, values: Tensor) -> None:
-        n_rows, d_sae = block.product.shape
+        n_rows, d_sae = block.shape
         least = self._buffer("least", (n_rows,))
         self._call("top_k", *self._parts(block, -1), n_rows, d_sae, k, None, None, least)
         found = self._at_least(block, least, n_rows * d_sae, +1)
@@ -173,9 +177,9 @@ class Native:
         self._call("keep_top_k", *found[:-1], n_rows, k, latents, values)
 
     def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
-        block = Block.whole(scores)
-        n = min(n, block.product.numel())
-        room = min(SCREENED * n, block.product.numel())
+        block = self._block(scores, slice(0, len(scores.x)))
+        n = min(n, block.size)
+        room = min(SCREENED * n, block.size)
         if self.precision != "exact":
             found = self._candidates(block, n, 0)
             if found is not None and self.precision == "bf16":
@@ -191,7 +195,7 @@ class Native:
         return found and self._compact(found, self._nth_largest(found, n))
 
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
-        exact, block = self.precision == "exact", Block.whole(scores)
+        exact, block = self.precision == "exact", self._block(scores, slice(0, len(scores.x)))
         found = self._at_least(block, 0.0, capacity, int(exact))
         if found.total > capacity:
             return None
@@ -204,7 +208,7 @@ class Native:
 
         The last batch's cut makes the first guess; what is found depends on it, what is kept of that does not.
         """
-        room = min(SCREENED * n, block.product.numel())
+        room = min(SCREENED * n, block.size)
         low, high, guess = 0.0, math.inf, GUESS * (self._cut or self._cut_of_some_rows(block, n, sign))
         for attempt in range(MAX_GUESSES):
             found = self._at_least(block, guess, room, sign)
@@ -223,14 +227,14 @@ class Native:
         return None
 
     def _cut_of_some_rows(self, block: Block, n: int, sign: int) -> float:
-        batch, d_sae = block.product.shape
+        batch, d_sae = block.shape
         stride = max(batch // 64, 1)
         n_rows = -(-batch // stride)
         found = self._at_least(block, 0.0, n_rows * d_sae, sign, stride)
         return self._nth_largest(found, max(n * n_rows // batch, 1))
 
     def _at_least(self, block: Block, least: float | Tensor, capacity: int, sign: int, stride: int = 1) -> Found:
-        batch, d_sae = block.product.shape
+        batch, d_sae = block.shape
         starts = self._buffer("starts", (batch,), torch.int64)
         counts = self._buffer("counts", (batch,), torch.int32)
         latents, values = self._slots("found", capacity)
@@ -385,11 +389,20 @@ class Native:
 
     # ------------------------------------------------------------------------------------------------- plumbing
 
+    def _block(self, scores: Scores, rows: slice) -> Block:
+        small = self.precision == "fp32" and scores.encoder.numel() <= SMALL_ENTRIES
+        return Block(scores, rows, None if small else scores.product(rows))
+
     def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
         """The struct Scores of native.c; sign says where what bf16 may have changed is added (+1) or taken (-1)."""
-        kept, rounded = self._buffer.kept, int(block.product.dtype == torch.bfloat16)
+        kept, scores, product = self._buffer.kept, block.scores, block.product
         slacks = (kept["x_slack"][block.rows], kept["encoder_norms"]) if sign else (None, None)
-        return block.product, rounded, block.scores.bias, *slacks, sign
+        rounded, d = int(product is not None and product.dtype == torch.bfloat16), scores.x.shape[1]
+        small: tuple[Any, ...] = (None, None, None)
+        if product is None:
+            panels = self._buffer("panels", (2 * (block.shape[1] + PANEL) * d + (d + PANEL) * block.shape[1],))
+            small = (scores.x[block.rows], scores.encoder, panels)
+        return product, rounded, scores.bias, *slacks, sign, *small, d
 
     def _slots(self, name: str, n: int) -> tuple[Tensor, Tensor]:
         return self._buffer(f"{name}_integers", (n,), torch.int32), self._buffer(f"{name}_values", (n,))
