@@ -101,7 +101,7 @@ def test_stages_are_those_of_a_real_step(monkeypatch):
         assert list(found) == ["centre", selection, "decode", "invert", "update_", "rest"]
         assert found[selection].flops > SMALL.product_flops  # at such sizes it is part of the selection
     assert [stage.name for stage in stages(SMALL, "relu", "cpu", 2, lambda: None)][1] == "dense_step"
-    monkeypatch.setattr("sae.kernels.native.SMALL_ENTRIES", 0)
+    monkeypatch.setattr("sae.kernels.small.ENTRIES", 0)
     for kind, selection in (("topk", "top_k"), ("batchtopk", "batch_top_k")):
         found = {stage.name: stage for stage in stages(SMALL, kind, "cpu", 4, lambda: None)}
         assert list(found) == ["centre", "scores", selection, "decode", "invert", "update_", "rest"]

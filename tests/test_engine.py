@@ -210,7 +210,7 @@ def test_a_hundred_steps(case, unit_norm, kernels, precision):
 def test_blocks_of_rows_give_the_same_step(case, unit_norm, precision, monkeypatch):
     for name in ("BLOCK_ENTRIES", "DENSE_BLOCK_ENTRIES"):
         monkeypatch.setattr(f"sae.kernels.base.{name}", 4 * D_SAE)
-    monkeypatch.setattr("sae.kernels.native.SMALL_ENTRIES", 0)
+    monkeypatch.setattr("sae.kernels.small.ENTRIES", 0)
     assert [block.stop - block.start for block in blocks(BATCH, D_SAE, 4 * D_SAE)] == [4] * 9 + [1]
     sae = make_sae(case, unit_norm)
     engine, judge = make_engine(case, sae, "native", precision), Judge(sae)

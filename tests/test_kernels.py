@@ -405,7 +405,7 @@ def test_no_number_of_threads_changes_a_dense_step(two_threads):
 def test_large_matrices_and_bf16_units_are_left_to_the_blas(monkeypatch):
     x, state, _ = fired("spread", 5, 7, 3, 1, True)
     assert Native(torch.float32, "bf16").dense_step(x.float(), state, 0.3) is None
-    monkeypatch.setattr("sae.kernels.native.SMALL_ENTRIES", 20)
+    monkeypatch.setattr("sae.kernels.small.ENTRIES", 20)
     assert make("native").dense_step(x, state, 0.3) is None
 
 

@@ -33,6 +33,7 @@ from sae.kernels.base import (
 )
 from sae.kernels.build import library
 from sae.kernels.precision import Precision, slack
+from sae.kernels.small import is_small, panels_of, relu_step
 
 REALS: dict[torch.dtype, tuple[str, Any]] = {torch.float32: ("float", c_float), torch.float64: ("double", c_double)}
 # Latents whose contributions to b_dec one thread sums, in order.
@@ -44,12 +45,6 @@ MAX_GUESSES = 40
 SMALLEST = 1e-37
 # Slots for each code that is asked for: room for what a guess lets in.
 SCREENED = 4
-
-
-# Entries of a matrix of weights up to which products with it are those of native.c, which stay in the cache.
-SMALL_ENTRIES = 2**16
-# As in native.c: parts of a batch whose weight gradients are summed apart, and more columns than a panel has.
-PARTS, PANEL = 8, 32
 
 
 class Plan(NamedTuple):
@@ -308,7 +303,7 @@ class Native:
         gradient, firing = self._buffer("gradient", x.shape), self._buffer("firing", state.b_enc.shape, torch.int32)
         norms = None if state.unit_norm else state.norms
         weights = (state.encoder, state.b_enc, state.W_dec)
-        rows, totals = self._relu_step("dense", x, None, weights, norms, cost, 0, gradient, firing)
+        rows, totals = relu_step(self._call, self._buffer, "dense", x, None, weights, norms, cost, 0, gradient, firing)
         return DenseStep(Rows(None, *rows), gradient, firing, totals[0], totals[1])
 
     def aux_k(
@@ -317,34 +312,12 @@ class Native:
         if not self._small(encoder):
             return losses.aux_k(gradient, x, encoder, b_enc, W_dec, k)
         firing = self._buffer("aux_firing", b_enc.shape, torch.int32)
-        weights = (encoder, b_enc, W_dec)
-        (g_encoder, g_W_dec, g_bias), totals = self._relu_step("aux", x, gradient, weights, None, 0.0, k, None, firing)
-        return totals[0] / len(x), (g_encoder, g_W_dec, g_bias)
+        given = ((encoder, b_enc, W_dec), None, 0.0, k, None, firing)
+        rows, totals = relu_step(self._call, self._buffer, "aux", x, gradient, *given)
+        return totals[0] / len(x), rows
 
     def _small(self, weight: Tensor) -> bool:
-        return self.precision != "bf16" and weight.numel() <= SMALL_ENTRIES
-
-    def _relu_step(
-        self,
-        name: str,
-        x: Tensor,
-        start: Tensor | None,
-        weights: tuple[Tensor, Tensor, Tensor],
-        norms: Tensor | None,
-        cost: float,
-        k: int,
-        gradient: Tensor | None,
-        firing: Tensor,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Gradients of encoder, W_dec and b_enc, and the sums of squares and of codes."""
-        batch, (n, d) = len(x), weights[0].shape
-        panels = self._buffer("panels", (2 * (n + PANEL) * d + (d + PANEL) * n,))
-        parts = self._buffer("parts", (PARTS * (2 * n * d + 3 * n + 1),))
-        g_encoder, g_W_dec = (self._buffer(f"{name}_{side}", (n, d)) for side in ("encoder", "W_dec"))
-        g_bias, totals = self._buffer(f"{name}_bias", (n,)), self._buffer(f"{name}_totals", (2,))
-        given = (x, start, *weights, norms, cost, 2 / batch, k, batch, n, d)
-        self._call("relu_step", *given, panels, parts, gradient, g_encoder, g_W_dec, g_bias, firing, totals)
-        return (g_encoder, g_W_dec, g_bias), totals
+        return self.precision != "bf16" and is_small(weight)
 
     # -------------------------------------------------------------------------------------------------- update
 
@@ -390,7 +363,7 @@ class Native:
     # ------------------------------------------------------------------------------------------------- plumbing
 
     def _block(self, scores: Scores, rows: slice) -> Block:
-        small = self.precision == "fp32" and scores.encoder.numel() <= SMALL_ENTRIES
+        small = self.precision == "fp32" and is_small(scores.encoder)
         return Block(scores, rows, None if small else scores.product(rows))
 
     def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
@@ -400,7 +373,7 @@ class Native:
         rounded, d = int(product is not None and product.dtype == torch.bfloat16), scores.x.shape[1]
         small: tuple[Any, ...] = (None, None, None)
         if product is None:
-            panels = self._buffer("panels", (2 * (block.shape[1] + PANEL) * d + (d + PANEL) * block.shape[1],))
+            panels = panels_of(self._buffer, block.shape[1], d)
             small = (scores.x[block.rows], scores.encoder, panels)
         return product, rounded, scores.bias, *slacks, sign, *small, d
 
