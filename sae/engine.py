@@ -32,6 +32,7 @@ from sae.kernels import (
     Buffers,
     Codes,
     Decoded,
+    DenseStep,
     Rows,
     Scalar,
     State,
@@ -153,9 +154,20 @@ class Engine:
             self.sae.W_skip.grad = x.T @ gradient[: len(x)]
 
     def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
-        """z = max(0, pre) with most of z positive: five dense products, a block of rows at a time."""
+        """z = max(0, pre) with most of z positive: five dense products."""
         kernels, state, weight = self.kernels, self.state, self._penalty_weight(now)
-        cost, buffer = weight / len(x), self.buffer
+        cost = weight / len(x)
+        at_once = kernels.dense_step(x, state, cost) if target is x else None
+        rows, gradient, firing, squares, code_sum = at_once or self._dense_by_blocks(x, target, cost)
+        auxiliary, extra = self._auxiliary(x, gradient, dead)
+        self._skip(x, gradient)
+        kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
+        mse = squares / len(x)
+        return Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
+
+    def _dense_by_blocks(self, x: Tensor, target: Tensor, cost: Scalar) -> DenseStep:
+        """A block of rows at a time."""
+        kernels, state, buffer = self.kernels, self.state, self.buffer
         rows = Rows(None, buffer("encoder", state.encoder.shape), buffer("W_dec", state.W_dec.shape), x.new_zeros(0))
         gradient, squares, code_sum = buffer("gradient", target.shape), x.new_zeros(()), x.new_zeros(())
         bias, charged = torch.zeros_like(state.b_enc), torch.zeros_like(state.b_enc)
@@ -175,14 +187,9 @@ class Engine:
             code_sum += z.code_sums.sum()
             if state.charged_norms is not None:
                 charged += z.values.sum(dim=0)
-        auxiliary, extra = self._auxiliary(x, gradient, dead)
         if state.charged_norms is not None:
             rows.W_dec.addcmul_((cost * charged / state.norms.clamp_min(1e-12))[:, None], state.W_dec)
-        rows = _with(rows._replace(b_enc=bias), extra)
-        self._skip(x, gradient)
-        kernels.update_(state, now, x, gradient, extra=rows, firing=firing)
-        mse = squares / len(x)
-        return Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
+        return DenseStep(rows._replace(b_enc=bias), gradient, firing, squares, code_sum)
 
     def _by_autograd(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
@@ -220,7 +227,7 @@ class Engine:
         if not alpha or not dead.numel():
             return x.new_zeros(()), None
         bias = state.b_enc[dead].masked_fill_(dead < 0, -torch.inf)  # the latent -1 never fires
-        value, rows = losses.aux_k(gradient, x, state.encoder[dead], bias, state.W_dec[dead], self.aux_k)
+        value, rows = self.kernels.aux_k(gradient, x, state.encoder[dead], bias, state.W_dec[dead], self.aux_k)
         return value, Rows(dead.remainder(self.sae.d_sae), *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:

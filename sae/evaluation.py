@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae import metrics
 from sae.codes import SparseCodes
-from sae.metrics.dictionary_recovery import dictionary_scores
+from sae.metrics.dictionary_recovery import coverage
 from sae.metrics.dimensionality import dimensionality_against_truth
 from sae.model import SAE
 from sae.sources import HeldOut
@@ -129,8 +129,8 @@ def live_recovery(
         return {}
     W_dec = sae.W_dec.detach().cpu()
     matching = metrics.match_dictionary(W_dec, truth, fired.cpu())
-    values = dictionary_scores(matching)
-    scores = {name: values[name] for name in ("mcc", "mmcs", "coverage_0.9")}
+    scores = {"mcc": float(matching.cosine.mean()), "mmcs": float(matching.nearest_cosine.mean())}
+    scores["coverage_0.9"] = coverage(matching, 0.9)
     if probe.acts is not None:
         x = probe.x.to(sae.W_dec.device) / unit
         codes = sae.sparsifier(sae.pre_latents(x)).to("cpu")

@@ -95,7 +95,13 @@ def test_ceilings_are_the_best_of_their_repeats():
     assert all(len(one.rates) == 2 and one.rate == max(one.rates) > 0 for one in found)
 
 
-def test_stages_are_those_of_a_real_step():
+def test_stages_are_those_of_a_real_step(monkeypatch):
+    for kind, selection in (("topk", "top_k"), ("batchtopk", "batch_top_k")):
+        found = {stage.name: stage for stage in stages(SMALL, kind, "cpu", 4, lambda: None)}
+        assert list(found) == ["centre", selection, "decode", "invert", "update_", "rest"]
+        assert found[selection].flops > SMALL.product_flops  # at such sizes it is part of the selection
+    assert [stage.name for stage in stages(SMALL, "relu", "cpu", 2, lambda: None)][1] == "dense_step"
+    monkeypatch.setattr("sae.kernels.small.ENTRIES", 0)
     for kind, selection in (("topk", "top_k"), ("batchtopk", "batch_top_k")):
         found = {stage.name: stage for stage in stages(SMALL, kind, "cpu", 4, lambda: None)}
         assert list(found) == ["centre", "scores", selection, "decode", "invert", "update_", "rest"]

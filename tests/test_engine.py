@@ -237,6 +237,7 @@ def test_a_hundred_steps(case, unit_norm, kernels, precision):
 def test_blocks_of_rows_give_the_same_step(case, unit_norm, precision, monkeypatch):
     for name in ("BLOCK_ENTRIES", "DENSE_BLOCK_ENTRIES"):
         monkeypatch.setattr(f"sae.kernels.base.{name}", 4 * D_SAE)
+    monkeypatch.setattr("sae.kernels.small.ENTRIES", 0)
     assert [block.stop - block.start for block in blocks(BATCH, D_SAE, 4 * D_SAE)] == [4] * 9 + [1]
     sae = make_sae(case, unit_norm)
     engine, judge = make_engine(case, sae, "native", precision), Judge(sae)
@@ -580,7 +581,7 @@ def test_a_run_that_cannot_go_on_as_it_began_says_so(monkeypatch):
     engine = make_engine("topk", make_sae("topk"))
     tensors, values = engine.saved()
     other = make_engine("topk", make_sae("topk"), "torch")
-    monkeypatch.setattr("sae.kernels.native.library", no_compiler)
+    monkeypatch.setattr("sae.kernels.selection.library", no_compiler)
     with pytest.raises(UsageError, match=r"began with native kernels in fp32, and must go on so: .*no compiler"):
         other.restore(tensors, values)
 

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from sae import UsageError
 from sae.kernels import Codes, Rows, Scores, State, build, choose, products
-from sae.kernels.native import SCREENED, Native
+from sae.kernels.native import Native
 from sae.kernels.plain import Plain
 from sae.kernels.precision import slack
 from sae.kernels.reference import Reference, dense
+from sae.kernels.selection import SCREENED
 from sae.optim import Now
 
 CPU = torch.device("cpu")
 NAMES = ["native", "exact", "torch"]
-BATCHES, WIDTHS, LATENTS = [1, 5, 37], [1, 7, 13, 65, 70], [1, 3, 19, 61, 257]
+BATCHES, WIDTHS, LATENTS = [1, 5, 37], [1, 7, 13, 65, 70], [1, 3, 19, 61, 128, 257]
 DATA = ["spread", "few", "none", "tied", "heavy", "tiny", "huge"]
 
 
@@ -349,6 +350,65 @@ def test_relu_and_its_backward(name, unit_norm, batch, d_in, d_sae):
         theirs = judge.relu_backward(gradient.clone(), expected, state, 0.3)
         for mine, other in zip(kernels.relu_backward(gradient.clone(), z, state, 0.3), theirs, strict=True):
             close(mine, other)
+
+
+STEPS = [(1, 1, 1), (5, 7, 3), (37, 13, 61), (130, 7, 257), (700, 33, 40)]
+
+
+def by_products(x: Tensor, state: State, cost: float) -> tuple[Tensor, ...]:
+    """What a dense step computes, one product after the other."""
+    judge = Reference()
+    z = judge.relu(x, state)
+    residual = z.values @ state.W_dec - x
+    gradient = 2 / len(x) * residual
+    through, g_bias = judge.relu_backward(gradient @ state.W_dec.T, z, state, cost)
+    g_decoder = z.values.T @ gradient
+    if not state.unit_norm:
+        g_decoder += (cost * z.values.sum(dim=0) / state.norms)[:, None] * state.W_dec
+    sums = (residual.square().sum(), z.code_sums.sum())
+    return through.T @ x, g_decoder, g_bias, gradient, z.firing, *sums
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+@pytest.mark.parametrize(("batch", "d_in", "d_sae"), STEPS)
+def test_a_dense_step_in_one_call(unit_norm, batch, d_in, d_sae):
+    x, state, _ = fired("spread", batch, d_in, d_sae, 1, unit_norm)
+    kernels = make("native")
+    for scale in (1.0, 0.5):  # twice, as buffers are kept
+        step = kernels.dense_step(scale * x, state, 0.3)
+        ours = (*step.rows[1:], *step[1:])
+        for mine, other in zip(ours, by_products(scale * x, state, 0.3), strict=True):
+            close(mine, other)
+
+
+@pytest.mark.parametrize("k", [1, 5, 1000])
+@pytest.mark.parametrize(("batch", "d_in", "d_sae"), STEPS)
+def test_aux_k(k, batch, d_in, d_sae):
+    x, state, _ = fired("spread", batch, d_in, d_sae, 1, True)
+    gradient = torch.randn(batch, d_in, dtype=torch.float64)
+    dead = torch.arange(0, d_sae, 2)
+    given = (gradient, x, state.encoder[dead], state.b_enc[dead], state.W_dec[dead], k)
+    value, rows = make("native").aux_k(*given)
+    expected, judged = Reference().aux_k(*given)
+    for mine, other in zip((value, *rows), (expected, *judged), strict=True):
+        close(mine, other)
+
+
+def test_no_number_of_threads_changes_a_dense_step(two_threads):
+    x, state, _ = fired("spread", 700, 33, 40, 1, True)
+    x, state = x.float(), state_of(40, 33, dtype=torch.float32)
+    two = make("native", torch.float32).dense_step(x, state, 0.3)
+    torch.set_num_threads(1)
+    one = make("native", torch.float32).dense_step(x, state, 0.3)
+    for ours, theirs in zip((*two.rows[1:], *two[1:]), (*one.rows[1:], *one[1:]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_large_matrices_and_bf16_units_are_left_to_the_blas(monkeypatch):
+    x, state, _ = fired("spread", 5, 7, 3, 1, True)
+    assert Native(torch.float32, "bf16").dense_step(x.float(), state, 0.3) is None
+    monkeypatch.setattr("sae.kernels.small.ENTRIES", 20)
+    assert make("native").dense_step(x, state, 0.3) is None
 
 
 # The update

@@ -39,9 +39,16 @@ class Stopwatch:
         return self._timed(name, found) if callable(found) else found
 
     def scores(self, *args: Any) -> Any:
-        """The product is made when the selection asks for its rows."""
-        scores = self._timed("scores", self.kernels.scores)(*args)
+        """The product is made when the selection asks for its rows; a selection that makes its own never asks."""
+        scores = self.kernels.scores(*args)
         return replace(scores, product=self._timed("scores", scores.product))
+
+    def dense_step(self, *args: Any) -> Any:
+        """No stage where its parts are: where they are done one by one."""
+        step = self._timed("dense_step", self.kernels.dense_step)(*args)
+        if step is None:
+            del self.seconds["dense_step"]
+        return step
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **options: Any) -> Any:
@@ -81,29 +88,34 @@ def stages(shape: Shape, kind: str, device: str, n_steps: int, synchronise: Call
             for name, seconds in watch.seconds.items():
                 found.setdefault(name, []).append(seconds)
     size = 4 if trainer.engine.kernels.precision == "fp32" else 2
-    return [Stage(name, seconds, *work(name, shape, n_codes, size)) for name, seconds in found.items()]
+    apart = "scores" in found
+    return [Stage(name, seconds, *work(name, shape, n_codes, size, apart)) for name, seconds in found.items()]
 
 
-def work(name: str, shape: Shape, n_codes: float, size: int) -> tuple[float, float]:
+def work(name: str, shape: Shape, n_codes: float, size: int, apart: bool) -> tuple[float, float]:
     """Floating-point operations, and bytes read and written once, of one stage with n_codes sparse codes in the batch.
 
-    `size` is that of a number in the encoder's product. Bytes that a cache gives count as well, so that a stage may
+    `size` is that of a number in the encoder's product, which is a stage of its own where it is `apart`, and else a
+    part of the selection. Bytes that a cache gives count as well, so that a stage may
     exceed what memory alone can do.
     """
     x, scores, weights = (a * b for a, b in _matrices(shape))
     codes = n_codes * shape.d_in
+    product = (shape.product_flops, size * (x + weights + scores))
+    selection = (scores, size * scores) if apart else (product[0] + scores, size * (x + weights))
     flops_and_bytes = {
         "centre": (2 * x, 8 * x),
-        "scores": (shape.product_flops, size * (x + weights + scores)),
-        "top_k": (scores, size * scores),
-        "batch_top_k": (scores, size * scores),
-        "positive": (scores, size * scores),
+        "scores": product,
+        "top_k": selection,
+        "batch_top_k": selection,
+        "positive": selection,
         # a decoder row for each code; x in, the gradient out
         "decode": (4 * codes, 4 * codes + 8 * x),
         # (latent, code, gradient) in, (sample, code, gradient) out
         "invert": (0, 24 * n_codes),
         # a row of x and of the gradient for each code; two matrices and their moments, in and out
         "update_": (4 * codes + 40 * weights, 8 * codes + 48 * weights),
+        "dense_step": (5 * shape.product_flops + 4 * scores, 8 * x + 16 * weights),
         "relu": (shape.product_flops + scores, 4 * (x + weights + 3 * scores)),
         "relu_backward": (2 * scores, 12 * scores),
     }

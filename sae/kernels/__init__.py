@@ -17,6 +17,7 @@ from sae.kernels.base import (
     Buffers,
     Codes,
     Decoded,
+    DenseStep,
     Kernels,
     Rows,
     Scalar,
@@ -27,10 +28,11 @@ from sae.kernels.base import (
     host_sees,
 )
 from sae.kernels.build import CannotBuild
-from sae.kernels.native import REALS, Native
+from sae.kernels.native import Native
 from sae.kernels.plain import Plain
 from sae.kernels.precision import Precision, has_bf16_units, products
 from sae.kernels.reference import Reference
+from sae.kernels.selection import REALS
 
 __all__ = [
     "SPARSE_SHARE",
@@ -38,6 +40,7 @@ __all__ = [
     "Buffers",
     "Codes",
     "Decoded",
+    "DenseStep",
     "Kernels",
     "Rows",
     "Scalar",

@@ -150,6 +150,17 @@ class DenseCodes(NamedTuple):
     code_sums: Float[Tensor, " batch"]
 
 
+class DenseStep(NamedTuple):
+    """What a ReLU's dense step computes, up to the update: gradient rows of all latents, the reconstruction's gradient,
+    how often each latent fires, sum |x_hat - target|^2 and sum_j z_j |W_dec_j|."""
+
+    rows: Rows
+    gradient: Float[Tensor, "batch d_out"]
+    firing: Int[Tensor, " d_sae"]
+    squares: Float[Tensor, ""]
+    code_sum: Float[Tensor, ""]
+
+
 @dataclass
 class State:
     """Weights, Adam's moments of each, and counters: all that a step changes."""
@@ -239,6 +250,15 @@ class Kernels(Protocol):
 
     def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: Scalar) -> tuple[Tensor, Tensor]:
         """(gradient + cost |W_dec_j|) where codes fire, else 0; and its sum over samples. `gradient` may be reused."""
+
+    def dense_step(self, x: Tensor, state: State, cost: Scalar) -> DenseStep | None:
+        """`relu`, `relu_backward` and the five products of a dense step at once; None where they are better done one
+        by one."""
+
+    def aux_k(
+        self, gradient: Tensor, x: Tensor, encoder: Tensor, b_enc: Tensor, W_dec: Tensor, k: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """`losses.aux_k`."""
 
     def update_(
         self,

@@ -120,6 +120,86 @@ static inline void add_rows(real *restrict out, const real *matrix, const int32_
     }
 }
 
+/* --------------------------------------------------------------------------------------------------- small products */
+
+/* out = A B of matrices that lie in the cache, where a BLAS loses what it spends on getting ready: about 90 % of what
+   the core can add and multiply at [2048, 64] [64, 256], a BLAS 70 %. And what happens to the result next can happen
+   while it is still in the cache. */
+#if defined(__AVX512F__)
+enum { WIDE_BYTES = 64 };
+#elif defined(__AVX__)
+enum { WIDE_BYTES = 32 };
+#else
+enum { WIDE_BYTES = 16 };
+#endif
+typedef real wide __attribute__((vector_size(WIDE_BYTES), aligned(sizeof(real)), may_alias));
+/* A tile of the result, summed in twelve registers: enough to hide the latency of an addition. */
+enum { WIDE = WIDE_BYTES / sizeof(real), TILE_ROWS = 6, TILE_COLUMNS = 2 * WIDE };
+
+static long padded(long n) { return (n + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS; }
+
+/* One panel of B [k, n]: TILE_COLUMNS columns from `first` on, row after row, 0 where there are none. */
+static void pack_panel(const real *B, long n, long k, long row_stride, long column_stride, long first, real *panel) {
+    long width = MIN(TILE_COLUMNS, n - first);
+    memset(panel, 0, (size_t)(width < TILE_COLUMNS ? k * TILE_COLUMNS : 0) * sizeof(real));
+    const real *from = B + first * column_stride;
+    if (column_stride == 1)
+        for (long p = 0; p < k; p++) memcpy(panel + p * TILE_COLUMNS, from + p * row_stride, (size_t)width * sizeof(real));
+    else
+        for (long i = 0; i < width; i++)
+            for (long p = 0; p < k; p++) panel[p * TILE_COLUMNS + i] = from[i * column_stride + p * row_stride];
+}
+
+static void pack(const real *B, long n, long k, long row_stride, long column_stride, real *panels) {
+    for (long first = 0; first < n; first += TILE_COLUMNS)
+        pack_panel(B, n, k, row_stride, column_stride, first, panels + first * k);
+}
+
+static inline __attribute__((always_inline)) void tile(const real *A, long row_stride, long column_stride, long n_rows,
+                                                       const real *panel, long n_columns, long k, real *out, long ld,
+                                                       int add) {
+    const real *from[TILE_ROWS];
+    for (long r = 0; r < TILE_ROWS; r++) from[r] = A + (r < n_rows ? r : 0) * row_stride;
+    wide sums[TILE_ROWS][2] = {0};
+    for (long p = 0; p < k; p++) {
+        const wide *b = (const wide *)(panel + p * TILE_COLUMNS);
+        wide left = b[0], right = b[1];
+#pragma GCC unroll 6
+        for (long r = 0; r < TILE_ROWS; r++) {
+            real a = from[r][p * column_stride];
+            sums[r][0] += a * left;
+            sums[r][1] += a * right;
+        }
+    }
+    if (n_rows == TILE_ROWS && n_columns == TILE_COLUMNS) {
+#pragma GCC unroll 6
+        for (long r = 0; r < TILE_ROWS; r++) {
+            wide *to = (wide *)(out + r * ld);
+            if (add) sums[r][0] += to[0], sums[r][1] += to[1];
+            to[0] = sums[r][0], to[1] = sums[r][1];
+        }
+    } else {
+        for (long r = 0; r < n_rows; r++)
+            for (long i = 0; i < n_columns; i++) {
+                real sum = sums[r][i / WIDE][i % WIDE];
+                out[r * ld + i] = add ? out[r * ld + i] + sum : sum;
+            }
+    }
+}
+
+/* out [m, n] = A B, or added to it. A's entries lie row_stride and column_stride apart (one of them is 1), B is packed. */
+static void product(const real *A, long row_stride, long column_stride, const real *panels, long m, long n, long k,
+                    real *out, long ld, int add) {
+    for (long c = 0; c < n; c += TILE_COLUMNS)
+        for (long r = 0; r < m; r += TILE_ROWS) {
+            long rows = MIN(TILE_ROWS, m - r), columns = MIN(TILE_COLUMNS, n - c);
+            const real *from = A + r * row_stride, *panel = panels + c * k;
+            real *to = out + r * ld + c;
+            if (column_stride == 1) tile(from, row_stride, 1, rows, panel, columns, k, to, ld, add);
+            else tile(from, 1, column_stride, rows, panel, columns, k, to, ld, add);
+        }
+}
+
 /* ------------------------------------------------------------------------------------------------------------ input */
 
 /* out = x * factor - b_dec, and the same rounded to bf16 when asked for. */
@@ -139,13 +219,25 @@ API void centre(const real *x, real factor, const real *b_dec, real *out, bf16 *
 /* -------------------------------------------------------------------------------------------------------- selection */
 
 /* Pre-latents as the encoder's product left them: without bias, `real` or bf16. `slack` widens them by what bf16 may
-   have changed: sign * slack_row[b] * slack_latent[j] is added (see `exact` in engine.md). */
+   have changed: sign * slack_row[b] * slack_latent[j] is added (see `exact` in engine.md). Where `pre` is null they are
+   computed from x and the packed encoder, a few rows at a time, which are read while they lie in the cache. */
 typedef struct {
     const void *pre;
     const real *bias;
     const real *slack_row, *slack_latent;
     long batch, n_latents, rounded, sign;
+    const real *x, *panels;
+    long d;
 } Scores;
+
+enum { SCORED_ROWS = 48, READ_ROWS = 16 };
+
+/* Pre-latents of m rows from row `first` on, `stride` apart, into `block`. */
+static void score_rows(Scores *scores, long first, long stride, long m, real *block) {
+    long d = scores->d, n = scores->n_latents;
+    product(scores->x + first * d, stride * d, 1, scores->panels, m, n, d, block, n, 0);
+    scores->pre = block;
+}
 
 /* Latents are dealt to `n` groups in turn: latent j belongs to group j mod n. */
 typedef struct {
@@ -169,6 +261,12 @@ static inline real pre_latent(const Row *row, long j) {
     return scores->slack_row ? value + scores->sign * scores->slack_row[row->number] * scores->slack_latent[j] : value;
 }
 
+#if REAL_IS_DOUBLE
+#define SMALLEST 4.9406564584124654e-324
+#else
+#define SMALLEST 1.4012985e-45f
+#endif
+
 enum { LANES = 32 / sizeof(real) };
 typedef real lanes __attribute__((vector_size(LANES * sizeof(real))));
 #if REAL_IS_DOUBLE
@@ -184,8 +282,26 @@ static inline lanes load(const real *from) {
 }
 
 static inline lanes larger(lanes a, lanes b) { /* b where a is NaN */
+#if defined(__AVX__) && REAL_IS_DOUBLE
+    return (lanes)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__AVX__)
+    return (lanes)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     lane_bits first = a > b;
     return (lanes)(((lane_bits)a & first) | ((lane_bits)b & ~first));
+#endif
+}
+
+/* The maxima of 2 * LANES groups from group g on, which never leave the registers. */
+static inline void maxima_of_strip(const Row *row, const real *from, long g) {
+    const real *bias = row->scores->bias;
+    lanes first = {0}, second = {0};
+    for (long j = g; j < row->n_latents; j += row->n) {
+        first = larger(load(from + j) + load(bias + j), first);
+        second = larger(load(from + j + LANES) + load(bias + j + LANES), second);
+    }
+    memcpy(row->maxima + g, &first, sizeof first);
+    memcpy(row->maxima + g + LANES, &second, sizeof second);
 }
 
 /* Compiled once for each kind of scores, so that nothing is asked in the loop. */
@@ -226,6 +342,9 @@ static void load_row(Row *row, long b) {
     row->number = b;
     if (row->scores->rounded && row->scores->slack_row) load_row_as(row, 1, 1);
     else if (row->scores->rounded) load_row_as(row, 1, 0);
+    else if (row->n % (2 * LANES) == 0 && row->n_latents % row->n == 0)
+        for (long g = 0; g < row->n; g += 2 * LANES)
+            maxima_of_strip(row, (const real *)row->scores->pre + b * row->n_latents, g);
     else load_row_as(row, 0, 0);
 }
 
@@ -299,11 +418,45 @@ static inline __attribute__((always_inline)) long collect_as(const Row *row, rea
     return n;
 }
 
+#if defined(__AVX__)
+static inline unsigned where_reached(const real *from, const real *bias, lanes least) {
+#if REAL_IS_DOUBLE
+    return (unsigned)_mm256_movemask_pd(_mm256_cmp_pd((__m256d)(load(from) + load(bias)), (__m256d)least, _CMP_GE_OQ));
+#else
+    return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps((__m256)(load(from) + load(bias)), (__m256)least, _CMP_GE_OQ));
+#endif
+}
+
+/* The same of few latents, in their order: looking at all of them at once costs less than guessing at branches. */
+enum { FEW_LATENTS = 1024, AT_ONCE = 32 };
+
+static long collect_in_order(const Row *row, real least, int32_t *latents, real *values, long room) {
+    const real *from = (const real *)row->scores->pre + row->number * row->n_latents, *bias = row->scores->bias;
+    real limit = least > 0 ? least : SMALLEST;
+    lanes limits = limit - (lanes){0};
+    long n = 0;
+    for (long start = 0; start < row->n_latents; start += AT_ONCE) {
+        unsigned reached = 0;
+        for (long i = start; i < start + AT_ONCE; i += LANES)
+            reached |= where_reached(from + i, bias + i, limits) << (i - start);
+        for (; reached; reached &= reached - 1, n++) {
+            long j = start + __builtin_ctz(reached);
+            if (n < room) latents[n] = (int32_t)j, values[n] = from[j] + bias[j];
+        }
+    }
+    return n;
+}
+#endif
+
 /* The latents whose value is positive and reaches `least`, group by group. Returns their number, and writes as many of
    them as there is room for. */
 static long collect(const Row *row, real least, int32_t *latents, real *values, long room) {
     if (row->scores->rounded && row->scores->slack_row) return collect_as(row, least, latents, values, room, 1, 1);
     if (row->scores->rounded) return collect_as(row, least, latents, values, room, 1, 0);
+#if defined(__AVX__)
+    if (row->n_latents <= FEW_LATENTS && row->n_latents % AT_ONCE == 0)
+        return collect_in_order(row, least, latents, values, room);
+#endif
     return collect_as(row, least, latents, values, room, 0, 0);
 }
 
@@ -361,32 +514,39 @@ static long keep_largest(int32_t *latents, real *values, long n, long k, real *w
 /* Each row's k largest positive pre-latents, k slots a row; a slot without one has value 0. `cuts`, where given,
    receives the k-th largest value of each row (0 where fewer are positive). */
 API void top_k(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent, long sign,
-               long batch, long n_latents, long k, int32_t *latents, real *values, real *cuts, long threads) {
-    Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign};
-    long groups = n_groups(n_latents, k);
+               const real *x, const real *encoder, real *panels, long d, long batch, long n_latents, long k,
+               int32_t *latents, real *values, real *cuts, long threads) {
+    long groups = n_groups(n_latents, k), at_once = pre ? READ_ROWS : SCORED_ROWS, room = pre ? 0 : at_once * n_latents;
+    if (!pre) pack(encoder, n_latents, d, 1, d, panels);
 #pragma omp parallel num_threads((int)threads)
     {
-        real *memory = own_memory((size_t)(groups + 2 * n_latents) * sizeof(real) + (size_t)n_latents * sizeof(int32_t));
+        Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign, x, panels, d};
+        size_t reals = (size_t)(room + groups + 2 * n_latents);
+        real *block = own_memory(reals * sizeof(real) + (size_t)n_latents * sizeof(int32_t)), *memory = block + room;
         Row row = {memory, groups, n_latents, 0, &scores};
         real *candidates = memory + groups, *work = candidates + n_latents;
         int32_t *who = (int32_t *)(work + n_latents);
 #pragma omp for schedule(static)
-        for (long b = 0; b < batch; b++) {
-            load_row(&row, b);
-            real cut;
-            long n = collect(&row, bound(&row, k), who, candidates, n_latents);
-            n = keep_largest(who, candidates, n, k, work, &cut);
-            if (cuts) {
-                if (n == k && cut == 0) {
-                    cut = candidates[0];
-                    for (long e = 1; e < n; e++) cut = MIN(cut, candidates[e]);
+        for (long first = 0; first < batch; first += at_once) {
+            long last = MIN(first + at_once, batch);
+            if (!pre) score_rows(&scores, first, 1, last - first, block);
+            for (long b = first; b < last; b++) {
+                load_row(&row, pre ? b : b - first);
+                real cut;
+                long n = collect(&row, bound(&row, k), who, candidates, n_latents);
+                n = keep_largest(who, candidates, n, k, work, &cut);
+                if (cuts) {
+                    if (n == k && cut == 0) {
+                        cut = candidates[0];
+                        for (long e = 1; e < n; e++) cut = MIN(cut, candidates[e]);
+                    }
+                    cuts[b] = cut;
                 }
-                cuts[b] = cut;
+                if (!latents) continue;
+                memcpy(latents + b * k, who, (size_t)n * sizeof(int32_t));
+                memcpy(values + b * k, candidates, (size_t)n * sizeof(real));
+                for (long e = n; e < k; e++) latents[b * k + e] = 0, values[b * k + e] = 0;
             }
-            if (!latents) continue;
-            memcpy(latents + b * k, who, (size_t)n * sizeof(int32_t));
-            memcpy(values + b * k, candidates, (size_t)n * sizeof(real));
-            for (long e = n; e < k; e++) latents[b * k + e] = 0, values[b * k + e] = 0;
         }
     }
 }
@@ -395,30 +555,37 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
    the arrays as they are done, so they lie there in any order: row b's counts[b] entries begin at starts[b]. Returns
    how many there are; when that exceeds the capacity, not all were written. */
 API long at_least(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent,
-                  long sign, long batch, long n_latents, long stride, real least, const real *row_least, long capacity,
+                  long sign, const real *x, const real *encoder, real *panels, long d, long batch, long n_latents,
+                  long stride, real least, const real *row_least, long capacity,
                   int64_t *starts, int32_t *counts, int32_t *latents, real *values, long threads) {
-    Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign};
-    long groups = n_groups(n_latents, 0);
-    long total = 0;
+    long groups = n_groups(n_latents, 0), at_once = pre ? READ_ROWS : SCORED_ROWS, room = pre ? 0 : at_once * n_latents;
+    long total = 0, n_rows = (batch + stride - 1) / stride;
+    if (!pre) pack(encoder, n_latents, d, 1, d, panels);
 #pragma omp parallel num_threads((int)threads)
     {
-        real *memory = own_memory((size_t)(groups + n_latents) * sizeof(real) + (size_t)n_latents * sizeof(int32_t));
+        Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign, x, panels, d};
+        size_t reals = (size_t)(room + groups + n_latents);
+        real *block = own_memory(reals * sizeof(real) + (size_t)n_latents * sizeof(int32_t)), *memory = block + room;
         Row row = {memory, groups, n_latents, 0, &scores};
         real *found = memory + groups;
         int32_t *who = (int32_t *)(found + n_latents);
 #pragma omp for schedule(static)
-        for (long b = 0; b < batch; b += stride) {
-            load_row(&row, b);
-            long n = collect(&row, row_least ? row_least[b] : least, who, found, n_latents), start;
-#pragma omp atomic capture
-            {
-                start = total;
-                total += n;
+        for (long first = 0; first < n_rows; first += at_once) {
+            long last = MIN(first + at_once, n_rows);
+            if (!pre) score_rows(&scores, first * stride, stride, last - first, block);
+            for (long b = first; b < last; b++) {
+                load_row(&row, pre ? b * stride : b - first);
+                long n = collect(&row, row_least ? row_least[b * stride] : least, who, found, n_latents), start;
+    #pragma omp atomic capture
+                {
+                    start = total;
+                    total += n;
+                }
+                starts[b] = start, counts[b] = (int32_t)n;
+                if (start + n > capacity) continue;
+                memcpy(latents + start, who, (size_t)n * sizeof(int32_t));
+                memcpy(values + start, found, (size_t)n * sizeof(real));
             }
-            starts[b / stride] = start, counts[b / stride] = (int32_t)n;
-            if (start + n > capacity) continue;
-            memcpy(latents + start, who, (size_t)n * sizeof(int32_t));
-            memcpy(values + start, found, (size_t)n * sizeof(real));
         }
     }
     return total;
@@ -796,4 +963,117 @@ API void relu_backward_(real *gradient, const real *h, const real *norms, real c
         for (long c = 0; c < n_blocks; c++) sum += blocks[c * n_latents + j];
         bias_gradient[j] = sum;
     }
+}
+
+/* A ReLU's whole step, of all latents or of the dead ones that AuxK trains, at sizes whose products are small:
+
+       z = max(0, x encoder^T + bias), or its k largest in each row where k > 0
+       gradient = scale (z decoder - target),  through = (gradient decoder^T + cost * norms) where z > 0
+
+   and the gradients through^T x, z^T gradient (and cost * sum z / norms along rows that are free), and through summed.
+   The target is x, or where `start` is given -start / scale. A chunk of rows sums its part of the weights' gradients,
+   PARTS chunks whatever the number of threads. `panels` is scratch, 2 padded(n) d + padded(d) n; `parts` is PARTS times
+   2 n d + 3 n + 1. `totals` are the sums of (z decoder - target)^2 and of z norms. `gradient` may be null. */
+enum { PARTS = 8, STEP_ROWS = 64 };
+
+API void relu_step(const real *x, const real *start, const real *encoder, const real *bias, const real *decoder,
+                   const real *norms, real cost, real scale, long k, long batch, long n, long d, real *panels,
+                   real *parts, real *gradient, real *g_encoder, real *g_decoder, real *g_bias, int32_t *firing,
+                   real *totals, long threads) {
+    real *encoder_panels = panels, *through_panels = panels + padded(n) * d, *decoder_panels = through_panels + padded(n) * d;
+    long part_size = 2 * n * d + 3 * n + 1, per_part = (batch + PARTS - 1) / PARTS;
+    long ld = n + TILE_COLUMNS; /* rows a power of two apart would share the few places that a cache has for them */
+#pragma omp parallel num_threads((int)threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (long first = 0; first < n; first += TILE_COLUMNS) {
+            pack_panel(encoder, n, d, 1, d, first, encoder_panels + first * d);
+            pack_panel(decoder, n, d, 1, d, first, through_panels + first * d);
+        }
+#pragma omp for schedule(static)
+        for (long first = 0; first < d; first += TILE_COLUMNS)
+            pack_panel(decoder, d, n, d, 1, first, decoder_panels + first * n);
+
+        real *z = own_memory((size_t)(STEP_ROWS * (2 * ld + d + 2 * padded(d)) + n) * sizeof(real));
+        real *through = z + STEP_ROWS * ld, *own_gradient = through + STEP_ROWS * ld;
+        real *x_panels = own_gradient + STEP_ROWS * d, *gradient_panels = x_panels + STEP_ROWS * padded(d);
+        real *work = gradient_panels + STEP_ROWS * padded(d);
+#pragma omp for schedule(dynamic, 1)
+        for (long part = 0; part < PARTS; part++) {
+            real *restrict sum_encoder = parts + part * part_size, *restrict sum_decoder = sum_encoder + n * d;
+            real *restrict sum_bias = sum_decoder + n * d, *restrict sum_z = sum_bias + n, *restrict fires = sum_z + n;
+            real squares = 0;
+            memset(part * per_part < batch ? sum_bias : sum_encoder, 0,
+                   (size_t)(part * per_part < batch ? 3 * n : part_size) * sizeof(real));
+            for (long first = part * per_part; first < MIN((part + 1) * per_part, batch); first += STEP_ROWS) {
+                long m = MIN(STEP_ROWS, MIN((part + 1) * per_part, batch) - first);
+                const real *own_x = x + first * d;
+                int add = first > part * per_part;
+                real *g = gradient ? gradient + first * d : own_gradient;
+                product(own_x, d, 1, encoder_panels, m, n, d, z, ld, 0);
+                for (long b = 0; b < m; b++) {
+                    real *restrict row = z + b * ld;
+#pragma omp simd
+                    for (long j = 0; j < n; j++) {
+                        real value = row[j] + bias[j];
+                        row[j] = value > 0 ? value : (value == value ? 0 : value);
+                    }
+                    if (k > 0 && k < n) {
+                        memcpy(work, row, (size_t)n * sizeof(real));
+                        real cut = kth_largest(work, n, k);
+                        for (long j = 0; j < n; j++) row[j] = row[j] < cut ? 0 : row[j];
+                    }
+#pragma omp simd
+                    for (long j = 0; j < n; j++) sum_z[j] += row[j], fires[j] += row[j] > 0;
+                }
+                product(z, ld, 1, decoder_panels, m, d, n, g, d, 0);
+                for (long b = 0; b < m; b++) {
+                    const real *restrict from = start ? start + (first + b) * d : own_x + b * d;
+                    real *restrict row = g + b * d, factor = start ? -1 / scale : 1;
+#pragma omp simd reduction(+ : squares)
+                    for (long i = 0; i < d; i++) {
+                        real residual = row[i] - factor * from[i];
+                        squares += residual * residual;
+                        row[i] = scale * residual;
+                    }
+                }
+                product(g, d, 1, through_panels, m, n, d, through, ld, 0);
+                for (long b = 0; b < m; b++) {
+                    real *restrict row = through + b * ld;
+                    const real *restrict own_z = z + b * ld;
+#pragma omp simd
+                    for (long j = 0; j < n; j++) {
+                        row[j] = own_z[j] > 0 ? row[j] + cost * (norms ? norms[j] : 1) : 0;
+                        sum_bias[j] += row[j];
+                    }
+                }
+                pack(own_x, d, m, d, 1, x_panels);
+                product(through, 1, ld, x_panels, n, d, m, sum_encoder, d, add);
+                pack(g, d, m, d, 1, gradient_panels);
+                product(z, 1, ld, gradient_panels, n, d, m, sum_decoder, d, add);
+            }
+            parts[part * part_size + part_size - 1] = squares;
+        }
+#pragma omp for schedule(static)
+        for (long j = 0; j < n; j++) {
+            real *restrict to_encoder = g_encoder + j * d, *restrict to_decoder = g_decoder + j * d, sum[3] = {0};
+            memset(to_encoder, 0, (size_t)d * sizeof(real));
+            memset(to_decoder, 0, (size_t)d * sizeof(real));
+            for (long part = 0; part < PARTS; part++) {
+                const real *restrict own_encoder = parts + part * part_size + j * d, *restrict own_decoder = own_encoder + n * d;
+#pragma omp simd
+                for (long i = 0; i < d; i++) to_encoder[i] += own_encoder[i], to_decoder[i] += own_decoder[i];
+                for (long e = 0; e < 3; e++) sum[e] += parts[part * part_size + 2 * n * d + e * n + j];
+            }
+            real norm = norms ? norms[j] : 1, pull = norms ? cost * sum[1] / MAX(norm, (real)1e-12) : 0;
+            if (pull != 0)
+                for (long i = 0; i < d; i++) to_decoder[i] += pull * decoder[j * d + i];
+            g_bias[j] = sum[0];
+            firing[j] = (int32_t)sum[2];
+            parts[2 * n * d + n + j] = sum[1] * norm; /* read by nobody else from here on */
+        }
+    }
+    totals[0] = totals[1] = 0;
+    for (long part = 0; part < PARTS; part++) totals[0] += parts[(part + 1) * part_size - 1];
+    for (long j = 0; j < n; j++) totals[1] += parts[2 * n * d + n + j];
 }

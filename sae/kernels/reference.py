@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.base import Codes, Decoded, DenseCodes, Rows, Scalar, Scores, State
+from sae import losses
+from sae.kernels.base import Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, Scores, State
 from sae.kernels.precision import Precision
 from sae.optim import BETA1, BETA2, EPSILON, Now
 
@@ -88,6 +89,14 @@ class Reference:
     def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: Scalar) -> tuple[Tensor, Tensor]:
         masked = (gradient + cost * _norms(state)) * (codes.values > 0)
         return masked, masked.sum(dim=0)
+
+    def dense_step(self, x: Tensor, state: State, cost: Scalar) -> DenseStep | None:
+        return None
+
+    def aux_k(
+        self, gradient: Tensor, x: Tensor, encoder: Tensor, b_enc: Tensor, W_dec: Tensor, k: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        return losses.aux_k(gradient, x, encoder, b_enc, W_dec, k)
 
     def update_(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,8 +32,14 @@ class Matching:
     nearest_cosine: Float[Tensor, " n_features"]
     best_feature: Int[Tensor, " d_sae"]
     alive: Bool[Tensor, " d_sae"]
-    unsigned_mean: float
-    """Mean |C| over the match that maximises the sum of |C| (`mcc_saelens`)."""
+    usable_C: Float[Tensor, "n_features n_alive"]
+    """C of the alive latents."""
+
+    @cached_property
+    def unsigned_mean(self) -> float:
+        """Mean |C| over the match that maximises the sum of |C| (`mcc_saelens`), found when first asked for."""
+        size = self.usable_C.abs()
+        return float(size[_assign(size)].mean()) if size.numel() else 0.0
 
     @property
     def has_latent(self) -> Bool[Tensor, " n_features"]:
@@ -67,16 +74,14 @@ def match_dictionary(W_dec: Matrix, truth: Matrix, alive: Mask | None = None) ->
     latents = alive.nonzero().squeeze(1)
     latent = torch.full((len(C),), -1, device=C.device)
     cosine = C.new_zeros(len(C))
-    nearest_latent, nearest_cosine, unsigned_mean = latent.clone(), cosine.clone(), 0.0
+    nearest_latent, nearest_cosine, usable_C = latent.clone(), cosine.clone(), C[:, latents]
     if len(latents):
-        usable_C = C[:, latents]
         rows, columns = _assign(usable_C)
         latent[rows], cosine[rows] = latents[columns], usable_C[rows, columns]
         nearest_cosine, nearest = usable_C.max(dim=1)
         nearest_latent = latents[nearest]
-        unsigned_mean = float(usable_C.abs()[_assign(usable_C.abs())].mean())
     best_feature = C.abs().argmax(dim=0)
-    return Matching(latent, cosine, nearest_latent, nearest_cosine, best_feature, alive, unsigned_mean)
+    return Matching(latent, cosine, nearest_latent, nearest_cosine, best_feature, alive, usable_C)
 
 
 def dictionary_recovery(W_dec: Matrix, truth: Matrix, alive: Mask | None = None) -> dict[str, float]:
@@ -108,7 +113,12 @@ def dictionary_scores(matching: Matching) -> dict[str, float]:
         "uniqueness_saelens": n_distinct / len(matching.alive) if n_alive else 0.0,
         "n_alive": float(n_alive),
     }
-    return scores | {f"coverage_{t}": float((matching.cosine > t).double().mean()) for t in COVERAGE_THRESHOLDS}
+    return scores | {f"coverage_{t}": coverage(matching, t) for t in COVERAGE_THRESHOLDS}
+
+
+def coverage(matching: Matching, threshold: float) -> float:
+    """Share of features whose matched cosine exceeds the threshold."""
+    return float((matching.cosine > threshold).double().mean())
 
 
 def dictionary_chance(truth: Matrix, n_alive: int, d_sae: int | None = None, seed: int = 0) -> list[dict[str, float]]:

@@ -1,0 +1,257 @@
+"""Encoder and selection on a CPU in C, from `native.c`: which codes a batch has. The product is the BLAS's.
+
+Buffers are made once and reused: at these sizes, asking the system for fresh pages costs as much as the work on them.
+What a method returns is therefore good until the same method is called again.
+"""
+
+from __future__ import annotations
+
+import math
+from ctypes import c_double, c_float, c_long, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels import base
+from sae.kernels.base import Buffers, Codes, Scores, State, blocks
+from sae.kernels.build import library
+from sae.kernels.precision import Precision, slack
+from sae.kernels.small import is_small, panels_of
+
+REALS: dict[torch.dtype, tuple[str, Any]] = {torch.float32: ("float", c_float), torch.float64: ("double", c_double)}
+# A batch's cut is close to the last one's: nearly all that reaches this share of it belongs to the n largest.
+GUESS = 0.97
+MAX_GUESSES = 40
+# Where the search begins when some rows tell nothing of the cut.
+SMALLEST = 1e-37
+# Slots for each code that is asked for: room for what a guess lets in.
+SCREENED = 4
+
+
+class Found(NamedTuple):
+    """Entries of rows that lie in any order: row b's counts[b] entries begin at starts[b]; `total` in all.
+
+    Where total exceeds the capacity, some were left out.
+    """
+
+    starts: Int[Tensor, " batch"]
+    counts: Int[Tensor, " batch"]
+    latents: Int[Tensor, " capacity"]
+    values: Float[Tensor, " capacity"]
+    total: int
+
+
+class Block(NamedTuple):
+    """Some rows of a batch's scores; where these are small, native.c computes them while it selects (product None)."""
+
+    scores: Scores
+    rows: slice
+    product: Float[Tensor, "rows d_sae"] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, d_sae]."""
+        return self.rows.stop - self.rows.start, self.scores.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return self.shape[0] * self.shape[1]
+
+
+class Selection:
+    """The stages up to the codes.
+
+    Raises:
+        CannotBuild: there is no compiler, or it failed.
+    """
+
+    def __init__(self, dtype: torch.dtype, precision: Precision) -> None:
+        self.dtype, self.precision = dtype, precision
+        real, self._real = REALS[dtype]
+        self._library = library(real)
+        self._library.at_least.restype = self._library.invert.restype = c_long
+        self._library.nth_largest.restype = self._real
+        self._buffer = Buffers(dtype, torch.device("cpu"))
+        self._cut = 0.0
+
+    # ------------------------------------------------------------------------------------------------ encoder
+
+    def refresh(self, state: State) -> None:
+        if not state.unit_norm:
+            state.norms.copy_(state.W_dec.norm(dim=1))
+        self._buffer.kept.pop("encoder_rounded", None)
+        if self.precision == "exact":
+            self._buffer("encoder_norms", state.b_enc.shape).copy_(state.encoder.norm(dim=1))
+
+    def centre(self, x: Tensor, unit: float, b_dec: Tensor) -> Tensor:
+        x = x.to(self.dtype).contiguous()
+        out = self._buffer("x", x.shape)
+        rounded = None if self.precision == "fp32" else self._buffer("x_rounded", x.shape, torch.bfloat16)
+        self._call("centre", x, 1 / unit, b_dec, out, rounded, *x.shape)
+        return out
+
+    def scores(self, x: Tensor, state: State) -> Scores:
+        if self.precision == "exact":
+            norms = torch.linalg.vector_norm(x, dim=1, out=self._buffer("x_slack", (len(x),)))
+            norms.mul_(slack(x.shape[1]))
+        fp32 = self.precision == "fp32"
+        left = x if fp32 else self._rounded_x(x)
+        if not fp32 and "encoder_rounded" not in self._buffer.kept:  # a ReLU's dense steps do without
+            self._buffer("encoder_rounded", tuple(state.encoder.shape), torch.bfloat16).copy_(state.encoder)
+        right = state.encoder if fp32 else self._buffer.kept["encoder_rounded"]
+
+        def product(rows: slice) -> Tensor:
+            part = left[rows]
+            out = self._buffer(f"scores_{self.precision}", (len(part), len(right)), right.dtype)
+            return torch.mm(part, right.T, out=out)
+
+        return Scores(x, state.encoder, state.b_enc, product, screens=self.precision == "exact")
+
+    def _rounded_x(self, x: Tensor) -> Tensor:
+        """`centre` has rounded what it gave; anything else is rounded here."""
+        kept = self._buffer.kept
+        known = "x" in kept and kept["x"].data_ptr() == x.data_ptr() and kept["x"].shape == x.shape
+        return kept["x_rounded"] if known else x.bfloat16()
+
+    # -------------------------------------------------------------------------------------------------- codes
+
+    def top_k(self, scores: Scores, k: int) -> Codes:
+        batch, d_sae = scores.shape
+        offsets = torch.arange(0, batch * k + 1, k, out=self._buffer("offsets", (batch + 1,), torch.int64))
+        latents, values = self._slots("codes", batch * k)
+        for rows in blocks(batch, d_sae, base.BLOCK_ENTRIES):
+            block, slots = self._block(scores, rows), slice(rows.start * k, rows.stop * k)
+            if self.precision == "exact":
+                self._exact_top_k(block, k, latents[slots], values[slots])
+            else:
+                self._call("top_k", *self._parts(block), *block.shape, k, latents[slots], values[slots], None)
+        return Codes(offsets, latents, values)
+
+    def _exact_top_k(self, block: Block, k: int, latents: Tensor, values: Tensor) -> None:
+        n_rows, d_sae = block.shape
+        least = self._buffer("least", (n_rows,))
+        self._call("top_k", *self._parts(block, -1), n_rows, d_sae, k, None, None, least)
+        found = self._at_least(block, least, n_rows * d_sae, +1)
+        self._rescore(block, found)
+        self._call("keep_top_k", *found[:-1], n_rows, k, latents, values)
+
+    def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
+        block = self._block(scores, slice(0, len(scores.x)))
+        n = min(n, block.size)
+        room = min(SCREENED * n, block.size)
+        if self.precision != "exact":
+            found = self._candidates(block, n, 0)
+            if found is not None and self.precision == "bf16":
+                self._rescore(block, found)  # bf16 ties by the dozen at the cut; float32 hardly ever
+        else:
+            surely = self._candidates(block, n, -1)
+            if surely is None:
+                return None
+            found = self._at_least(block, self._nth_largest(surely, n), room, +1)
+            if found.total > room:
+                return None
+            self._rescore(block, found)
+        return found and self._compact(found, self._nth_largest(found, n))
+
+    def positive(self, scores: Scores, capacity: int) -> Codes | None:
+        exact, block = self.precision == "exact", self._block(scores, slice(0, len(scores.x)))
+        found = self._at_least(block, 0.0, capacity, int(exact))
+        if found.total > capacity:
+            return None
+        if exact:
+            self._rescore(block, found)
+        return self._compact(found, 0.0)
+
+    def _candidates(self, block: Block, n: int, sign: int) -> Found | None:
+        """The n largest pre-latents and few others (all that are positive, where these are fewer than n).
+
+        The last batch's cut makes the first guess; what is found depends on it, what is kept of that does not.
+        """
+        room = min(SCREENED * n, block.size)
+        low, high, guess = 0.0, math.inf, GUESS * (self._cut or self._cut_of_some_rows(block, n, sign))
+        for attempt in range(MAX_GUESSES):
+            found = self._at_least(block, guess, room, sign)
+            if found.total > room:
+                low = max(guess, SMALLEST)
+            elif found.total < n and guess > 0:
+                high = guess
+            else:
+                return found
+            if low > 0 and high < math.inf:
+                guess = math.sqrt(low) * math.sqrt(high)
+            elif low > 0:  # in steps that grow: this batch may be of another scale
+                guess = low * 1.1 ** (2 ** min(attempt, 10))
+            else:
+                guess = high * 0.8 ** (2**attempt) if attempt < 8 else 0.0
+        return None
+
+    def _cut_of_some_rows(self, block: Block, n: int, sign: int) -> float:
+        batch, d_sae = block.shape
+        stride = max(batch // 64, 1)
+        n_rows = -(-batch // stride)
+        found = self._at_least(block, 0.0, n_rows * d_sae, sign, stride)
+        return self._nth_largest(found, max(n * n_rows // batch, 1))
+
+    def _at_least(self, block: Block, least: float | Tensor, capacity: int, sign: int, stride: int = 1) -> Found:
+        batch, d_sae = block.shape
+        starts = self._buffer("starts", (batch,), torch.int64)
+        counts = self._buffer("counts", (batch,), torch.int32)
+        latents, values = self._slots("found", capacity)
+        scalar, per_row = (0.0, least) if isinstance(least, Tensor) else (least, None)
+        limits = (scalar, per_row, capacity)
+        parts = self._parts(block, sign)
+        total = self._call("at_least", *parts, batch, d_sae, stride, *limits, starts, counts, latents, values)
+        return Found(starts, counts, latents, values, total)
+
+    def _nth_largest(self, found: Found, n: int) -> float:
+        """0 where there are fewer."""
+        if found.total < n:
+            return 0.0
+        return self._library.nth_largest(c_void_p(found.values.data_ptr()), c_long(found.total), c_long(n))
+
+    def _compact(self, found: Found, least: float) -> Codes:
+        self._cut = least
+        offsets = self._buffer("offsets", (len(found.starts) + 1,), torch.int64)
+        latents, values = self._slots("codes", found.total)
+        least = max(least, torch.finfo(self.dtype).tiny)
+        self._call("compact", *found[:-1], least, len(found.starts), offsets, latents, values)
+        n = int(offsets[-1])
+        return Codes(offsets, latents[:n], values[:n])
+
+    def _rescore(self, block: Block, found: Found) -> None:
+        x = block.scores.x[block.rows]
+        self._call("rescore", *found[:3], x, block.scores.encoder, block.scores.bias, *x.shape, found.values)
+
+    # ------------------------------------------------------------------------------------------------- plumbing
+
+    def _block(self, scores: Scores, rows: slice) -> Block:
+        small = self.precision == "fp32" and is_small(scores.encoder)
+        return Block(scores, rows, None if small else scores.product(rows))
+
+    def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
+        """The struct Scores of native.c; sign says where what bf16 may have changed is added (+1) or taken (-1)."""
+        kept, scores, product = self._buffer.kept, block.scores, block.product
+        slacks = (kept["x_slack"][block.rows], kept["encoder_norms"]) if sign else (None, None)
+        rounded, d = int(product is not None and product.dtype == torch.bfloat16), scores.x.shape[1]
+        small: tuple[Any, ...] = (None, None, None)
+        if product is None:
+            panels = panels_of(self._buffer, block.shape[1], d)
+            small = (scores.x[block.rows], scores.encoder, panels)
+        return product, rounded, scores.bias, *slacks, sign, *small, d
+
+    def _slots(self, name: str, n: int) -> tuple[Tensor, Tensor]:
+        return self._buffer(f"{name}_integers", (n,), torch.int32), self._buffer(f"{name}_values", (n,))
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        return getattr(self._library, function)(*map(self._argument, arguments), c_long(torch.get_num_threads()))
+
+    def _argument(self, value: Tensor | float | int | None) -> Any:
+        if isinstance(value, Tensor):
+            assert value.is_contiguous(), f"a tensor of shape {list(value.shape)} must be contiguous"
+            return c_void_p(value.data_ptr())
+        if isinstance(value, float):
+            return self._real(value)
+        return value if value is None else c_long(value)
