@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
+from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae.errors import Interrupted, UsageError
+from toymodels.errors import nearest
 
 
 @dataclass
@@ -153,6 +160,7 @@ class Bench:
         )
 
 
+COMMANDS = {"demo": Demo, "train": Train, "eval": Eval, "report": Report, "bench": Bench}
 Command = (
     Annotated[Demo, subcommand("demo", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
@@ -160,23 +168,97 @@ Command = (
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
 )
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _any_word(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    """Takes any word for a Literal: `_check_choices` says it better when it is none of the choices."""
+    if get_origin(info.type) is not Literal:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(get_args(info.type))}}}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    )
+
+
+def parse(words: Sequence[str]) -> Demo | Train | Eval | Report | Bench:
+    """The command that the words ask for.
+
+    Raises:
+        UsageError: they ask for none.
+        SystemExit: they ask for help, which is printed.
+    """
+    if not words:
+        raise UsageError(f"give a command, one of {', '.join(COMMANDS)}; see `sae --help`")
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}")
+    overrides, rest = _split_overrides(words) if words[:1] == ["train"] else ([], words)
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            command, unknown = tyro.cli(
+                OmitArgPrefixes[Command],  # type: ignore[misc]
+                prog="sae",
+                description="Train sparse autoencoders on any activations, and know whether they found the truth.",
+                args=rest,
+                return_unknown_args=True,
+                registry=REGISTRY,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(_one_line(said.getvalue(), words)) from None
+    if isinstance(command, Train):
+        command.overrides = (*overrides, *unknown)
+    elif unknown:
+        raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {words[0]} --help`")
+    _check_choices(command, words)
+    return command
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with a dot and their values, and all other words: such a flag may stand before the file."""
+    overrides, rest, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, _ = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            rest.append(word)
+            continue
+        overrides.append(word)
+        if not equals and queue and not queue[0].startswith("--"):
+            overrides.append(queue.pop(0))
+    return overrides, rest
+
+
+def _one_line(box: str, words: Sequence[str]) -> str:
+    """What tyro frames and wraps, without the frame, the title, and the part on help below the first rule."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    below_rule = dropwhile(lambda line: not line.strip("╰╯─-"), lines)
+    text = " ".join(takewhile(lambda line: line.strip("╰╯─-"), below_rule)).removeprefix("Error parsing ").rstrip(".")
+    called = " ".join(["sae", *(word for word in words[:1] if word in COMMANDS)])
+    return f"{text[:1].lower()}{text[1:]}; see `{called} --help`"
+
+
+def _check_choices(command: object, words: Sequence[str]) -> None:
+    """Refuses a word that is none of its field's choices."""
+    for name, hint in get_type_hints(type(command)).items():
+        value: Any = getattr(command, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            flag = f"--{name.replace('_', '-')}"
+            given = f"{flag} " if any(word.partition("=")[0] == flag for word in words) else ""
+            raise UsageError(f"unknown {given}{value!r}{nearest(value, get_args(hint))}")
 
 
 def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(format="sae: %(message)s", level=logging.INFO, stream=sys.stderr)
-    command, unknown = tyro.cli(
-        OmitArgPrefixes[Command],  # type: ignore[misc]
-        prog="sae",
-        description="Train sparse autoencoders on any activations, and know whether they found the truth.",
-        return_unknown_args=True,
-    )
     try:
-        if isinstance(command, Train):
-            command.overrides = tuple(unknown)
-        elif unknown:
-            raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
-        command.run()
+        parse(sys.argv[1:]).run()
     except UsageError as error:
         print(f"sae: error: {error}", file=sys.stderr)
         sys.exit(2)
