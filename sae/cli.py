@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -254,6 +255,12 @@ def _check_choices(command: object, words: Sequence[str]) -> None:
             raise UsageError(f"unknown {given}{value!r}{nearest(value, get_args(hint))}")
 
 
+# What can befall any file that a command reads or writes.
+DENIED = "give a file or directory that you may read and write"
+FULL = "make room on that disk and run again; `sae train` goes on from its last checkpoint with --resume"
+REMEDIES = {errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED, errno.ENOSPC: FULL, errno.EDQUOT: FULL}
+
+
 def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(format="sae: %(message)s", level=logging.INFO, stream=sys.stderr)
@@ -262,11 +269,17 @@ def main() -> None:
     except UsageError as error:
         print(f"sae: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"sae: error: {what}; {REMEDIES[error.errno]}", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stopped:
         print(f"sae: {stopped.message}", file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
