@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from io import StringIO
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
@@ -173,16 +173,23 @@ REGISTRY = ConstructorRegistry()
 
 
 @REGISTRY.primitive_rule
-def _any_word(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
-    """Takes any word for a Literal: `_check_choices` says it better when it is none of the choices."""
+def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    """A Literal whose error names the nearest choice, too."""
     if get_origin(info.type) is not Literal:
         return None
+    choices = get_args(info.type)
+
+    def read(words: list[str]) -> str:
+        if words[0] not in choices:
+            raise ValueError(f"unknown {words[0]!r}{nearest(words[0], choices)}")
+        return words[0]
+
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=f"{{{','.join(get_args(info.type))}}}",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value],
+        metavar=f"{{{','.join(choices)}}}",
+        instance_from_str=read,
+        is_instance=choices.__contains__,
+        str_from_instance=lambda choice: [choice],
     )
 
 
@@ -216,8 +223,7 @@ def parse(words: Sequence[str]) -> Demo | Train | Eval | Report | Bench:
     if isinstance(command, Train):
         command.overrides = (*overrides, *unknown)
     elif unknown:
-        raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {words[0]} --help`")
-    _check_choices(command, words)
+        raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
     return command
 
 
@@ -245,16 +251,6 @@ def _one_line(box: str, words: Sequence[str]) -> str:
     return f"{text[:1].lower()}{text[1:]}; see `{called} --help`"
 
 
-def _check_choices(command: object, words: Sequence[str]) -> None:
-    """Refuses a word that is none of its field's choices."""
-    for name, hint in get_type_hints(type(command)).items():
-        value: Any = getattr(command, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            flag = f"--{name.replace('_', '-')}"
-            given = f"{flag} " if any(word.partition("=")[0] == flag for word in words) else ""
-            raise UsageError(f"unknown {given}{value!r}{nearest(value, get_args(hint))}")
-
-
 # What can befall any file that a command reads or writes.
 DENIED = "give a file or directory that you may read and write"
 FULL = "make room on that disk and run again; `sae train` goes on from its last checkpoint with --resume"
@@ -278,8 +274,15 @@ def main() -> None:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         print(f"sae: error: {what}; {REMEDIES[error.errno]}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no class of its own for this.
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        print("sae: error: memory does not suffice; lower train.batch_size or sae.d_sae", file=sys.stderr)
+        sys.exit(2)
     except Interrupted as stopped:
         print(f"sae: {stopped.message}", file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
+        print("sae: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

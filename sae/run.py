@@ -223,14 +223,18 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses a directory that holds a run, unless it is to be resumed or overwritten."""
+def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
+    """Refuses a directory that holds a run, unless it is to be resumed or overwritten.
+
+    `resume` is None for what cannot be resumed.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a directory as --out")
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite discards it; give one of them")
     if (out / CONFIG).exists() and not (resume or overwrite):
-        raise UsageError(f"{out} already holds a run; continue it with --resume, discard it with --overwrite")
+        remedy = "" if resume is None else "continue it with --resume, "
+        raise UsageError(f"{out} already holds a run; {remedy}discard it with --overwrite")
     foreign = [name for name in OWN if (out / name).exists()]
     if foreign and not (out / CONFIG).exists():
         raise UsageError(f"{out} holds {', '.join(foreign)} of something else; give another --out")

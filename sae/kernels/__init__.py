@@ -94,7 +94,7 @@ def require_device(device: str, field: str) -> None:
     """
     try:
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         kind = torch.accelerator.current_accelerator(check_available=True)
         here = ["cpu", *(f"{kind}:{number}" for number in range(torch.accelerator.device_count()))]
         # Of a kind that is there torch says what is wrong; of any other, how torch itself was built.
