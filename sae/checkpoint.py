@@ -47,13 +47,22 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UsageError: the tensors do not match their checksum.
     """
-    try:
-        values = json.loads((path / VALUES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path / VALUES} is damaged; delete {path} to resume from the one before") from error
+    values = load_values(path)
     if sha256(path / TENSORS) != values.pop("sha256"):
         raise UsageError(f"{path / TENSORS} does not match its checksum; delete {path} to resume from the one before")
     return load_file(path / TENSORS), values
+
+
+def load_values(path: Path) -> dict[str, Any]:
+    """The values of one checkpoint alone.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    try:
+        return json.loads((path / VALUES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path / VALUES} is damaged; delete {path} to resume from the one before") from error
 
 
 def _all(folder: Path) -> list[Path]:

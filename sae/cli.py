@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
+from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae.errors import Interrupted, UsageError
+from toymodels.errors import nearest
 
 
 @dataclass
@@ -153,6 +161,7 @@ class Bench:
         )
 
 
+COMMANDS = {"demo": Demo, "train": Train, "eval": Eval, "report": Report, "bench": Bench}
 Command = (
     Annotated[Demo, subcommand("demo", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
@@ -160,31 +169,120 @@ Command = (
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
 )
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    """A Literal whose error names the nearest choice, too."""
+    if get_origin(info.type) is not Literal:
+        return None
+    choices = get_args(info.type)
+
+    def read(words: list[str]) -> str:
+        if words[0] not in choices:
+            raise ValueError(f"unknown {words[0]!r}{nearest(words[0], choices)}")
+        return words[0]
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(choices)}}}",
+        instance_from_str=read,
+        is_instance=choices.__contains__,
+        str_from_instance=lambda choice: [choice],
+    )
+
+
+def parse(words: Sequence[str]) -> Demo | Train | Eval | Report | Bench:
+    """The command that the words ask for.
+
+    Raises:
+        UsageError: they ask for none.
+        SystemExit: they ask for help, which is printed.
+    """
+    if not words:
+        raise UsageError(f"give a command, one of {', '.join(COMMANDS)}; see `sae --help`")
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}")
+    overrides, rest = _split_overrides(words) if words[:1] == ["train"] else ([], words)
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            command, unknown = tyro.cli(
+                OmitArgPrefixes[Command],  # type: ignore[misc]
+                prog="sae",
+                description="Train sparse autoencoders on any activations, and know whether they found the truth.",
+                args=rest,
+                return_unknown_args=True,
+                registry=REGISTRY,
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UsageError(_one_line(said.getvalue(), words)) from None
+    if isinstance(command, Train):
+        command.overrides = (*overrides, *unknown)
+    elif unknown:
+        raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
+    return command
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with a dot and their values, and all other words: such a flag may stand before the file."""
+    overrides, rest, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, _ = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            rest.append(word)
+            continue
+        overrides.append(word)
+        if not equals and queue and not queue[0].startswith("--"):
+            overrides.append(queue.pop(0))
+    return overrides, rest
+
+
+def _one_line(box: str, words: Sequence[str]) -> str:
+    """What tyro frames and wraps, without the frame, the title, and the part on help below the first rule."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    below_rule = dropwhile(lambda line: not line.strip("╰╯─-"), lines)
+    text = " ".join(takewhile(lambda line: line.strip("╰╯─-"), below_rule)).removeprefix("Error parsing ").rstrip(".")
+    called = " ".join(["sae", *(word for word in words[:1] if word in COMMANDS)])
+    return f"{text[:1].lower()}{text[1:]}; see `{called} --help`"
+
+
+# What can befall any file that a command reads or writes.
+DENIED = "give a file or directory that you may read and write"
+FULL = "make room on that disk and run again; `sae train` goes on from its last checkpoint with --resume"
+REMEDIES = {errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED, errno.ENOSPC: FULL, errno.EDQUOT: FULL}
 
 
 def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(format="sae: %(message)s", level=logging.INFO, stream=sys.stderr)
-    command, unknown = tyro.cli(
-        OmitArgPrefixes[Command],  # type: ignore[misc]
-        prog="sae",
-        description="Train sparse autoencoders on any activations, and know whether they found the truth.",
-        return_unknown_args=True,
-    )
     try:
-        if isinstance(command, Train):
-            command.overrides = tuple(unknown)
-        elif unknown:
-            raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
-        command.run()
+        parse(sys.argv[1:]).run()
     except UsageError as error:
         print(f"sae: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"sae: error: {what}; {REMEDIES[error.errno]}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no class of its own for this.
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        print("sae: error: memory does not suffice; lower train.batch_size or sae.d_sae", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
         print(f"sae: {stopped.message}", file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
+        print("sae: stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

@@ -60,7 +60,7 @@ class Family(Section):
         if kind is None:
             raise ValueError(f"needs a kind, one of {', '.join(sorted(cls.kinds))}")
         if not isinstance(kind, str) or kind not in cls.kinds:
-            raise ValueError(f"unknown kind {kind!r}{nearest(kind, cls.kinds)}")
+            raise ValueError(f"unknown kind {kind!r}{nearest(kind, cls.kinds)}, and your own once they are imported")
         member = cls.kinds[kind]
         for key in value:
             if key not in member.model_fields:
@@ -226,7 +226,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror or error}; give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
@@ -296,6 +296,8 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
         return f"unknown key {path!r}{nearest(name, known)}"
     if item["type"] == "missing":
         return f"{path} is required"
+    if item["type"] == "model_type":
+        return f"{path}: must be a section with fields of its own, got {item['input']!r}"
     message = str(item["msg"]).removeprefix("Value error, ")
     given = "" if item["type"] == "value_error" else f", got {item['input']!r}"
     return f"{path}: {message}{given}" if path else f"{message}{given}"

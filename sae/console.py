@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,19 +24,36 @@ def postfix(values: Mapping[str, float]) -> str:
     )
 
 
+class Bar(tqdm):
+    """A progress bar that knows whether it was drawn."""
+
+    drawn = False
+
+    def display(self, *args: Any, **options: Any) -> Any:
+        self.drawn = True
+        return super().display(*args, **options)
+
+
 @contextmanager
 def progress(title: str, n_steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """One bar; the function that it yields takes each logged step and its values."""
+    """One bar; the function that it yields takes each logged step and its values.
+
+    A run that ends before its first line leaves nothing of the bar on a terminal.
+    """
     with (
         logging_redirect_tqdm(),
-        tqdm(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit="step", delay=1e-3) as bar,
+        Bar(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit="step", delay=1e-3) as bar,
     ):
 
         def on_line(step: int, values: Mapping[str, float]) -> None:
             bar.set_postfix_str(postfix(values), refresh=False)
             bar.update(step - bar.n)
 
-        yield on_line
+        try:
+            yield on_line
+        finally:
+            if bar.drawn and bar.n == 0:
+                bar.clear() if sys.stderr.isatty() else print(file=sys.stderr)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:

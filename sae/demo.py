@@ -76,7 +76,7 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     """Runs the whole demo into `out`, which ends as the run directory of the first TopK."""
     require_report()
     require_sklearn()
-    check_out(out, resume=False, overwrite=overwrite)
+    check_out(out, resume=None, overwrite=overwrite)
     began = time.perf_counter()
     toy = ToySourceConfig(seed=seed, weights=out / TOY)
     saes = [
@@ -85,7 +85,8 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
         for own_seed in range(seed, seed + n_seeds)
     ]
     for _, _, config in saes:
-        check_out(config.out, resume=False, overwrite=overwrite)
+        check_out(config.out, resume=None, overwrite=overwrite)
+    out.mkdir(parents=True, exist_ok=True)  # better told now than after the toy model
     recipe = toy.recipe
     assert isinstance(recipe, ToyRecipe)
     n_steps = recipe.n_steps + sum(config.n_steps for _, _, config in saes)
@@ -98,7 +99,6 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
             bar.update()
 
         world = recipe.build(toy.seed, on_step=toy_step)
-        out.mkdir(parents=True, exist_ok=True)
         world.model.save(out / TOY)
         rows = train_and_measure(pool, out, toy, saes, bar)
     (out / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -56,7 +56,7 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     """Runs the whole demo into `out`."""
     require_sklearn()
     require_report()
-    check_out(out, resume=False, overwrite=overwrite)
+    check_out(out, resume=None, overwrite=overwrite)
     if (out / ACTIVATIONS).exists() and not overwrite:
         raise UsageError(f"{out / ACTIVATIONS} exists; give another --out, or --overwrite")
     out.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,15 @@ class SAE(nn.Module):
         return codes.decode(self.W_dec) + self.b_dec
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
-        """The latents that fire for each row of x, as inference selects them: rows do not influence each other."""
+        """The latents that fire for each row of x, as inference selects them: rows do not influence each other.
+
+        Raises:
+            TypeError: x is no tensor.
+            ValueError: x is not [batch, d_in].
+        """
+        if not isinstance(x, Tensor):
+            remedy = "torch.from_numpy(x)" if type(x).__module__ == "numpy" else "torch.tensor(x)"
+            raise TypeError(f"activations must be a tensor, got {type(x).__name__}; pass {remedy}")
         if x.ndim != 2 or x.shape[1] != self.d_in:
             remedy = (
                 "flatten the leading axes first" if x.shape[-1:] == (self.d_in,) else "this SAE reads another width"

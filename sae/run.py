@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-import yaml
 
 from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate, live_recovery
-from sae.kernels import require_device
+from sae.kernels import require_device, require_kernels
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
 from sae.sources import HeldOut, Source, as_source
@@ -86,16 +86,20 @@ def train(
     if source is None and config.source is None:
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
     check_out(config.out, resume, overwrite)
-    activations = as_source(source if source is not None else config.source.open() if config.source else None)
     if resume and (config.out / CONFIG).exists():
         _require_same_run(config)
         if (config.out / RESULT).exists():
             logger.info("%s is complete; nothing to resume", config.out)
             return Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
+    begun = _as_it_began(config) if resume else config
+    require_kernels(
+        torch.device(begun.train.device), torch.get_default_dtype(), begun.train.kernels, begun.train.precision
+    )
+    activations = as_source(source if source is not None else config.source.open() if config.source else None)
 
     # Nothing is written, and no earlier run given up, before the data have been found good.
     calibration = activations.held_out("calibration", N_CALIBRATION)
-    trainer = start(config, activations, calibration)
+    trainer = start(begun, activations, calibration)
     state = claim_out(config, resume)
     if state is not None:
         trainer.load_state(*checkpoint.load(state))
@@ -218,14 +222,18 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses a directory that holds a run, unless it is to be resumed or overwritten."""
+def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
+    """Refuses a directory that holds a run, unless it is to be resumed or overwritten.
+
+    `resume` is None for what cannot be resumed.
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a directory as --out")
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite discards it; give one of them")
     if (out / CONFIG).exists() and not (resume or overwrite):
-        raise UsageError(f"{out} already holds a run; continue it with --resume, discard it with --overwrite")
+        remedy = "" if resume is None else "continue it with --resume, "
+        raise UsageError(f"{out} already holds a run; {remedy}discard it with --overwrite")
     foreign = [name for name in OWN if (out / name).exists()]
     if foreign and not (out / CONFIG).exists():
         raise UsageError(f"{out} holds {', '.join(foreign)} of something else; give another --out")
@@ -246,25 +254,67 @@ def claim_out(config: TrainConfig, resume: bool) -> Path | None:
             else:
                 (out / name).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        write_text(out / CONFIG, config.to_yaml())
     except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror}") from error
+        raise UsageError(f"cannot write to {out}: {error.strerror}; give another --out") from error
     return None
 
 
 def _require_same_run(config: TrainConfig) -> None:
     saved = parse_config(read_yaml(config.out / CONFIG), where=str(config.out / CONFIG))
-    for name in ("source", "sae", "train"):
-        ours, theirs = getattr(config, name), getattr(saved, name)
-        if ours != theirs:
-            was, now = (
-                yaml.safe_dump(v.model_dump(mode="json") if v else None, default_flow_style=True)
-                for v in (theirs, ours)
-            )
-            raise UsageError(
-                f"{config.out} was started with {name}: {' '.join(was.split())}, cannot resume with "
-                f"{' '.join(now.split())}; use the same values, or another --out"
-            )
+    ours, theirs = (whole.model_dump(mode="json", include={"source", "sae", "train"}) for whole in (config, saved))
+    differing = _differences(theirs, ours)
+    if differing:
+        raise UsageError(
+            f"{config.out} cannot be resumed: {'; '.join(differing)}; use the same "
+            f"value{'s' if len(differing) > 1 else ''}, or another --out"
+        )
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
+    """Every field that differs, with both values; of a section of another kind, the kind alone."""
+    found = []
+    for key in dict.fromkeys([*was, *now]):
+        name, old, new = f"{within}{key}", was.get(key), now.get(key)
+        if old == new:
+            continue
+        if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+            found.append(f"{name} was {_shown(old)}, now {_shown(new)}")
+        elif old.get("kind") != new.get("kind"):
+            found += _differences({"kind": old.get("kind")}, {"kind": new.get("kind")}, f"{name}.")
+        else:
+            found += _differences(old, new, f"{name}.")
+    return found
+
+
+def _shown(value: object) -> str:
+    """As YAML has it, on one line; a whole section is its kind."""
+    if isinstance(value, Mapping) and "kind" in value:
+        return f"of kind {value['kind']}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _as_it_began(config: TrainConfig) -> TrainConfig:
+    """With the kernels and the precision of the newest checkpoint, whatever `auto` would choose here.
+
+    Raises:
+        UsageError: these cannot work on this machine.
+    """
+    newest = checkpoint.latest(config.out / CHECKPOINTS)
+    if newest is None:
+        return config
+    values = checkpoint.load_values(newest)
+    name, precision = values["kernels"], values["precision"]
+    try:
+        require_kernels(torch.device(config.train.device), torch.get_default_dtype(), name, precision)
+    except UsageError as error:
+        raise UsageError(
+            f"the run began with {name} kernels in {precision}, and must go on so: {error}, "
+            "or start again in another --out"
+        ) from error
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"kernels": name, "precision": precision})}
+    )
 
 
 def save_result(out: Path, sae: SAE, evaluation: Evaluation) -> None:

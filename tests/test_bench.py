@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from types import ModuleType
 
@@ -11,12 +12,14 @@ from test_architecture import PATHS, imports
 
 from sae import cli
 from sae.bench import ceiling, memory, ours
+from sae.bench.ceiling import Ceiling
 from sae.bench.contenders import contenders
 from sae.bench.loading import RivalFailed, load
-from sae.bench.report import Race, Report
+from sae.bench.report import Race, Report, share_of_ceiling
 from sae.bench.rivals import RIVALS, Rival
 from sae.bench.shapes import SHAPES, Shape, parse_kinds, parse_shapes
-from sae.bench.stages import stages
+from sae.bench.stages import Products, Stage, Stopwatch, stages
+from sae.bench.stages import ceiling as stage_ceiling
 from sae.bench.timing import WARM_UP_STEPS, Contender, interleaved, ratio
 from sae.errors import UsageError
 
@@ -107,7 +110,47 @@ def test_stages_are_those_of_a_real_step(monkeypatch):
         assert list(found) == ["centre", "scores", selection, "decode", "invert", "update_", "rest"]
         assert all(len(stage.seconds) == 4 and min(stage.seconds) >= 0 for stage in found.values())
         assert found["scores"].flops == SMALL.product_flops
-    assert [stage.name for stage in stages(SMALL, "relu", "cpu", 2, lambda: None)][1:3] == ["relu", "relu_backward"]
+
+
+def test_the_products_of_a_dense_step_are_a_stage():
+    wide = Shape("wide", 128, 600, 8, 64)  # too large for the step in one call
+    found = {stage.name: stage for stage in stages(wide, "relu", "cpu", 2, lambda: None)}
+    assert list(found) == ["centre", "relu", "products", "relu_backward", "update_", "rest"]
+    assert found["products"].flops == 4 * wide.product_flops
+    assert all(len(stage.seconds) == 2 and min(stage.seconds) > 0 for stage in found.values())
+
+
+def test_a_product_inside_a_stage_counts_for_the_stage():
+    class Inner:
+        def relu(self) -> torch.Tensor:
+            return torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+
+    watch = Stopwatch(Inner(), lambda: None)
+    with Products(watch):
+        watch.relu()
+        assert set(watch.seconds) == {"relu"}
+        torch.ones(2, 2).T @ torch.ones(2, 2)
+    assert set(watch.seconds) == {"relu", "products"}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "share"),
+    [
+        ("scores", "fp32", "50% of product"),  # of 10 GFLOP/s
+        ("scores", "bf16", "5% of product"),  # of 100
+        ("scores", "exact", "5% of product"),
+        ("products", "fp32", "50% of product"),
+        ("products", "bf16", "10% of product"),  # of 50
+        ("products", "exact", "50% of product"),
+        ("update_", "bf16", "50% of product"),
+    ],
+)
+def test_a_share_is_of_the_ceiling_in_the_same_numbers(name, precision, share):
+    rates = {"product float32": 10.0, "product float32 (medium)": 50.0, "product bfloat16": 100.0}
+    ceilings = [Ceiling(what, "small", "GFLOP/s", [rate]) for what, rate in rates.items()]
+    ceilings += [Ceiling("product float32", "large", "GFLOP/s", [1.0]), Ceiling("copy", "1 MiB", "GB/s", [1e9])]
+    stage = Stage(name, [1.0], 5e9, 1.0, stage_ceiling(name, precision))
+    assert share_of_ceiling(SMALL, stage, ceilings) == share
 
 
 # Shapes and kinds
@@ -318,6 +361,7 @@ def test_bench_prints_and_writes_every_sample(bench, tmp_path, only):
     )
     assert code == 0, errors
     assert "topk, 8,16,2,32: d 8, F 16, k 2, B 32; 3 rounds of 2 steps" in printed
+    assert "of ceiling" not in printed
     found = json.loads(out.read_text())
     assert [(row["name"], row["kind"], len(row["seconds"])) for row in found["steps"]] == [
         ("sae", "topk", 3),
@@ -339,6 +383,9 @@ def test_bench_prints_and_writes_every_sample(bench, tmp_path, only):
         (["--rounds", "0"], ["--rounds must be at least 1, got 0"]),
         (["--device", "nowhere"], ["--device 'nowhere' cannot be used", "try cpu"]),
         (["--out", "/nowhere/at/all.json"], ["--out /nowhere/at/all.json"]),
+        (["--precision", "medium"], ["--precision: unknown 'medium'", "did you mean 'medium-too'?", "known: default"]),
+        (["--precision", "medium-too"], ["--precision medium-too lets rivals", "give --rivals"]),
+        (["memory", "--rivals", "--precision=medium-too"], ["the part steps"]),
     ],
 )
 def test_bad_words_are_one_line(bench, words, parts):
@@ -348,6 +395,22 @@ def test_bad_words_are_one_line(bench, words, parts):
     assert len(errors.splitlines()) == 1
     for part in parts:
         assert part in errors
+
+
+def test_a_file_that_cannot_be_written_is_told_before_measuring(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr("sae.bench.run.os.access", lambda path, mode: False)
+    code, printed, errors = bench("--out", tmp_path / "bench.json")
+    assert (code, printed) == (2, "")
+    assert f"--out {tmp_path / 'bench.json'} cannot be written" in errors
+
+
+def test_ceilings_give_stages_a_column(bench, monkeypatch):
+    monkeypatch.setattr(ceiling.streams, "__defaults__", (2**16, 1))
+    monkeypatch.setattr(ceiling.products, "__defaults__", (1,))
+    code, printed, errors = bench("ceiling", "stages", "--shapes", "8,16,2,32", "--kinds", "topk", "--rounds", 2)
+    assert code == 0, errors
+    assert "of ceiling" in printed
+    assert re.search(r"top_k .*% of (product|memory)", printed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what works exits 0, what is wrong is one line and exit code 2."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +18,12 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from sae import cli
+from sae.console import progress
+from sae.kernels.build import CannotBuild
+from sae.run import _differences
 
 FILES = ["config.yaml", "evaluation.safetensors", "metrics.jsonl", "report.html", "result.json", "sae.json"]
 TOY = {
@@ -207,7 +214,11 @@ def train_on(run_cli, folder: Path, pattern: str) -> Outcome:
         (["--sae.kind", "topl"], ["unknown kind 'topl'", "did you mean 'topk'?"]),
         (["--source.kind", "arrays"], ["unknown kind 'arrays'", "did you mean 'array'?"]),
         (["--train.lr", "fast"], ["train.lr", "'fast'"]),
-        (["--train.device", "gpu0"], ["train.device 'gpu0' cannot be used", "try cpu"]),
+        (["--train.device", "gpu0"], ["train.device 'gpu0' cannot be used; this machine has cpu", "try cpu"]),
+        (["--train.device", "hpu"], ["train.device 'hpu' cannot be used; this machine has cpu", "try cpu"]),
+        (["--source", "toy"], ["source: must be a section with fields of its own, got 'toy'"]),
+        (["--train", "5"], ["train: must be a section with fields of its own, got 5"]),
+        (["--sae.kind", "mine"], ["unknown kind 'mine'", "known: batchtopk, relu, topk, and your own once they are"]),
         (["--resum"], ["--resum needs a value"]),
         (["stray"], ["'stray'"]),
         (["--resume", "--overwrite"], ["give one of them"]),
@@ -253,8 +264,146 @@ def test_directories_that_hold_no_run(run_cli, tmp_path, command, what):
 def test_flags_that_a_command_does_not_have(run_cli, finished):
     run_cli("eval", finished, "--sae.k", "3").assert_refused("--sae.k", "sae eval --help")
     run_cli("report").assert_refused("at least one run directory")
-    assert run_cli("evaluate").code == 2
-    assert run_cli("train").code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["give a command, one of demo, train, eval"]),
+        (["evaluate"], ["unknown command 'evaluate'", "did you mean 'eval'?"]),
+        (["train"], ["missing from sae train: PATH config", "see `sae train --help`"]),
+        (["--overwrite"], ["expected one of {demo, train,", "see `sae --help`"]),
+        (["--overwrite", "demo"], ["unknown argument '--overwrite'", "see `sae demo --help`"]),
+        (["demo", "letters"], ["{features,digits}: unknown 'letters'", "known: digits, features"]),
+        (["demo", "--seed", "x"], ["--seed: ", "'x'", "see `sae demo --help`"]),
+        (["bench", "--out"], ["missing value for argument '--out'"]),
+    ],
+)
+@pytest.mark.parametrize("columns", ["20", "200"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_words_that_make_no_command_are_one_line(run_cli, monkeypatch, words, parts, columns, encoding):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), encoding=encoding))  # decides how tyro draws its frames
+    run_cli(*words).assert_refused(*parts)
+
+
+def test_flags_may_stand_before_the_file(run_cli, toy, tmp_path):
+    words = ("--sae.k", "2", "--train.lr=1e-3", toy, "--out", tmp_path / "run", "--train.n_samples", "64")
+    assert run_cli("train", *words).code == 0
+    resolved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (resolved["sae"]["k"], resolved["train"]["lr"], resolved["train"]["n_samples"]) == (2, 1e-3, 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.kernels", "reference", "--train.precision", "bf16"], "the reference kernels compute in fp32"),
+        (["--train.kernels", "torch", "--train.precision", "exact"], "exact is a mode of the native kernels"),
+    ],
+)
+def test_what_cannot_compute_is_refused_before_the_source_is_read(run_cli, toy, tmp_path, words, message):
+    source = ("--source.kind", "array", "--source.path", tmp_path / "absent.npy")
+    run_cli("train", toy, "--out", tmp_path / "run", *source, *words).assert_refused(message)
+
+
+def test_a_resume_names_the_fields_that_differ(run_cli, toy, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+
+    def refused(*words: str) -> str:
+        outcome = run_cli("train", toy, "--out", tmp_path / "run", "--resume", *words)
+        outcome.assert_refused(f"{tmp_path / 'run'} cannot be resumed: ", "or another --out")
+        return outcome.err.partition("resumed: ")[2].rpartition("; use")[0]
+
+    assert refused("--train.lr", "1e-3") == "train.lr was null, now 0.001"
+    assert refused("--sae.kind", "batchtopk") == "sae.kind was topk, now batchtopk"
+    assert refused("--source.seed", "1", "--sae.k", "2") == "source.seed was 0, now 1; sae.k was 3, now 2"
+    assert refused("--log.every", "2", "--train.device", "cpu:0") == "train.device was cpu, now cpu:0"
+
+
+def test_differences_reach_into_sections():
+    was = {"source": None, "sae": {"kind": "own", "inner": {"a": 1, "b": [2]}}}
+    now = {"source": {"kind": "toy", "seed": 0}, "sae": {"kind": "own", "inner": {"a": 1, "b": [3]}}}
+    assert _differences(was, now) == ["source was null, now of kind toy", "sae.inner.b was [2], now [3]"]
+
+
+def test_a_resume_without_its_kernels_is_refused_alone(run_cli, toy, tmp_path, monkeypatch, caplog):
+    def no_compiler(real: str) -> None:
+        raise CannotBuild("no compiler")
+
+    words = ("train", toy, "--out", tmp_path / "run", "--checkpoint.every_steps", "8")
+    assert run_cli(*words).code == 0
+    (tmp_path / "run/result.json").unlink()
+    monkeypatch.setattr("sae.kernels.selection.library", no_compiler)
+    caplog.clear()
+    run_cli(*words, "--resume").assert_refused("began with native kernels in ", "and must go on so: ", "no compiler")
+    assert caplog.records == []
+
+
+def test_a_demo_is_not_resumed(run_cli, finished):
+    outcome = run_cli("demo", "--out", finished)
+    outcome.assert_refused("already holds a run; discard it with --overwrite")
+    assert "--resume" not in outcome.err
+
+
+def test_a_demo_that_cannot_be_written_is_told_at_once(run_cli, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    run_cli("demo", "--out", tmp_path / "demo").assert_refused("Read-only file system", "you may read and write")
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x.json"),
+            ["x.json: No space left", "make room", "--resume"],
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), ["x: Permission denied", "you may read and write"]),
+        (OSError(errno.ENOSPC, "No space left on device"), ["error: No space left on device; make room"]),
+        (MemoryError(), ["memory does not suffice", "lower train.batch_size or sae.d_sae"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["memory does not suffice"]),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(run_cli, monkeypatch, error, parts):
+    monkeypatch.setattr(cli.Eval, "run", raising(error))
+    run_cli("eval", "run").assert_refused(*parts)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("a fault of ours")])
+def test_other_faults_keep_their_traceback(run_cli, monkeypatch, error):
+    monkeypatch.setattr(cli.Eval, "run", raising(error))
+    with pytest.raises(type(error)):
+        run_cli("eval", "run")
+
+
+def test_ctrl_c_is_one_line(run_cli, monkeypatch):
+    monkeypatch.setattr(cli.Eval, "run", raising(KeyboardInterrupt()))
+    assert run_cli("eval", "run") == (130, "", "sae: stopped\n")
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def run(self: object) -> None:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_without_steps_leaves_nothing_to_stick_to(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress("training", 10):
+        tqdm.write("a line of the log", file=sys.stderr)
+    written = capsys.readouterr().err
+    assert "training:   0%" in written
+    assert written.endswith("\r" if terminal else "\n")
+
+
+def test_a_bar_that_was_never_drawn_writes_nothing(capsys):
+    with progress("training", 10):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_wandb_that_is_not_installed(run_cli, toy, tmp_path, monkeypatch):

@@ -703,10 +703,47 @@ def test_what_the_environment_spoils_is_one_line(fresh_cache, monkeypatch):
     monkeypatch.setenv("CC", '"gcc -x')
     with pytest.raises(UsageError, match="cannot be read: No closing quotation"):
         choose(CPU, torch.float32, "native")
-    monkeypatch.delenv("CC")
+    monkeypatch.setenv("CC", compiler(fresh_cache / "odd", "exit 1"))
+    (fresh_cache / "odd").write_text("no program")
+    with pytest.raises(UsageError, match=r"odd cannot be run: Exec format error"):
+        choose(CPU, torch.float32, "native")
+
+
+def nowhere(case: str, fresh_cache, monkeypatch) -> str:
+    """A cache that cannot be written; returns what the log says of it."""
+    if case == "a file in the way":
+        (fresh_cache / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(fresh_cache / "file"))
+        return "file/sae: Not a directory"
+    if case == "a full disk":
+        lines = ['case "$*" in *"$XDG_CACHE_HOME"/sae/*) echo "No space left on device" >&2; exit 1; esac']
+        monkeypatch.setenv("CC", compiler(fresh_cache / "quick", *lines, 'exec cc "$@" -O0'))
+        return "No space left on device"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(build.Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
-    with pytest.raises(UsageError, match="no home directory to keep the kernels in; set XDG_CACHE_HOME"):
+    return "there is no home directory"
+
+
+@pytest.mark.parametrize("case", ["a file in the way", "a full disk", "no home"])
+def test_where_kernels_cannot_be_kept_they_are_built_for_the_process(case, fresh_cache, monkeypatch, caplog):
+    monkeypatch.setenv("CC", compiler(fresh_cache / "quick", 'exec cc "$@" -O0'))
+    reason = nowhere(case, fresh_cache, monkeypatch)
+    monkeypatch.setenv("TMPDIR", str(fresh_cache))
+    monkeypatch.setattr(build.tempfile, "tempdir", None)
+    assert choose(CPU, torch.float32, "native").name == "native"
+    assert choose(CPU, torch.float32, "native").name == "native"
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "native kernels cannot be kept" in warning
+    assert reason in warning
+    assert "set XDG_CACHE_HOME" in warning
+    assert not list(fresh_cache.rglob("*.so"))
+
+
+def test_where_nothing_can_be_written_at_all(fresh_cache, monkeypatch):
+    (fresh_cache / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh_cache / "file"))
+    monkeypatch.setattr(build.tempfile, "tempdir", str(fresh_cache / "file"))
+    with pytest.raises(UsageError, match=r"cannot write to the temporary directory: Not a directory"):
         choose(CPU, torch.float32, "native")
 
 
@@ -733,13 +770,6 @@ def test_without_any_compiler(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UsageError, match="no C compiler found"):
-        choose(CPU, torch.float32, "native")
-
-
-def test_where_nothing_can_be_written(fresh_cache, monkeypatch):
-    (fresh_cache / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh_cache / "file"))
-    with pytest.raises(UsageError, match=r"cannot write .*Not a directory"):
         choose(CPU, torch.float32, "native")
 
 

@@ -206,6 +206,17 @@ def test_unfinished_run_is_refused(tmp_path: Path, lost: str) -> None:
         write_report([tmp_path])
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fabricate(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.report.data.os.access", lambda path, mode: path.name != "sae.safetensors")
+        with pytest.raises(UsageError, match=r"sae\.safetensors cannot be read: permission denied"):
+            write_report([run])
+    (run / "config.yaml").write_text("a: [1")
+    with pytest.raises(UsageError, match=r"^.*config\.yaml is not valid YAML"):
+        write_report([run])
+
+
 def test_nothing_to_report_is_refused() -> None:
     with pytest.raises(UsageError, match="got none"):
         write_report([])

@@ -105,6 +105,7 @@ def print_ceilings(ceilings: Sequence[Ceiling]) -> None:
 def print_stages(shape: Shape, kind: str, stages: Sequence[Stage], ceilings: Sequence[Ceiling]) -> None:
     """Each stage beside the rates that it reached, and their share of the machine's, when that was measured."""
     whole = sum(statistics.median(stage.seconds) for stage in stages)
+    header = ["stage", "ms", "share", "GFLOP/s", "GB/s", *(["of ceiling"] if ceilings else [])]
     rows = []
     for stage in stages:
         seconds = statistics.median(stage.seconds)
@@ -116,20 +117,21 @@ def print_stages(shape: Shape, kind: str, stages: Sequence[Stage], ceilings: Seq
                 f"{seconds / whole:.0%}",
                 f"{flops:,.1f}" if stage.flops else "",
                 f"{bytes_:,.1f}" if stage.bytes else "",
-                share_of_ceiling(shape, flops, bytes_, ceilings),
+                *([share_of_ceiling(shape, stage, ceilings)] if ceilings else []),
             ]
         )
-    rows.append(["whole step", f"{1e3 * whole:.3f}", "", "", "", ""])
-    print_table(f"stages of {kind}, {shape}", ["stage", "ms", "share", "GFLOP/s", "GB/s", "of ceiling"], rows)
+    rows.append(["whole step", f"{1e3 * whole:.3f}", *[""] * (len(header) - 2)])
+    print_table(f"stages of {kind}, {shape}", header, rows)
 
 
-def share_of_ceiling(shape: Shape, flops: float, bytes_: float, ceilings: Sequence[Ceiling]) -> str:
-    """The larger of two shares, of what products and what memory reach, and which of them it is."""
-    product = max((one.rate for one in ceilings if one.unit == "GFLOP/s" and one.shape == shape.name), default=0.0)
-    memory = max((one.rate for one in ceilings if one.unit == "GB/s"), default=0.0)
-    if not (product and memory and (flops or bytes_)):
+def share_of_ceiling(shape: Shape, stage: Stage, ceilings: Sequence[Ceiling]) -> str:
+    """The larger of two shares, of what products in the same numbers and what memory reach, and which of them it is."""
+    if not (stage.flops or stage.bytes):
         return ""
-    shares = {"product": flops / product, "memory": bytes_ / memory}
+    seconds = statistics.median(stage.seconds)
+    (product,) = (one.rate for one in ceilings if (one.what, one.shape) == (stage.ceiling, shape.name))
+    memory = max(one.rate for one in ceilings if one.unit == "GB/s")
+    shares = {"product": stage.flops / seconds / 1e9 / product, "memory": stage.bytes / seconds / 1e9 / memory}
     bound = max(shares, key=lambda name: shares[name])
     return f"{shares[bound]:.0%} of {bound}"
 

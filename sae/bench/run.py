@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,11 +86,17 @@ def plan(
         medium_too,
         out,
     )
+    if medium_too and not (rivals and "steps" in parts):
+        raise UsageError(
+            "--precision medium-too lets rivals take further steps; give --rivals and the part steps with it"
+        )
     require_device(device, "--device")
     if "memory" in parts:
         require_memory(device)
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UsageError(f"--out {out} must name a file in a directory that exists")
+    if out is not None and not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
+        raise UsageError(f"--out {out} cannot be written; give another file")
     return found
 
 

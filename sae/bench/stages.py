@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sae.bench import ours
 from sae.bench.shapes import LEARNING_RATE, Shape
+from sae.kernels.precision import Precision
 
 WARM_UP_STEPS = 3
-REST = "rest"
+PRODUCTS, REST = "products", "rest"
+# How a step may write a product that is no kernel's.
+PRODUCT_FUNCTIONS = {torch.mm, torch.addmm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__}
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Stage:
     """One value a step."""
     flops: float
     bytes: float
+    ceiling: str
+    """What the product is called that the machine was measured with in the same numbers (`Ceiling.what`)."""
 
 
 class Stopwatch:
@@ -32,31 +43,35 @@ class Stopwatch:
     def __init__(self, kernels: Any, synchronise: Callable[[], object]) -> None:
         self.kernels, self.synchronise = kernels, synchronise
         self.seconds: dict[str, float] = defaultdict(float)
-        self.inner = 0.0
+        self.inner, self.depth = 0.0, 0
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.kernels, name)
-        return self._timed(name, found) if callable(found) else found
+        return self.timed(name, found) if callable(found) else found
 
     def scores(self, *args: Any) -> Any:
         """The product is made when the selection asks for its rows; a selection that makes its own never asks."""
         scores = self.kernels.scores(*args)
-        return replace(scores, product=self._timed("scores", scores.product))
+        return replace(scores, product=self.timed("scores", scores.product))
 
     def dense_step(self, *args: Any) -> Any:
         """No stage where its parts are: where they are done one by one."""
-        step = self._timed("dense_step", self.kernels.dense_step)(*args)
+        step = self.timed("dense_step", self.kernels.dense_step)(*args)
         if step is None:
             del self.seconds["dense_step"]
         return step
 
-    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function under the watch, for the stage of this name."""
+
         def timed(*args: Any, **options: Any) -> Any:
             self.synchronise()
             outer, self.inner = self.inner, 0.0
+            self.depth += 1
             began = time.perf_counter()
             result = function(*args, **options)
             self.synchronise()
+            self.depth -= 1
             took = time.perf_counter() - began
             self.seconds[name] += took - self.inner
             self.inner = outer + took
@@ -65,11 +80,24 @@ class Stopwatch:
         return timed
 
 
-def stages(shape: Shape, kind: str, device: str, n_steps: int, synchronise: Callable[[], object]) -> list[Stage]:
-    """The stages of `n_steps` steps of this kind, in their order, and last what lies between them.
+class Products(TorchFunctionMode):
+    """Within it, products outside of the kernels count as a stage: a dense step computes four of its five itself."""
 
-    The rest of a sparse step is sums, the log's counters and Python; that of a dense one holds its four other products.
-    """
+    def __init__(self, watch: Stopwatch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = partial(func, *args, **(kwargs or {}))
+        outside = self.watch.depth == 0 and func in PRODUCT_FUNCTIONS
+        return self.watch.timed(PRODUCTS, call)() if outside else call()
+
+
+def stages(shape: Shape, kind: str, device: str, n_steps: int, synchronise: Callable[[], object]) -> list[Stage]:
+    """The stages of `n_steps` steps of this kind, in their order, and last what lies between them: sums, the log's
+    counters, Python, and in dense steps what is done to a product's result."""
     trainer, batch = ours.trainer(kind, shape, shape.activations().to(device), LEARNING_RATE, device)
     watch = Stopwatch(trainer.engine.kernels, synchronise)
     trainer.engine.kernels = watch
@@ -80,16 +108,29 @@ def stages(shape: Shape, kind: str, device: str, n_steps: int, synchronise: Call
         synchronise()
         watch.seconds.clear()
         began = time.perf_counter()
-        trainer.step(activations)
+        with Products(watch) if trainer.engine.dense else nullcontext():
+            trainer.step(activations)
         synchronise()
         watch.seconds[REST] = time.perf_counter() - began - sum(watch.seconds.values())
         if step >= WARM_UP_STEPS:
             n_codes = 0.0 if trainer.engine.dense else float(trainer.engine.l0) * shape.batch
             for name, seconds in watch.seconds.items():
                 found.setdefault(name, []).append(seconds)
-    size = 4 if trainer.engine.kernels.precision == "fp32" else 2
-    apart = "scores" in found
-    return [Stage(name, seconds, *work(name, shape, n_codes, size, apart)) for name, seconds in found.items()]
+    precision = trainer.engine.kernels.precision
+    size, apart = 4 if precision == "fp32" else 2, "scores" in found
+    return [
+        Stage(name, seconds, *work(name, shape, n_codes, size, apart), ceiling(name, precision))
+        for name, seconds in found.items()
+    ]
+
+
+def ceiling(name: str, precision: Precision) -> str:
+    """The measured product to compare a stage with: bf16 products are no measure of what is computed in float32."""
+    if name == "scores" and precision != "fp32":
+        return "product bfloat16"
+    if name in ("relu", PRODUCTS) and precision == "bf16":
+        return "product float32 (medium)"
+    return "product float32"
 
 
 def work(name: str, shape: Shape, n_codes: float, size: int, apart: bool) -> tuple[float, float]:
@@ -118,6 +159,7 @@ def work(name: str, shape: Shape, n_codes: float, size: int, apart: bool) -> tup
         "dense_step": (5 * shape.product_flops + 4 * scores, 8 * x + 16 * weights),
         "relu": (shape.product_flops + scores, 4 * (x + weights + 3 * scores)),
         "relu_backward": (2 * scores, 12 * scores),
+        PRODUCTS: (4 * shape.product_flops, 16 * (x + weights + scores)),
     }
     flops, bytes_ = flops_and_bytes.get(name, (0, 0))
     return float(flops), float(bytes_)

@@ -52,6 +52,7 @@ __all__ = [
     "host_sees",
     "products",
     "require_device",
+    "require_kernels",
 ]
 
 logger = logging.getLogger("sae")
@@ -66,26 +67,43 @@ def choose(
         UsageError: those asked for by name cannot work here.
     """
     kernels: Kernels
+    require_kernels(device, dtype, name, precision)
     resolved = _resolve(precision, device, dtype, name)
     if name == "reference":
         kernels = Reference()
     elif name == "torch" or (name == "auto" and not (device.type == "cpu" and dtype in REALS)):
         kernels = Plain(resolved)
-    elif device.type != "cpu" or dtype not in REALS:
-        raise UsageError(f"native kernels need a CPU and float32 or float64, not {device.type} and {dtype}; use auto")
     else:
         try:
             kernels = Native(dtype, resolved)
         except CannotBuild as error:
-            if name == "native" or resolved == "exact":
-                what = "precision exact" if resolved == "exact" else "train.kernels native"
-                raise UsageError(
-                    f"{what} needs native kernels, which cannot be built: {error}; install a C compiler"
-                ) from error
             logger.warning("training will be slower: native kernels cannot be built (%s); torch is used", error)
             kernels = Plain(resolved)
     logger.info("kernels: %s, products in %s, on %s", kernels.name, kernels.precision, device)
     return kernels
+
+
+def require_kernels(device: torch.device, dtype: torch.dtype, name: KernelName, precision: PrecisionName) -> None:
+    """Refuses kernels and a precision that cannot work together, or cannot work here.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    if name == "reference" and precision not in ("auto", "fp32"):
+        raise UsageError(f"the reference kernels compute in fp32, not {precision}; leave train.precision at auto")
+    if precision == "exact" and (name == "torch" or device.type != "cpu"):
+        raise UsageError("precision exact is a mode of the native kernels, on a CPU; choose fp32 or bf16 here")
+    if name != "native" and precision != "exact":
+        return
+    if device.type != "cpu" or dtype not in REALS:
+        raise UsageError(f"native kernels need a CPU and float32 or float64, not {device.type} and {dtype}; use auto")
+    try:
+        Native(dtype, "fp32")
+    except CannotBuild as error:
+        what = "precision exact" if precision == "exact" else "train.kernels native"
+        raise UsageError(
+            f"{what} needs native kernels, which cannot be built: {error}; install a C compiler"
+        ) from error
 
 
 def require_device(device: str, field: str) -> None:
@@ -96,19 +114,21 @@ def require_device(device: str, field: str) -> None:
     """
     try:
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UsageError(f"{field} {device!r} cannot be used ({reason}); try cpu") from error
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        kind = torch.accelerator.current_accelerator(check_available=True)
+        here = ["cpu", *(f"{kind}:{number}" for number in range(torch.accelerator.device_count()))]
+        # Of a kind that is there torch says what is wrong; of any other, how torch itself was built.
+        known = kind is not None and device.partition(":")[0] == kind.type
+        reason = f" ({(str(error).splitlines() or [''])[0]})" if known else ""
+        raise UsageError(
+            f"{field} {device!r} cannot be used{reason}; this machine has {', '.join(here)}; try cpu"
+        ) from error
 
 
 def _resolve(precision: PrecisionName, device: torch.device, dtype: torch.dtype, name: KernelName) -> Precision:
     if precision == "auto":
         worth_it = dtype == torch.float32 and device.type == "cpu" and has_bf16_units(device)
         return "bf16" if worth_it and name != "reference" else "fp32"
-    if name == "reference" and precision != "fp32":
-        raise UsageError(f"the reference kernels compute in fp32, not {precision}; leave train.precision at auto")
-    if precision == "exact" and (name == "torch" or device.type != "cpu"):
-        raise UsageError("precision exact is a mode of the native kernels, on a CPU; choose fp32 or bf16 here")
     if precision != "fp32" and not has_bf16_units(device):
         logger.warning("%s has no bf16 units: %s products are emulated, and slower than fp32", device, precision)
     return precision

@@ -1,13 +1,16 @@
 """Compiles native.c on the machine that runs it, once, and loads it.
 
 No torch headers and no build system: one file of C, one call of the compiler, a second or two. The result is kept in
-the user's cache under a name made of everything that it depends on.
+the user's cache under a name made of everything that it depends on, or,
+where that cannot be written, for the process alone.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -16,6 +19,8 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+
+logger = logging.getLogger("sae")
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC"
@@ -33,7 +38,31 @@ def library(real: str) -> ctypes.CDLL:
         CannotBuild: no compiler was found, or it refused.
     """
     compiler = _compiler()
-    target = _folder() / f"kernels-{real}-{_fingerprint(compiler, real)}.so"
+    try:
+        return _kept(compiler, real, _folder())
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        logger.warning(
+            "native kernels cannot be kept (%s%s), and are compiled anew in every process; "
+            "set XDG_CACHE_HOME to a directory that can be written",
+            where,
+            error.strerror or error,
+        )
+    try:
+        with tempfile.TemporaryDirectory(prefix="sae-") as folder:
+            return _kept(compiler, real, Path(folder))  # once loaded, it does not need its file
+    except OSError as error:
+        raise CannotBuild(f"cannot write to the temporary directory: {error.strerror or error}") from error
+
+
+def _kept(compiler: list[str], real: str, folder: Path) -> ctypes.CDLL:
+    """The library in the folder, compiled when it is not there.
+
+    Raises:
+        CannotBuild: the compiler refused.
+        OSError: the folder cannot be written.
+    """
+    target = folder / f"kernels-{real}-{_fingerprint(compiler, real)}.so"
     if not target.exists():
         _compile(compiler, real, target)
     try:
@@ -65,12 +94,12 @@ def _folder() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae"
     except RuntimeError as error:
-        raise CannotBuild("there is no home directory to keep the kernels in; set XDG_CACHE_HOME") from error
+        raise FileNotFoundError("there is no home directory") from error
 
 
 def _fingerprint(compiler: list[str], real: str) -> str:
     """What the binary depends on: source, flags, compiler, and the processor that -march=native means."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    version = _call([*compiler, "--version"]).stdout.encode()
     parts = [
         SOURCE.read_bytes(),
         FLAGS.encode(),
@@ -94,20 +123,27 @@ def _compile(compiler: list[str], real: str, target: Path) -> None:
     """Compiles and links apart: linked with -fopenmp, the library would bring an OpenMP runtime beside torch's own,
     and the two teams of threads would fight for the cores."""
     is_double = int(real == "double")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-            what = [f"-DREAL={real}", f"-DREAL_IS_DOUBLE={is_double}", "-c", str(SOURCE), "-o", str(built)]
-            _run([*compiler, *shlex.split(FLAGS), *what])
-            _run([*compiler, "-shared", "-o", str(linked), str(built), "-lm"])
-            os.replace(linked, target)
-    except OSError as error:
-        raise CannotBuild(f"cannot write {target}: {error.strerror or error}") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        what = [f"-DREAL={real}", f"-DREAL_IS_DOUBLE={is_double}", "-c", str(SOURCE), "-o", str(built)]
+        _run([*compiler, *shlex.split(FLAGS), *what])
+        _run([*compiler, "-shared", "-o", str(linked), str(built), "-lm"])
+        os.replace(linked, target)
 
 
 def _run(command: list[str]) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = _call(command)
     if ended.returncode:
+        full = os.strerror(errno.ENOSPC)
+        if full in ended.stderr:
+            raise OSError(errno.ENOSPC, full, command[command.index("-o") + 1])
         said = ended.stderr.splitlines() or [f"exit code {ended.returncode}"]
         raise CannotBuild(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[0])}")
+
+
+def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CannotBuild(f"{command[0]} cannot be run: {error.strerror or error}") from error

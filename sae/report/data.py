@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, nan
@@ -139,6 +140,9 @@ def read_run(path: Path, name: str, method: str) -> Run:
     if missing:
         remedy = "train it to the end, with --resume" if (path / CONFIG).is_file() else "give the directory of a run"
         raise UsageError(f"{path} holds no finished run: {missing[0]} is missing; {remedy}")
+    closed = [file for file in FILES if not os.access(path / file, os.R_OK)]
+    if closed:
+        raise UsageError(f"{path / closed[0]} cannot be read: permission denied; change the rights of the file")
     lines = (path / LINES).read_text(encoding="utf-8").splitlines()
     try:
         W_dec = load_file(path / WEIGHTS)["W_dec"].astype(np.float32)
@@ -153,6 +157,8 @@ def read_run(path: Path, name: str, method: str) -> Run:
             W_dec=W_dec,
             classes=_read_json(path / CLASSES)["units"] if (path / CLASSES).is_file() else None,
         )
+    except UsageError:
+        raise
     except (ValueError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be read: {error}; train the run again") from error
 
