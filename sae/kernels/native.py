@@ -1,4 +1,4 @@
-"""The stages of a training step on a CPU in C, from `native.c`; the encoder's product is the BLAS's.
+"""The stages of a training step on a CPU in C, from `native.c`; large products are the BLAS's.
 
 Buffers are made once and reused: at these sizes, asking the system for fresh pages costs as much as the work on them.
 What a method returns is therefore good until the same method is called again.
