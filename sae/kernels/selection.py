@@ -1,4 +1,4 @@
-"""Encoder and selection on a CPU in C, from `native.c`: which codes a batch has. The product is the BLAS's.
+"""Encoder and selection on a CPU in C, from `native.c`: which codes a batch has. Large products are the BLAS's.
 
 Buffers are made once and reused: at these sizes, asking the system for fresh pages costs as much as the work on them.
 What a method returns is therefore good until the same method is called again.
