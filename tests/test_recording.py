@@ -16,6 +16,7 @@ CASES = [
     {"kind": "topk", "k": 5, "aux_k": 3},
     {"kind": "batchtopk", "k": 2.3, "aux_k": 3},
     {"kind": "relu", "l1_coefficient": 0.3, "unit_norm_decoder": False},
+    {"kind": "jumprelu", "l0": 20.0, "aux_k": 3},
 ]
 # What makes the host wait for a device: it reads a number, or sizes follow from data.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal", "item")
@@ -59,6 +60,7 @@ def make_trainer(options: dict, kernels: str) -> Trainer:
     sae = SAE(D_IN, config.sae).double()
     sae.initialise_(torch.zeros(D_IN), torch.Generator().manual_seed(0))
     sae.encoder.data[-11:] *= 0.01  # these seldom win, and die
+    sae.sparsifier.start_(torch.full((D_SAE,), 0.5, dtype=torch.float64))
     return Trainer(sae, config, 1.3)
 
 

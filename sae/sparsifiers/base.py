@@ -16,12 +16,26 @@ from torch import Tensor, nn
 
 from sae import losses
 from sae.codes import SparseCodes
-from sae.kernels import Codes, Decoded, Kernels, Scalar, Scores
+from sae.kernels import Codes, Decoded, Kernels, Scalar, Scores, State
 
-Decode = Callable[[Codes, Scalar], Decoded]
-"""Decodes codes; the second argument is what an L1 penalty charges a unit of z |W_dec_j|."""
 Error = Callable[[SparseCodes, Tensor], Tensor]
 """|x_hat - target|^2 of codes under a decoder, averaged over samples (and over readings, where there are several)."""
+
+
+class Decode(NamedTuple):
+    """Decodes codes; `cost` is what an L1 penalty charges a unit of z |W_dec_j|."""
+
+    kernels: Kernels
+    state: State
+    target: Float[Tensor, "batch d_out"]
+
+    def __call__(self, codes: Codes, cost: Scalar) -> Decoded:
+        return self.kernels.decode(codes, self.state, self.target, cost)
+
+    @property
+    def norms(self) -> Float[Tensor, " d_sae"] | None:
+        """|W_dec_j|, as penalties charge it; None: 1."""
+        return self.state.charged_norms
 
 
 class Flow(NamedTuple):
@@ -57,6 +71,8 @@ class Sparsifier(nn.Module, ABC):
     """The penalty charges z_j |W_dec_j|; off: z_j."""
     l1_coefficient = 0.0
     """lambda of the penalty lambda * sum_j z_j |W_dec_j|."""
+    initial_l0: float | None = None
+    """Mean number of latents that fire at the start, by the cuts that `start_` is given; None: no cuts are wanted."""
 
     @abstractmethod
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
@@ -97,6 +113,13 @@ class Sparsifier(nn.Module, ABC):
         Where a subclass has its own, steps go by autograd.
         """
         return self.l1_coefficient * losses.l1(codes, W_dec) if self.l1_coefficient else None
+
+    def start_(self, cuts: Float[Tensor, " d_sae"]) -> None:
+        """Called once before training where `initial_l0` is set: latent j is to fire where its pre-latent exceeds
+        cuts_j (`sae.initialise`)."""
+
+    def constrain_(self) -> None:
+        """Puts own parameters back to where they must lie, after each step."""
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         """Fits what inference needs on the pre-latents of n_samples held-out activations, once training is over."""

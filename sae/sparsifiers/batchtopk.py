@@ -68,18 +68,24 @@ class BatchTopK(Sparsifier):
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         n = max(round(self.k * n_samples), 1)
-        kept, least = [self.threshold.new_zeros(n + 1)], 0.0
-        for pre_latents in batches:
-            kept.append(pre_latents[pre_latents > least])
-            if sum(map(len, kept)) > 4 * n:  # ordering costs more than keeping
-                kept = [torch.cat(kept).topk(n + 1, sorted=False).values]
-                least = float(kept[0].min())
-        last, first_silent = (float(kth_largest(torch.cat(kept), rank)) for rank in (n, n + 1))
-        # Strictly above: half-way between the last pre-latent that fires and the first that does not.
-        self.threshold.fill_((last + first_silent) / 2)
+        self.threshold.fill_(cut_between((pre[pre > 0] for pre in batches), n, 0.0))
 
     def rescale_(self, scale: float) -> None:
         self.threshold.mul_(scale)
 
     def _n_codes(self, batch: int) -> int:
         return max(round(self.k * batch), 1)
+
+
+def cut_between(parts: Iterable[Float[Tensor, " some"]], n: int, least: float) -> float:
+    """Half-way between the n-th and the (n + 1)-th largest of all parts' values; where there are fewer, `least` (below
+    all of them) stands in for those that are missing. Strictly above lie n values."""
+    kept: list[Tensor] = []
+    for part in parts:
+        kept = kept or [part.new_full((n + 1,), least)]
+        kept.append(part[part > least])
+        if sum(map(len, kept)) > 4 * n:  # ordering costs more than keeping
+            kept = [torch.cat(kept).topk(n + 1, sorted=False).values]
+            least = float(kept[0].min())
+    last, first_silent = (float(kth_largest(torch.cat(kept), rank)) for rank in (n, n + 1))
+    return (last + first_silent) / 2

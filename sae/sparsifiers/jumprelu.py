@@ -1,0 +1,196 @@
+"""A latent fires above a threshold of its own, which is learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sae.codes import SparseCodes
+from sae.config import SAEConfig
+from sae.kernels import Codes, Kernels, Scalar, Scores, capacity
+from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
+from sae.sparsifiers.batchtopk import cut_between
+
+
+class JumpReLUConfig(SAEConfig):
+    """JumpReLU SAE (Rajamanoharan et al. 2024b)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    l0: float | None = Field(default=None, gt=0)
+    """Mean number of latents that fire for one activation, as a target; may be fractional."""
+    penalty: Literal["l0", "tanh"] = "l0"
+    """What sparsity costs: the number of latents that fire, or sum_j tanh(c z_j |W_dec_j|)."""
+    l0_coefficient: float | None = Field(default=None, ge=0)
+    """lambda of lambda * L0 or lambda * sum_j tanh; where l0 is given, of lambda * (L0 / l0 - 1)^2, default 1."""
+    tanh_scale: float = Field(default=4.0, gt=0)
+    """c of the tanh penalty."""
+    bandwidth: float = Field(default=0.1, gt=0)
+    """epsilon: pre-latents this close to a threshold, half of it on each side, move it."""
+    initial_l0: float | None = Field(default=None, gt=0)
+    """Mean number of latents that fire in the first step; default d_sae / 50, but within l0 .. 4 * l0."""
+    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
+
+    @model_validator(mode="after")
+    def _sparsity_is_paid_for(self) -> JumpReLUConfig:
+        for name, value in (("l0", self.l0), ("initial_l0", self.initial_l0)):
+            if value is not None and not value < self.d_sae:
+                raise ValueError(f"{name} must be less than d_sae={self.d_sae}, got {value:g}; lower it or raise d_sae")
+        if self.l0 is not None and self.penalty == "tanh":
+            raise ValueError(f"penalty tanh has no target, got l0={self.l0:g}; give l0_coefficient instead of l0")
+        if self.l0 is None and self.l0_coefficient is None:
+            raise ValueError("jumprelu needs a price of sparsity; give l0, the L0 to reach, or l0_coefficient")
+        return self
+
+    def build(self) -> JumpReLU:
+        coefficient = 1.0 if self.l0_coefficient is None else self.l0_coefficient
+        least, most = (self.l0, 4 * self.l0) if self.l0 else (1.0, self.d_sae)
+        start = self.initial_l0 or min(max(self.d_sae / 50, least), most)
+        tanh_scale = self.tanh_scale if self.penalty == "tanh" else None
+        return JumpReLU(self.d_sae, self.bandwidth, coefficient, self.l0, tanh_scale, start)
+
+
+class JumpReLU(Sparsifier):
+    """z = pre * 1[pre > theta], theta_j >= 0, with a penalty of
+
+        lambda * L0,   lambda * (L0 / l0 - 1)^2,   or   lambda * sum_j tanh(c z_j |W_dec_j|)
+
+    averaged over samples (L0 before it is squared). The first two are those of Rajamanoharan et al. 2024b ("Jumping
+    Ahead", section 3 and appendix), the third is that of Anthropic's "Circuits Updates, January 2025". The jump has no
+    gradient in theta, its expectation has one: `Jump` and `Step` are its straight-through estimators. Theta itself is
+    learnt, not log theta, as Adam's steps would then be in proportion to it. It starts at a quantile of its
+    pre-latent, so that the first step is as sparse as a TopK's.
+    """
+
+    def __init__(
+        self,
+        d_sae: int,
+        bandwidth: float,
+        coefficient: float,
+        l0: float | None = None,
+        tanh_scale: float | None = None,
+        initial_l0: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.bandwidth, self.coefficient, self.l0, self.tanh_scale = bandwidth, coefficient, l0, tanh_scale
+        self.initial_l0 = initial_l0
+        self.threshold = nn.Parameter(torch.zeros(d_sae))
+
+    def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
+        """All slots that theta has a gradient from: those that fire, and the silent ones just below."""
+        threshold = self.threshold.detach()
+        least = threshold - self.bandwidth / 2
+        room = capacity(*scores.shape, kernels.precision)
+        found = kernels.positive(dataclasses.replace(scores, bias=scores.bias - least), room)
+        if found is None:
+            return None
+        pre_latents = found.values + least[found.latents]
+        fires = pre_latents > threshold[found.latents]
+        return found._replace(values=pre_latents * fires, pre_latents=pre_latents)
+
+    def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
+        assert codes.pre_latents is not None
+        batch, latents, fires = len(codes.offsets) - 1, codes.latents, codes.values > 0
+        decoded = decode(codes, 0.0)
+        through, pull = decoded.code_gradients, None
+        price: Scalar = 0.0
+        if self.tanh_scale is None:
+            penalty, slope = self._penalty(fires.to(through.dtype).sum() / batch)
+            penalty, price = sparsity * penalty, sparsity * slope / batch
+        else:
+            norms = 1.0 if decode.norms is None else decode.norms[latents]
+            tanh = (self.tanh_scale * norms * codes.values).tanh()
+            weight = self.coefficient * sparsity / batch
+            penalty, steepness = weight * tanh.sum(), self.tanh_scale * weight * (1 - tanh.square())
+            through = through + steepness * norms
+            if decode.norms is not None:
+                pull = torch.zeros_like(decode.norms).index_add_(0, latents, steepness * codes.values)
+        threshold = self.threshold.detach()
+        own = threshold[latents]
+        near = (codes.pre_latents - own).abs() < self.bandwidth / 2
+        jumps = (own * through + price) * near
+        self.threshold.grad = torch.zeros_like(threshold).index_add_(0, latents, jumps, alpha=-1 / self.bandwidth)
+        return Flow(decoded, through * fires, decoded.losses.mean(), penalty, pull=pull)
+
+    def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        return SparseCodes(Jump.apply(pre_latents, self.threshold, self.bandwidth), None, pre_latents.shape[1])
+
+    def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
+        codes = self(pre_latents)
+        if self.tanh_scale is None:
+            fires = Step.apply(pre_latents, self.threshold, self.bandwidth)
+            penalty, _ = self._penalty(fires.sum(dim=1).mean())
+        else:
+            tanh = (self.tanh_scale * codes.values * W_dec.norm(dim=1)).tanh()
+            penalty = self.coefficient * tanh.sum(dim=1).mean()
+        return Objective(codes, error(codes, W_dec), penalty)
+
+    def _penalty(self, l0: Tensor) -> tuple[Tensor, Scalar]:
+        """What a mean L0 costs, and the derivative."""
+        if self.l0 is None:
+            return self.coefficient * l0, self.coefficient
+        excess = l0 / self.l0 - 1
+        return self.coefficient * excess.square(), self.coefficient * 2 / self.l0 * excess
+
+    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        return SparseCodes.where(pre_latents > self.threshold, pre_latents)
+
+    @torch.no_grad()
+    def start_(self, cuts: Float[Tensor, " d_sae"]) -> None:
+        self.threshold.copy_(cuts.clamp_min(0))
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        self.threshold.clamp_min_(0)
+
+    @torch.no_grad()
+    def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
+        """Where a target was given, all thresholds move by one number, so that the mean L0 is l0 (or the mean number
+        of positive pre-latents, where these are fewer)."""
+        if self.l0 is not None:
+            margins = ((pre - self.threshold)[pre > 0] for pre in batches)
+            n = max(round(self.l0 * n_samples), 1)
+            self.threshold.add_(cut_between(margins, n, -torch.inf)).clamp_min_(0)
+
+    @torch.no_grad()
+    def rescale_(self, scale: float) -> None:
+        self.threshold.mul_(scale)
+
+
+class Step(torch.autograd.Function):
+    """1[pre > theta]; in theta -(1/eps) K((pre - theta) / eps), with K(u) = 1[|u| < 1/2]; in pre 0."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return None, (gradients[0] * near).sum(dim=0) / -ctx.bandwidth, None
+
+
+class Jump(torch.autograd.Function):
+    """pre * 1[pre > theta]; in theta -(theta/eps) K((pre - theta) / eps), with K as above; in pre 1[pre > theta]."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        own = threshold * (gradients[0] * near).sum(dim=0) / -ctx.bandwidth
+        return gradients[0] * (pre > threshold), own, None
