@@ -10,7 +10,13 @@ from sae.schedules import Clock, learning_rate, warmup
 
 CPU = torch.device("cpu")
 
-KINDS = [{"kind": "topk", "k": 3}, {"kind": "batchtopk", "k": 2.5}, {"kind": "relu", "l1_coefficient": 0.1}]
+KINDS = [
+    {"kind": "topk", "k": 3},
+    {"kind": "topk", "k": 3, "multi_k": 12, "k_start": 9.0, "k_anneal_fraction": 0.8},
+    {"kind": "batchtopk", "k": 2.5},
+    {"kind": "relu", "l1_coefficient": 0.1},
+    {"kind": "matryoshka", "k": 2.5, "k_start": 9.0, "k_anneal_fraction": 0.8},
+]
 
 
 def config(out, n_samples=1280, **sections) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
 from sae.sparsifiers.batchtopk import BatchTopK, BatchTopKConfig
+from sae.sparsifiers.matryoshka import MatryoshkaConfig
 from sae.sparsifiers.relu import ReLU, ReLUConfig
 from sae.sparsifiers.topk import TopK, TopKConfig
 
@@ -11,6 +12,7 @@ __all__ = [
     "Decode",
     "Error",
     "Flow",
+    "MatryoshkaConfig",
     "Objective",
     "ReLU",
     "ReLUConfig",
