@@ -7,6 +7,7 @@ itself by being defined, so a new sparsifier is a class in one file and no list 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,8 @@ class SAEConfig(Family):
     """The encoder subtracts b_dec from its input; off: it subtracts the value that b_dec started from, for good."""
     prefixes: tuple[int, ...] | None = None
     """Matryoshka: widths whose first latents alone must reconstruct, ascending to d_sae; default all latents only."""
+    prefix_weights: tuple[float, ...] | None = None
+    """Share of each prefix in the loss, normalised to sum to 1; default equal shares."""
     aux_coefficient: float = Field(default=0.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
     aux_k: int | None = Field(default=None, gt=0)
@@ -98,12 +101,28 @@ class SAEConfig(Family):
 
     @model_validator(mode="after")
     def _prefixes_fit(self) -> SAEConfig:
-        given = self.prefixes
+        given, weights = self.prefixes, self.prefix_weights
         if given is not None:
             rising = all(a < b for a, b in zip((0, *given), given, strict=False))
             if not given or not rising or given[-1] != self.d_sae:
                 raise ValueError(f"prefixes must rise to d_sae={self.d_sae}, got {list(given)}; end them with d_sae")
+        if weights is not None and (len(weights) != len(self.widths) or not all(0 < w < math.inf for w in weights)):
+            raise ValueError(
+                f"prefix_weights must be positive, one for each of the prefixes {list(self.widths)}, "
+                f"got {list(weights)}; give {len(self.widths)} of them, or set prefixes"
+            )
         return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The prefixes that the loss reads: how many of the first latents reconstruct in each reading."""
+        return self.prefixes or (self.d_sae,)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weight of each reading in the loss; they sum to 1."""
+        weights = self.prefix_weights or (1.0,) * len(self.widths)
+        return tuple(weight / sum(weights) for weight in weights)
 
     @abstractmethod
     def build(self) -> Any:

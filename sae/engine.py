@@ -83,8 +83,7 @@ class Engine:
         kind = type(sae.sparsifier)
         own_penalty = kind.penalty is not Sparsifier.penalty or kind.objective is not Sparsifier.objective
         self.by_autograd = own_penalty and kind.differentiate is Sparsifier.differentiate
-        self.prefixes = sae.config.prefixes or (sae.d_sae,)
-        self.weights = (1 / len(self.prefixes),) * len(self.prefixes)
+        self.prefixes, self.weights = sae.config.widths, sae.config.shares
         ends = torch.tensor(self.prefixes, device=sae.W_dec.device)
         self.level_of = torch.bucketize(torch.arange(sae.d_sae, device=ends.device), ends, right=True, out_int32=True)
         self.dense_products = sae.sparsifier.passes_positive and len(self.prefixes) == 1
@@ -133,17 +132,22 @@ class Engine:
     def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> Terms:
         kernels, state = self.kernels, self.state
         if len(self.prefixes) > 1:
-            codes = codes._replace(levels=self.level_of[codes.latents], weights=self.weights)
+            levels = self.level_of.index_select(0, codes.latents)
+            codes = codes._replace(levels=levels, weights=self.weights)
 
         decode = Decode(kernels, state, target)
         decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
-        last = decoded.gradient[-len(x) :] / codes.weights[-1] if len(codes.weights) > 1 else decoded.gradient
-        auxiliary, extra = self._auxiliary(x, last, dead)
+        auxiliary, extra = self._auxiliary(x, decoded.gradient, dead, codes)
         plan = kernels.invert(codes, gradients, self.sae.d_sae)
-        l0 = plan.n_codes / len(x)
+        n_codes, firing = plan.n_codes, None
+        if codes.levels is not None and codes.reading != -1:  # what fires beyond that reading is silent in inference
+            fires = ((codes.values > 0) & (codes.levels <= codes.reading)).long()
+            firing = torch.zeros_like(state.window_firing).index_add_(0, codes.latents, fires)
+            n_codes = fires.sum()
+        l0 = n_codes / len(x)
         self._skip(x, decoded.gradient)
         cost = cost if state.weighted else 0.0
-        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, cost=cost, pull=pull)
+        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, firing=firing, cost=cost, pull=pull)
         return Terms(error, decoded.squares.mean(), auxiliary, penalty, l0)
 
     def _skip(self, x: Tensor, gradient: Tensor) -> None:
@@ -219,11 +223,16 @@ class Engine:
         weight = self.sae.sparsifier.l1_coefficient
         return weight * now.sparsity if weight else 0.0
 
-    def _auxiliary(self, x: Tensor, gradient: Tensor, dead: Tensor) -> tuple[Tensor, Rows | None]:
-        """AuxK: its value, and the gradient rows of the dead latents. `gradient` is the reconstruction's."""
+    def _auxiliary(
+        self, x: Tensor, gradient: Tensor, dead: Tensor, codes: Codes | None = None
+    ) -> tuple[Tensor, Rows | None]:
+        """AuxK: its value, and the gradient rows of the dead latents. `gradient` is the reconstruction's; where `codes`
+        are read several times, it has all levels."""
         alpha, state = self.sae.config.aux_coefficient, self.state
         if not alpha or not dead.numel():
             return x.new_zeros(()), None
+        if codes is not None and len(codes.weights) > 1:
+            gradient = _of_reading(gradient, codes)
         bias = state.b_enc[dead].masked_fill_(dead < 0, -torch.inf)  # the latent -1 never fires
         value, rows = self.kernels.aux_k(gradient, x, state.encoder[dead], bias, state.W_dec[dead], self.aux_k)
         return value, Rows(dead.remainder(self.sae.d_sae), *(alpha * row for row in rows))
@@ -298,6 +307,12 @@ def padded(dead: Int[Tensor, " n"]) -> Int[Tensor, " at_least_n"]:
     if host_sees(dead) or not len(dead):
         return dead
     return F.pad(dead, (0, (1 << (len(dead) - 1).bit_length()) - len(dead)), value=-1)
+
+
+def _of_reading(gradient: Tensor, codes: Codes) -> Tensor:
+    """2 (x_hat - target) / batch of the reading that inference gives, from what all readings together give levels."""
+    own, *later = gradient.view(len(codes.weights), len(codes.offsets) - 1, -1)[codes.reading % len(codes.weights) :]
+    return (own - later[0] if later else own) / codes.weights[codes.reading]
 
 
 def _inner_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:

@@ -60,14 +60,20 @@ def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d
     threshold = metrics.scale_threshold(x)
     chunks = x.split(chunk_rows(len(W_dec)))
     reconstruction, parts = metrics.Reconstruction(W_dec, threshold), []
+    inner = coder.config.widths[:-1] if isinstance(coder, SAE) else ()
+    by_prefix = {width: metrics.Reconstruction(W_dec, threshold) for width in inner}
     for chunk in chunks:
         z = coder.encode(chunk)
         reconstruction.update(chunk, coder.decode(z), z)
+        for width, of_prefix in by_prefix.items():
+            first = z.scaled((torch.arange(len(W_dec), device=W_dec.device) < width).to(W_dec.dtype))
+            of_prefix.update(chunk, coder.decode(first), first)
         if truth is not None and acts is not None:
             parts.append(z)
     density = reconstruction.density()
     alive = density > 0
     values = _group("metrics", reconstruction.compute())
+    values |= {f"metrics/fvu_prefix_{width}": part.compute()["fvu"] for width, part in by_prefix.items()}
     values["sparsity/dead_features"] = float((~alive).sum())
     tables = {"latent/frequency": density}
     if truth is None:

@@ -145,6 +145,7 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
 def finished(sae: SAE, unit: float, calibration: HeldOut) -> SAE:
     """The trained SAE made ready for inference, in place: in the units of the data, thresholds calibrated."""
     final = sae.cpu().eval().requires_grad_(False)
+    final.sparsifier.anneal_(1.0)  # a source may have ended early
     chunks = calibration.x.split(chunk_rows(sae.d_sae))
     final.sparsifier.calibrate_((final.pre_latents(chunk / unit) for chunk in chunks), len(calibration.x))
     final.rescale_(unit)

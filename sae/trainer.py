@@ -37,6 +37,7 @@ class Trainer:
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.window = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self.window_steps = 0
+        self.annealed: dict[str, float] = {}
 
     def step(self, activations: Float[Tensor, "batch d_in"]) -> None:
         """One batch, in the units of the data."""
@@ -66,11 +67,16 @@ class Trainer:
         )
 
     def look(self) -> None:
-        """Looks which latents are dead and whether codes are sparse, and sets the clock; here the host waits."""
+        """Looks which latents are dead and whether codes are sparse, sets the clock and what is annealed; here the
+        host waits."""
         silent = self.engine.state.silent_samples
         self.dead = padded((silent >= self.config.dead_after_samples).nonzero().squeeze(1))
         self.engine.refresh(self.n_steps_done)
         self.clock.wind(self.n_steps_done)
+        self._anneal(self.n_steps_done)
+
+    def _anneal(self, step: int) -> None:
+        self.annealed = self.sae.sparsifier.anneal_(step / self.config.n_steps)
 
     def take_window(self) -> tuple[dict[str, float], Bool[Tensor, " d_sae"]]:
         """Means over the steps since the last call under the names of the log, and which latents fired in them."""
@@ -88,6 +94,7 @@ class Trainer:
             "details/current_learning_rate": self.learning_rate(max(self.n_steps_done - 1, 0)),
             "details/n_training_samples": self.n_steps_done * self.config.train.batch_size,
         }
+        values |= {f"details/{name}": value for name, value in self.annealed.items()}
         fired = state.window_firing > 0
         self.window.zero_()
         state.window_firing.zero_()
@@ -112,3 +119,4 @@ class Trainer:
         self.unit = values["unit"]
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
         self.clock.wind(self.n_steps_done)
+        self._anneal(self.n_steps_done // REFRESH_STEPS * REFRESH_STEPS)  # as at the last look

@@ -90,7 +90,7 @@ class Judge:
         if kind == "topk":
             chosen = torch.zeros_like(pre).scatter(1, pre.topk(self.config.k, dim=1).indices, 1.0)
             return (pre * chosen).relu()
-        if kind == "batchtopk":
+        if kind in ("batchtopk", "matryoshka"):
             n = round(self.config.k * len(pre))
             return (pre * (pre >= pre.detach().flatten().sort(descending=True).values[n - 1])).relu()
         return pre.relu()
@@ -109,9 +109,10 @@ class Judge:
         z = self.select(pre)
         x_hat = z @ W_dec + b_dec
         mse = (x - x_hat).square().sum(dim=1).mean()
-        ends = self.config.prefixes or (len(W_dec),)
+        ends = self.config.widths
         readings = [(x - z[:, :end] @ W_dec[:end] - b_dec).square().sum(dim=1).mean() for end in ends]
-        error = torch.stack(readings).mean()
+        shares = x.new_tensor(self.config.prefix_weights or [1.0] * len(ends))
+        error = (torch.stack(readings) * shares).sum() / shares.sum()
         penalty = now.sparsity * self.penalty(z, W_dec)
         auxiliary = x.new_zeros(())
         if len(dead):

@@ -62,15 +62,18 @@ def test_the_reference_against_autograd(whole, unit_norm, batch, d_in, d_out, d_
     values, W_dec = codes.values.clone().requires_grad_(), state.W_dec.clone().requires_grad_()
     offset = torch.zeros(d_out, dtype=torch.float64, requires_grad=True)
     norms = torch.ones(d_sae).double() if unit_norm else state.W_dec.norm(dim=1)
-    loss = target.new_zeros(())
+    loss, by_reading = target.new_zeros(()), []
     for level, weight in enumerate(WEIGHTS):
         z = dense(codes._replace(values=values * (codes.levels <= level)), d_sae)
         squares = (target - z @ W_dec - offset).square().sum(dim=1)
         loss = loss + weight * squares.mean()
+        by_reading.append(squares.detach())
     sums = dense(codes._replace(values=values), d_sae) @ norms
     (loss + 0.3 * sums.sum()).backward()
     close(decoded.losses.mean(), loss.detach())
-    close(decoded.squares, squares.detach())
+    for reading in (0, 1, 2, -1):
+        read = Reference().decode(codes._replace(reading=reading), state, target, 0.3)
+        close(read.squares, by_reading[reading])
     close(decoded.code_sums, sums.detach())
     close(decoded.code_gradients, values.grad if whole else values.grad * (codes.values > 0))
     close(decoded.gradient[:batch].sum(dim=0), offset.grad)
@@ -85,7 +88,8 @@ def test_the_reference_against_autograd(whole, unit_norm, batch, d_in, d_out, d_
 def test_decode(name, whole, unit_norm, batch, d_in, d_out, d_sae, k):
     x, target, state = problem(batch, d_in, d_out, d_sae, k, unit_norm)
     kernels = make(name)
-    for codes in (codes_of(x, state, k, whole), codes_of(x, state, k, whole)._replace(levels=None, weights=(1.0,))):
+    read = codes_of(x, state, k, whole)
+    for codes in (read, read._replace(reading=0), read._replace(reading=1), read._replace(levels=None, weights=(1.0,))):
         theirs = Reference().decode(codes, state, target, 0.3)
         for field, ours, other in zip(theirs._fields, kernels.decode(codes, state, target, 0.3), theirs, strict=True):
             assert ours.shape == other.shape, field

@@ -14,7 +14,9 @@ from sae.trainer import REFRESH_STEPS, Trainer
 BATCH, D_IN, D_SAE = 37, 13, 70
 CASES = [
     {"kind": "topk", "k": 5, "aux_k": 3},
+    {"kind": "topk", "k": 5, "aux_k": 3, "multi_k": 11},
     {"kind": "batchtopk", "k": 2.3, "aux_k": 3},
+    {"kind": "matryoshka", "k": 2.3, "aux_k": 3, "k_start": 6.0, "k_anneal_fraction": 0.8},
     {"kind": "relu", "l1_coefficient": 0.3, "unit_norm_decoder": False},
     {"kind": "jumprelu", "l0": 20.0, "aux_k": 3},
 ]

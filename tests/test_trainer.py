@@ -12,10 +12,12 @@ CPU = torch.device("cpu")
 
 KINDS = [
     {"kind": "topk", "k": 3},
+    {"kind": "topk", "k": 3, "multi_k": 12, "k_start": 9.0, "k_anneal_fraction": 0.8},
     {"kind": "batchtopk", "k": 2.5},
     {"kind": "relu", "l1_coefficient": 0.1},
     {"kind": "jumprelu", "l0": 2.5},
     {"kind": "jumprelu", "penalty": "tanh", "l0_coefficient": 0.003},
+    {"kind": "matryoshka", "k": 2.5, "k_start": 9.0, "k_anneal_fraction": 0.8},
 ]
 
 

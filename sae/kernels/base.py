@@ -40,7 +40,8 @@ class Codes(NamedTuple):
     `pre_latents` are given, no slot is empty: a gradient is wanted in silent codes as well.
 
     Codes may be read several times: reading l takes the slots with `levels` up to l, and the loss is the mean of all
-    readings' errors under `weights`, which sum to 1. The last reading takes all.
+    readings' errors under `weights`, which sum to 1. The last reading takes all. `reading` is the one that inference
+    gives: what the log and AuxK call the reconstruction.
     """
 
     offsets: Int[Tensor, " batch_plus_1"]
@@ -49,6 +50,7 @@ class Codes(NamedTuple):
     pre_latents: Float[Tensor, " slots"] | None = None
     levels: Int[Tensor, " slots"] | None = None
     weights: tuple[float, ...] = (1.0,)
+    reading: int = -1
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ class Buffers:
 class Decoded(NamedTuple):
     """What one pass over the decoder gives: the loss of each sample and its gradients.
 
-    squares: |x_hat - target|^2 of the last reading. losses: the mean of it over readings. code_sums: sum_j z_j
-    |W_dec_j|. gradient: of mean(losses) in what the slots of each level add to x_hat, level after level; a level's
-    slots add to its own reading and all later ones, so that the first `batch` rows are the gradient in b_dec.
+    squares: |x_hat - target|^2 of the reading that inference gives. losses: the mean of it over readings. code_sums:
+    sum_j z_j |W_dec_j|. gradient: of mean(losses) in what the slots of each level add to x_hat, level after level; a
+    level's slots add to its own reading and all later ones, so that the first `batch` rows are the gradient in b_dec.
     code_gradients: of mean(losses) + cost * sum(code_sums) in each code, 0 in empty slots.
     """
 

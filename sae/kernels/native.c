@@ -693,57 +693,141 @@ API void decode(const int64_t *offsets, const int32_t *latents, const real *valu
     }
 }
 
+/* The rows of one level: n of them lie in `matrix`, with a code and a slot of the sample each. */
+typedef struct {
+    const real *matrix;
+    const int32_t *rows, *slots;
+    const real *weights;
+    long n;
+} Level;
+
+/* Row i of entry e on, or any row where there are fewer: a constant `n` leaves what is not needed out. */
+#define ROW(i) (level->matrix + (n > (i) ? (long)level->rows[e + (i)] * d : 0))
+
+/* out = sign * from + weights . n rows from entry e on, in one pass; returns |out|^2. */
+static inline __attribute__((always_inline)) real add_n(real *out, const real *from, real sign, const Level *level,
+                                                        long e, long n, long d) {
+    const real *r0 = ROW(0), *r1 = ROW(1), *r2 = ROW(2), *r3 = ROW(3), *w = level->weights + e;
+    real w0 = n > 0 ? w[0] : 0, w1 = n > 1 ? w[1] : 0, w2 = n > 2 ? w[2] : 0, w3 = n > 3 ? w[3] : 0, square = 0;
+#pragma omp simd reduction(+ : square)
+    for (long i = 0; i < d; i++) {
+        real value = sign * from[i];
+        if (n > 0) value += w0 * r0[i];
+        if (n > 1) value += w1 * r1[i];
+        if (n > 2) value += w2 * r2[i];
+        if (n > 3) value += w3 * r3[i];
+        out[i] = value;
+        square += value * value;
+    }
+    return square;
+}
+
+/* g = factor * g + rest * later, and its products with n rows from entry e on, in one pass. */
+static inline __attribute__((always_inline)) void settle_n(real *g, real factor, const real *later, real rest,
+                                                           const Level *level, long e, long n, long d, real dots[4]) {
+    const real *r0 = ROW(0), *r1 = ROW(1), *r2 = ROW(2), *r3 = ROW(3);
+    real s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (long i = 0; i < d; i++) {
+        real value = factor * g[i] + rest * later[i];
+        g[i] = value;
+        if (n > 0) s0 += value * r0[i];
+        if (n > 1) s1 += value * r1[i];
+        if (n > 2) s2 += value * r2[i];
+        if (n > 3) s3 += value * r3[i];
+    }
+    dots[0] = s0, dots[1] = s1, dots[2] = s2, dots[3] = s3;
+}
+#undef ROW
+
+/* out = sign * from + all rows of the level; returns |out|^2. */
+static real add_level(real *out, const real *from, real sign, const Level *level, long d) {
+    long e = 0;
+    for (; e + 4 < level->n; e += 4) {
+        add_n(out, from, sign, level, e, 4, d);
+        from = out, sign = 1;
+    }
+    switch (level->n - e) {
+    case 0: return add_n(out, from, sign, level, e, 0, d);
+    case 1: return add_n(out, from, sign, level, e, 1, d);
+    case 2: return add_n(out, from, sign, level, e, 2, d);
+    case 3: return add_n(out, from, sign, level, e, 3, d);
+    default: return add_n(out, from, sign, level, e, 4, d);
+    }
+}
+
+/* g = factor * g + rest * later, and its product with each row of the level. */
+static void settle_level(real *g, real factor, const real *later, real rest, const Level *level, long d,
+                         real *code_gradients) {
+    long e = 0;
+    do {
+        real dots[4];
+        long n = MIN(level->n - e, 4);
+        if (e == 0) {
+            switch (n) {
+            case 0: settle_n(g, factor, later, rest, level, e, 0, d, dots); break;
+            case 1: settle_n(g, factor, later, rest, level, e, 1, d, dots); break;
+            case 2: settle_n(g, factor, later, rest, level, e, 2, d, dots); break;
+            case 3: settle_n(g, factor, later, rest, level, e, 3, d, dots); break;
+            default: settle_n(g, factor, later, rest, level, e, 4, d, dots);
+            }
+        } else {
+            const real *four[4];
+            four_rows(level->matrix, level->rows, e, level->n, d, four);
+            four_dots(g, four, d, dots);
+        }
+        for (long i = 0; i < n; i++) code_gradients[level->slots[e + i]] = dots[i];
+        e += 4;
+    } while (e < level->n);
+}
+
 /* The same for codes that are read n_levels times: reading l takes the slots of levels up to l. `gradient`
    [n_levels, batch, d] receives sum over readings m >= l of weights_m * scale * residual_m, which is what a slot of
-   level l gets; row_loss the weighted sum of squares, row_square the last of them. */
+   level l gets; row_loss the weighted sum of squares, row_square that of `reading`. */
 API void decode_levels(const int64_t *offsets, const int32_t *latents, const real *values, const int32_t *levels,
-                       const real *weights, long n_levels, long all, const real *W_dec, const real *target,
+                       const real *weights, long n_levels, long reading, long all, const real *W_dec, const real *target,
                        const real *norms, real cost, real scale, long batch, long d, real *gradient,
                        real *code_gradients, real *row_square, real *row_loss, real *row_sum, long threads) {
 #pragma omp parallel for num_threads((int)threads) schedule(dynamic, 16)
     for (long b = 0; b < batch; b++) {
         long first = offsets[b], n = offsets[b + 1] - first;
-        const int32_t *who = latents + first;
         const real *z = values + first;
-        real *own_values = own_memory((size_t)n * (sizeof(real) + 2 * sizeof(int32_t)) + 64);
-        int32_t *own_latents = (int32_t *)(own_values + n), *slots = own_latents + n;
-        const real *before = target + b * d;
-        real sum = 0, total = 0, square = 0;
+        real *own_codes = own_memory((size_t)n * (sizeof(real) + 2 * sizeof(int32_t)) +
+                                     (size_t)(n_levels + 1) * sizeof(int32_t));
+        int32_t *own_latents = (int32_t *)(own_codes + n), *slots = own_latents + n, *ends = slots + n;
+        real sum = 0, total = 0;
+
+        /* The slots in the order of their levels: ends[l] is where level l ends. */
+        memset(ends, 0, (size_t)(n_levels + 1) * sizeof(int32_t));
+        for (long e = 0; e < n; e++) ends[levels[first + e] + 1] += all || z[e] > 0;
+        for (long l = 0; l < n_levels; l++) ends[l + 1] += ends[l];
+        for (long e = 0; e < n; e++) {
+            if (!(all || z[e] > 0)) continue;
+            int32_t to = ends[levels[first + e]]++;
+            own_codes[to] = z[e], own_latents[to] = latents[first + e], slots[to] = (int32_t)e;
+        }
+#define LEVEL(l) {W_dec, own_latents + begin, slots + begin, own_codes + begin, ends[l] - begin}
         for (long l = 0; l < n_levels; l++) {
-            real *restrict r = gradient + (l * batch + b) * d, sign = l ? 1 : -1;
-            long m = 0;
-            for (long e = 0; e < n; e++)
-                if (levels[first + e] == l) own_latents[m] = who[e], own_values[m++] = z[e];
-            for (long i = 0; i < d; i++) r[i] = sign * before[i];
-            add_rows(r, W_dec, own_latents, own_values, m, d);
-            square = dot(r, r, d);
+            long begin = l ? ends[l - 1] : 0;
+            Level level = LEVEL(l);
+            real *r = gradient + (l * batch + b) * d;
+            real square = add_level(r, l ? r - batch * d : target + b * d, l ? 1 : -1, &level, d);
             total += weights[l] * square;
-            before = r;
+            if (l == reading) row_square[b] = square;
         }
         for (long l = n_levels - 1; l >= 0; l--) {
-            real *restrict g = gradient + (l * batch + b) * d, factor = weights[l] * scale;
-            const real *restrict later = g + batch * d;
-            if (l + 1 < n_levels)
-                for (long i = 0; i < d; i++) g[i] = factor * g[i] + later[i];
-            else
-                for (long i = 0; i < d; i++) g[i] *= factor;
-            long m = 0;
-            for (long e = 0; e < n; e++)
-                if (levels[first + e] == l) own_latents[m] = who[e], slots[m++] = (int32_t)e;
-            for (long e = 0; e < m; e += 4) {
-                const real *four[4];
-                real dots[4];
-                four_rows(W_dec, own_latents, e, m, d, four);
-                four_dots(g, four, d, dots);
-                for (long i = 0; i < MIN(4, m - e); i++) code_gradients[first + slots[e + i]] = dots[i];
-            }
+            long begin = l ? ends[l - 1] : 0, last = l + 1 == n_levels;
+            Level level = LEVEL(l);
+            real *g = gradient + (l * batch + b) * d;
+            settle_level(g, weights[l] * scale, last ? g : g + batch * d, last ? 0 : 1, &level, d, code_gradients + first);
         }
+#undef LEVEL
         for (long e = 0; e < n; e++) {
-            real norm = norms ? norms[who[e]] : 1;
+            real norm = norms ? norms[latents[first + e]] : 1;
             sum += z[e] * norm;
             code_gradients[first + e] = all || z[e] > 0 ? code_gradients[first + e] + cost * norm : 0;
         }
-        row_square[b] = square, row_loss[b] = total, row_sum[b] = sum;
+        row_loss[b] = total, row_sum[b] = sum;
     }
 }
 

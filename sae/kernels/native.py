@@ -53,7 +53,8 @@ class Native(Selection):
             self._call("decode", *codes[:3], *shared, sums)
         else:
             losses, weights = self._buffer("losses", (batch,)), torch.tensor(codes.weights, dtype=self.dtype)
-            self._call("decode_levels", *codes[:3], codes.levels, weights, n_levels, *shared, losses, sums)
+            readings = (codes.levels, weights, n_levels, codes.reading % n_levels)
+            self._call("decode_levels", *codes[:3], *readings, *shared, losses, sums)
         return Decoded(squares, losses, sums, gradient, code_gradients)
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:

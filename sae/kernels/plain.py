@@ -86,7 +86,7 @@ class Plain(Reference):
         squares = [r.square().sum(dim=1) for r in residuals]
         losses = torch.stack([w * square for w, square in zip(weights, squares, strict=True)]).sum(dim=0)
         sums = target.new_zeros(len(target)).index_add_(0, rows_of(codes), codes.values * norms)
-        return Decoded(squares[-1], losses, sums, torch.cat(gradients), code_gradients)
+        return Decoded(squares[codes.reading], losses, sums, torch.cat(gradients), code_gradients)
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
         order = _stable_order(codes.latents, d_sae)

@@ -73,7 +73,7 @@ class Reference:
         gathered = code_gradients[levels.long(), rows_of(codes), codes.latents.long()]
         if codes.pre_latents is None:
             gathered = gathered * (codes.values > 0)
-        return Decoded(squares[-1], shares @ squares, readings[-1] @ norms, gradient.flatten(0, 1), gathered)
+        return Decoded(squares[codes.reading], shares @ squares, readings[-1] @ norms, gradient.flatten(0, 1), gathered)
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
         z = dense(codes, d_sae)

@@ -3,6 +3,7 @@
 from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
 from sae.sparsifiers.batchtopk import BatchTopK, BatchTopKConfig
 from sae.sparsifiers.jumprelu import JumpReLU, JumpReLUConfig
+from sae.sparsifiers.matryoshka import MatryoshkaConfig
 from sae.sparsifiers.relu import ReLU, ReLUConfig
 from sae.sparsifiers.topk import TopK, TopKConfig
 
@@ -14,6 +15,7 @@ __all__ = [
     "Flow",
     "JumpReLU",
     "JumpReLUConfig",
+    "MatryoshkaConfig",
     "Objective",
     "ReLU",
     "ReLUConfig",

@@ -121,6 +121,14 @@ class Sparsifier(nn.Module, ABC):
     def constrain_(self) -> None:
         """Puts own parameters back to where they must lie, after each step."""
 
+    def anneal_(self, done: float) -> dict[str, float]:
+        """Sets what changes over a run, once the share `done` of it lies behind; returns what is logged as details/.
+
+        The trainer calls it at its looks, every ten steps, so that the steps between are alike. It must depend on
+        `done` alone, since a resumed run calls it again; 1 comes last, before `calibrate_`, and is what is built.
+        """
+        return {}
+
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         """Fits what inference needs on the pre-latents of n_samples held-out activations, once training is over."""
 

@@ -8,35 +8,26 @@ from typing import Literal
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from sae.codes import SparseCodes, kth_largest
-from sae.config import SAEConfig
 from sae.kernels import Codes, Kernels, Scores
-from sae.sparsifiers.base import Sparsifier
-from sae.sparsifiers.topk import require_k_fits
+from sae.sparsifiers.budget import Budget, BudgetConfig
 
 
-class BatchTopKConfig(SAEConfig):
+class BatchTopKConfig(BudgetConfig):
     """BatchTopK SAE (Bussmann et al. 2024)."""
 
     kind: Literal["batchtopk"] = "batchtopk"
     k: float = Field(gt=0)
     """Mean number of latents that fire for one activation; may be fractional."""
-    aux_coefficient: float = Field(default=1 / 32, ge=0)
-    """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> BatchTopKConfig:
-        require_k_fits(self.k, self.d_sae)
-        return self
 
     def build(self) -> BatchTopK:
-        return BatchTopK(self.k)
+        return BatchTopK(self.k, self.k_start, self.k_anneal_fraction)
 
 
-class BatchTopK(Sparsifier):
+class BatchTopK(Budget):
     """In training the batch's round(k * batch) largest positive pre-latents fire, wherever they are.
 
     Inference must not depend on a sample's neighbours: a latent fires when pre > threshold, and the threshold is
@@ -46,9 +37,8 @@ class BatchTopK(Sparsifier):
     passes_pre_latents = True
     threshold: Float[Tensor, ""]
 
-    def __init__(self, k: float) -> None:
-        super().__init__()
-        self.k = k
+    def __init__(self, k: float, k_start: float | None = None, k_anneal_fraction: float = 0.1) -> None:
+        super().__init__(k, k_start, k_anneal_fraction)
         self.register_buffer("threshold", torch.tensor(torch.nan))
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:

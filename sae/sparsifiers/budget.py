@@ -1,0 +1,58 @@
+"""How many latents may fire, and how that number falls while training begins."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from sae.config import SAEConfig
+from sae.sparsifiers.base import Sparsifier
+
+
+class BudgetConfig(SAEConfig):
+    """An SAE that is told how many latents fire."""
+
+    k: float = Field(gt=0)
+    """Latents that fire for one activation."""
+    k_start: float | None = Field(default=None, gt=0)
+    """k at the beginning, from where it falls linearly to k; default k throughout."""
+    k_anneal_fraction: float = Field(default=0.1, gt=0, le=1)
+    """First part of the run over which k falls, where k_start is given."""
+    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> BudgetConfig:
+        if self.k > self.d_sae:
+            raise ValueError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}; lower k or raise d_sae")
+        if self.k_start is not None and not self.k < self.k_start <= self.d_sae:
+            raise ValueError(
+                f"k_start must lie above k={self.k:g} and be at most d_sae={self.d_sae}, got {self.k_start:g}; "
+                "k falls from it to k"
+            )
+        return self
+
+
+class Budget(Sparsifier):
+    """A sparsifier with a `k`, which may fall from `k_start` to it over the first part of a run.
+
+    k(t) = k_start + (k - k_start) min(1, t / k_anneal_fraction) at the share t of training: many latents learn before
+    few may fire (He et al. 2024, "Llama Scope", K-annealing).
+    """
+
+    k: int | float
+
+    def __init__(self, k: int | float, k_start: float | None = None, k_anneal_fraction: float = 0.1) -> None:
+        super().__init__()
+        self.k = self.k_end = k
+        self.k_start, self.k_anneal_fraction = k_start, k_anneal_fraction
+
+    def anneal_(self, done: float) -> dict[str, float]:
+        if self.k_start is None:
+            return {}
+        left = max(1 - done / self.k_anneal_fraction, 0.0)
+        self.k = self.allowed(self.k_end + left * (self.k_start - self.k_end))
+        return {"k": float(self.k)}
+
+    def allowed(self, k: float) -> float:
+        """The nearest k that can be asked for."""
+        return k
