@@ -123,6 +123,7 @@ class Engine:
         else:
             terms = self._by_autograd(x, target, now, dead)
         self.l0.copy_(terms.l0)
+        self.sae.sparsifier.observe_(terms.l0, now.sparsity)
         for weight, first, second in self.own.values():
             if weight.grad is not None:
                 adam_(weight.detach(), weight.grad, first, second, now)
@@ -154,7 +155,7 @@ class Engine:
 
     def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
         """z = max(0, pre) with most of z positive: five dense products, a block of rows at a time."""
-        kernels, state, weight = self.kernels, self.state, self._penalty_weight(now)
+        kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity)
         cost, buffer = weight / len(x), self.buffer
         rows = Rows(None, buffer("encoder", state.encoder.shape), buffer("W_dec", state.W_dec.shape), x.new_zeros(0))
         gradient, squares, code_sum = buffer("gradient", target.shape), x.new_zeros(()), x.new_zeros(())
@@ -209,10 +210,6 @@ class Engine:
         self.kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
         charged = x.new_zeros(()) if penalty is None else penalty.detach() * now.sparsity
         return Terms(errors.detach(), residual.square().sum(dim=1).mean(), auxiliary, charged, firing.sum() / len(x))
-
-    def _penalty_weight(self, now: Now) -> Scalar:
-        weight = self.sae.sparsifier.l1_coefficient
-        return weight * now.sparsity if weight else 0.0
 
     def _auxiliary(self, x: Tensor, gradient: Tensor, dead: Tensor) -> tuple[Tensor, Rows | None]:
         """AuxK: its value, and the gradient rows of the dead latents. `gradient` is the reconstruction's."""

@@ -58,6 +58,11 @@ class Sparsifier(nn.Module, ABC):
     l1_coefficient = 0.0
     """lambda of the penalty lambda * sum_j z_j |W_dec_j|."""
 
+    @property
+    def coefficient(self) -> Scalar:
+        """lambda as it is now."""
+        return self.l1_coefficient
+
     @abstractmethod
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes to train on: differentiable in the pre-latents that were chosen."""
@@ -80,7 +85,7 @@ class Sparsifier(nn.Module, ABC):
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
         """From codes to the loss, and back to the pre-latents; own parameters get their `grad`. `sparsity` scales the
         penalty. Here codes pass pre-latents on, so that both have the same gradient."""
-        weight = self.l1_coefficient * sparsity if self.l1_coefficient else 0.0
+        weight = self.charge(sparsity)
         cost = weight / (len(codes.offsets) - 1)
         decoded = decode(codes, cost)
         penalty = weight * decoded.code_sums.mean()
@@ -96,7 +101,22 @@ class Sparsifier(nn.Module, ABC):
 
         Where a subclass has its own, steps go by autograd.
         """
-        return self.l1_coefficient * losses.l1(codes, W_dec) if self.l1_coefficient else None
+        return self.coefficient * losses.l1(codes, W_dec, self.weighted) if self.l1_coefficient else None
+
+    def charge(self, sparsity: Scalar) -> Scalar:
+        """lambda in a step, warm-up included; 0 where there is none."""
+        return self.coefficient * sparsity if self.l1_coefficient else 0.0
+
+    def observe_(self, l0: Float[Tensor, ""], sparsity: Scalar) -> None:
+        """Hears of each step's mean L0. As in all of a step, the host must not wait for the device here."""
+
+    def look_(self, done: float, next_done: float) -> None:
+        """Called every few steps, with the share of the run that is done, and that will be at the next call: what
+        changes over a run changes here."""
+
+    def details(self) -> dict[str, Scalar]:
+        """What the log shows of it beside the losses, by name."""
+        return {}
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         """Fits what inference needs on the pre-latents of n_samples held-out activations, once training is over."""

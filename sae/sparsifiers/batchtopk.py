@@ -15,6 +15,7 @@ from sae.codes import SparseCodes, kth_largest
 from sae.config import SAEConfig
 from sae.kernels import Codes, Kernels, Scores
 from sae.sparsifiers.base import Sparsifier
+from sae.sparsifiers.control import threshold_of
 from sae.sparsifiers.topk import require_k_fits
 
 
@@ -67,16 +68,7 @@ class BatchTopK(Sparsifier):
         return SparseCodes.where(pre_latents > self.threshold, pre_latents)
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
-        n = max(round(self.k * n_samples), 1)
-        kept, least = [self.threshold.new_zeros(n + 1)], 0.0
-        for pre_latents in batches:
-            kept.append(pre_latents[pre_latents > least])
-            if sum(map(len, kept)) > 4 * n:  # ordering costs more than keeping
-                kept = [torch.cat(kept).topk(n + 1, sorted=False).values]
-                least = float(kept[0].min())
-        last, first_silent = (float(kth_largest(torch.cat(kept), rank)) for rank in (n, n + 1))
-        # Strictly above: half-way between the last pre-latent that fires and the first that does not.
-        self.threshold.fill_((last + first_silent) / 2)
+        self.threshold.fill_(threshold_of(batches, self.k, n_samples)[0])
 
     def rescale_(self, scale: float) -> None:
         self.threshold.mul_(scale)
