@@ -128,6 +128,7 @@ class Engine:
             if weight.grad is not None:
                 adam_(weight.detach(), weight.grad, first, second, now)
                 weight.grad = None
+        self.sae.sparsifier.constrain_()
         return terms
 
     def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> Terms:

@@ -23,6 +23,7 @@ from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate, live_recovery
+from sae.initialise import cuts
 from sae.kernels import require_device
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
@@ -130,6 +131,8 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
         "zero": lambda x: torch.zeros(x.shape[1]),
     }
     sae.initialise_(centres[config.sae.decoder_bias](calibration.x / unit), generator(config.train.seed, "sae"))
+    if sae.sparsifier.initial_l0 is not None:
+        sae.sparsifier.start_(cuts(sae, calibration.x / unit, sae.sparsifier.initial_l0))
     offset = float(calibration.x.mean(dim=0).norm()) / unit
     logger.info("activations: d_in %d, sqrt(total variance) %.4g, |mean| / that %.2f", source.d_in, unit, offset)
     return Trainer(sae.to(config.train.device), config, unit)

@@ -48,6 +48,7 @@ LAYERS = {
         "kernels",
         "sparsifiers",
         "model",
+        "initialise",
         "engine",
         "schedules",
         "arrays",

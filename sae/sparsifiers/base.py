@@ -57,6 +57,8 @@ class Sparsifier(nn.Module, ABC):
     """The penalty charges z_j |W_dec_j|; off: z_j."""
     l1_coefficient = 0.0
     """lambda of the penalty lambda * sum_j z_j |W_dec_j|."""
+    initial_l0: float | None = None
+    """Mean number of latents that fire at the start, by the cuts that `start_` is given; None: no cuts are wanted."""
 
     @property
     def coefficient(self) -> Scalar:
@@ -117,6 +119,13 @@ class Sparsifier(nn.Module, ABC):
     def details(self) -> dict[str, Scalar]:
         """What the log shows of it beside the losses, by name."""
         return {}
+
+    def start_(self, cuts: Float[Tensor, " d_sae"]) -> None:
+        """Called once before training where `initial_l0` is set: latent j is to fire where its pre-latent exceeds
+        cuts_j (`sae.initialise`)."""
+
+    def constrain_(self) -> None:
+        """Puts own parameters back to where they must lie, after each step."""
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         """Fits what inference needs on the pre-latents of n_samples held-out activations, once training is over."""
