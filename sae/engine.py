@@ -31,7 +31,6 @@ from sae.kernels import (
     WEIGHTS,
     Buffers,
     Codes,
-    Decoded,
     Rows,
     Scalar,
     State,
@@ -43,7 +42,7 @@ from sae.kernels import (
 )
 from sae.model import SAE
 from sae.optim import Now, adam_
-from sae.sparsifiers import Sparsifier
+from sae.sparsifiers import Decode, Sparsifier
 
 logger = logging.getLogger("sae")
 # Columns up to which a product is faster by its transpose.
@@ -136,9 +135,7 @@ class Engine:
         if len(self.prefixes) > 1:
             codes = codes._replace(levels=self.level_of[codes.latents], weights=self.weights)
 
-        def decode(codes: Codes, cost: Scalar) -> Decoded:
-            return kernels.decode(codes, state, target, cost)
-
+        decode = Decode(kernels, state, target)
         decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
         last = decoded.gradient[-len(x) :] / codes.weights[-1] if len(codes.weights) > 1 else decoded.gradient
         auxiliary, extra = self._auxiliary(x, last, dead)

@@ -16,12 +16,26 @@ from torch import Tensor, nn
 
 from sae import losses
 from sae.codes import SparseCodes
-from sae.kernels import Codes, Decoded, Kernels, Scalar, Scores
+from sae.kernels import Codes, Decoded, Kernels, Scalar, Scores, State
 
-Decode = Callable[[Codes, Scalar], Decoded]
-"""Decodes codes; the second argument is what an L1 penalty charges a unit of z |W_dec_j|."""
 Error = Callable[[SparseCodes, Tensor], Tensor]
 """|x_hat - target|^2 of codes under a decoder, averaged over samples (and over readings, where there are several)."""
+
+
+class Decode(NamedTuple):
+    """Decodes codes; `cost` is what an L1 penalty charges a unit of z |W_dec_j|."""
+
+    kernels: Kernels
+    state: State
+    target: Float[Tensor, "batch d_out"]
+
+    def __call__(self, codes: Codes, cost: Scalar) -> Decoded:
+        return self.kernels.decode(codes, self.state, self.target, cost)
+
+    @property
+    def norms(self) -> Float[Tensor, " d_sae"] | None:
+        """|W_dec_j|, as penalties charge it; None: 1."""
+        return self.state.charged_norms
 
 
 class Flow(NamedTuple):
