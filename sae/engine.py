@@ -32,7 +32,6 @@ from sae.kernels import (
     Buffers,
     Codes,
     Rows,
-    Scalar,
     State,
     base,
     blocks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 
 import torch
@@ -17,13 +18,14 @@ from sae.sparsifiers.base import Sparsifier
 
 logger = logging.getLogger("sae")
 
-# How much of the error in log L0 a step adds to log lambda. An SAE answers within some hundred steps; a control that is
-# faster than that swings.
-RATE = 0.003
-# A threshold can take codes away and add none: training aims this much above, and the threshold brings it down.
-AIM = 1.01
-# How far a final L0 may be off before a line says so.
-TOLERANCE = 0.02
+# What a step adds to log lambda: so much of the error in log L0, and so much of the error's change since the step
+# before. The second damps: an SAE answers to lambda within some hundred steps, and latents that an overshoot silenced
+# seldom come back.
+INTEGRAL, PROPORTIONAL = 0.01, 1.0
+# How far log L0 may be off at the end before a line says that a threshold makes up for it.
+FAR = 0.1
+# The L0 at the start: for each that is asked for; and the share of all latents, where none is.
+START, START_SHARE = 2.0, 1 / 64
 
 
 class PenalisedConfig(SAEConfig):
@@ -36,8 +38,8 @@ class PenalisedConfig(SAEConfig):
 
     @model_validator(mode="after")
     def _l0_can_be_met(self) -> PenalisedConfig:
-        if self.l0 is not None and self.l0 > self.d_sae:
-            raise ValueError(f"l0 must lie in 0..d_sae={self.d_sae}, got {self.l0:g}; lower l0 or raise d_sae")
+        if self.l0 is not None and self.l0 >= self.d_sae:
+            raise ValueError(f"l0 must lie below d_sae={self.d_sae}, got {self.l0:g}; lower l0 or raise d_sae")
         if self.l0 is not None and not self.l1_coefficient:
             raise ValueError(
                 f"l1_coefficient must be above 0 where l0={self.l0:g} is asked for, got 0: it is multiplied until the "
@@ -47,29 +49,34 @@ class PenalisedConfig(SAEConfig):
 
 
 class Control(nn.Module):
-    """lambda, led by feedback to a mean L0. After each step, with the share of the penalty that is charged by then,
+    """lambda, led by feedback to a mean L0: after each step,
 
-        log lambda += RATE * share * clip(log(L0 / (AIM l0)), -1, 1).
+        log lambda += share * (INTEGRAL e + PROPORTIONAL (e - e_before)),  e = clip(log(L0 / l0), -1, 1)
 
-    All of it stays on the device, and is saved with the SAE.
+    where `share` is that of the penalty that is charged by then. All of it stays on the device, and is saved.
     """
 
     coefficient: Float[Tensor, ""]
+    error: Float[Tensor, ""]
 
     def __init__(self, start: float, l0: float) -> None:
         super().__init__()
         self.l0 = l0
         self.register_buffer("coefficient", torch.tensor(start))
+        self.register_buffer("error", torch.tensor(1.0))  # before the first step: a run comes from above
 
     def observe_(self, l0: Float[Tensor, ""], share: Scalar) -> None:
         """Learns the mean L0 of a step."""
-        error = (l0 / (AIM * self.l0)).log().clamp(-1, 1)
-        self.coefficient.mul_((error * share * RATE).exp())
+        error = (l0 / self.l0).log().clamp(-1, 1)
+        change = INTEGRAL * error + PROPORTIONAL * (error - self.error)
+        self.coefficient.mul_((share * change).exp())
+        self.error.copy_(error)
 
 
 class Penalised(Sparsifier):
-    """A sparsifier with a coefficient; where an L0 is asked for, `Control` leads it, and a latent must exceed a
-    threshold at inference, which is calibrated so that the L0 holds on held-out data."""
+    """A sparsifier with a coefficient. Where an L0 is asked for, `Control` leads it, and at inference a latent must
+    exceed a threshold that is calibrated until the L0 is met on held-out data, to the sample; what training left to do
+    is little, so that the threshold is close to 0."""
 
     control: Control | None
     threshold: Float[Tensor, ""] | None
@@ -79,57 +86,59 @@ class Penalised(Sparsifier):
         self.l1_coefficient = l1_coefficient
         self.control = None if l0 is None else Control(l1_coefficient, l0)
         self.register_buffer("threshold", None if l0 is None else torch.tensor(0.0))
+        self.initial_l0 = None if l0 is None else START * l0
 
     @property
     def coefficient(self) -> Scalar:
         return self.l1_coefficient if self.control is None else self.control.coefficient
 
-    @property
-    def least(self) -> Scalar:
-        """What a pre-latent must exceed to fire at inference."""
-        return 0.0 if self.threshold is None else self.threshold
+    def start_(self, cuts: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        return -cuts
 
-    def observe_(self, l0: Float[Tensor, ""], share: Scalar) -> None:
+    def observe_(self, l0: Float[Tensor, ""], sparsity: Scalar) -> None:
         if self.control is not None:
-            self.control.observe_(l0, share)
+            self.control.observe_(l0, sparsity)
 
     def details(self) -> dict[str, Scalar]:
         return {} if self.control is None else {"l1_coefficient": self.coefficient}
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        return SparseCodes.where(pre_latents > self.least, pre_latents)
+        """max(0, pre) where it exceeds the threshold; one below 0 raises all pre-latents instead."""
+        if self.threshold is None:
+            return SparseCodes.where(pre_latents > 0, pre_latents)
+        return SparseCodes.where(pre_latents > self.threshold, pre_latents - self.threshold.clamp_max(0))
+
+    def scores(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """What must exceed the threshold for a latent to fire; in training it must exceed 0."""
+        return pre_latents
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         if self.control is None or self.threshold is None:
             return
         l0 = self.control.l0
-        threshold, reached = threshold_of(map(self._scores, batches), l0, n_samples)
-        if reached < (1 - TOLERANCE) * l0:
-            logger.warning(
-                "the L0 is %.4g on held-out data, not %.4g as asked for: lambda was still on its way at %.3g; train "
-                "longer, or start from that l1_coefficient",
-                reached,
-                l0,
-                float(self.control.coefficient),
-            )
+        threshold, trained = threshold_of(map(self.scores, batches), l0, n_samples, -torch.inf)
         self.threshold.fill_(threshold)
-
-    def _scores(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        """What must exceed the threshold for a latent to fire; above 0 where it fires in training."""
-        return pre_latents
+        if abs(math.log(max(trained, 1e-9) / l0)) > FAR:
+            logger.warning(
+                "training ended at an L0 of %.4g, not %.4g as asked for; a threshold makes up for it, at some cost: "
+                "train longer, or start nearer to l1_coefficient=%.3g",
+                trained,
+                l0,
+                float(self.coefficient),
+            )
 
     def rescale_(self, scale: float) -> None:
         if self.threshold is not None:
             self.threshold.mul_(scale)
 
 
-def threshold_of(batches: Iterable[Float[Tensor, "batch d_sae"]], l0: float, n_samples: int) -> tuple[float, float]:
-    """The threshold that round(l0 n_samples) of the scores exceed, and the mean L0 that it gives.
-
-    Only scores above 0 count: where there are fewer, the threshold is 0.
-    """
+def threshold_of(
+    batches: Iterable[Float[Tensor, "batch d_sae"]], l0: float, n_samples: int, floor: float = 0.0
+) -> tuple[float, float]:
+    """The threshold that round(l0 n_samples) of the scores exceed, or all above `floor` where these are fewer; and the
+    mean number of scores above 0."""
     n = max(round(l0 * n_samples), 1)
-    kept, least, n_positive = [torch.zeros(n + 1)], 0.0, 0
+    kept, least, n_positive = [torch.full((n + 1,), floor)], floor, 0
     for scores in batches:
         n_positive += int((scores > 0).sum())
         kept.append(scores[scores > least])
@@ -138,4 +147,4 @@ def threshold_of(batches: Iterable[Float[Tensor, "batch d_sae"]], l0: float, n_s
             least = float(kept[0].min())
     last, first_silent = (float(kth_largest(torch.cat(kept), rank)) for rank in (n, n + 1))
     # Strictly above: half-way between the last score that fires and the first that does not.
-    return (last + first_silent) / 2, min(n, n_positive) / n_samples
+    return (last + first_silent) / 2, n_positive / n_samples

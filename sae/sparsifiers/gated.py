@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sae.codes import SparseCodes
 from sae.kernels import Codes, Kernels, Scalar, Scores
 from sae.sparsifiers.base import Decode, Error, Flow, Objective
-from sae.sparsifiers.control import Penalised, PenalisedConfig
+from sae.sparsifiers.control import START_SHARE, Penalised, PenalisedConfig
 from sae.sparsifiers.relu import positive
 
 
@@ -38,6 +38,7 @@ class Gated(Penalised):
 
     def __init__(self, d_sae: int, l1_coefficient: float, l0: float | None = None) -> None:
         super().__init__(l1_coefficient, l0)
+        self.initial_l0 = self.initial_l0 or START_SHARE * d_sae
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.c_mag = nn.Parameter(torch.zeros(d_sae))
 
@@ -62,7 +63,7 @@ class Gated(Penalised):
         through = own * self._gains(codes)
         self.c_mag.grad = self._per_latent(codes, own)
         self.r_mag.grad = self._per_latent(codes, through * gate)
-        pull = cost * self._per_latent(codes, gate)
+        pull = None if decode.norms is None else cost * self._per_latent(codes, gate)
         return Flow(decoded, gradients.add_(through), error + decoded.losses.mean(), penalty, pull=pull)
 
     def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
@@ -71,22 +72,23 @@ class Gated(Penalised):
         return Objective(codes, errors, self.penalty(gate, W_dec))
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        return SparseCodes(self._fired(pre_latents), None, pre_latents.shape[1])
+        return SparseCodes(self._magnitudes(pre_latents) * (pre_latents > 0), None, pre_latents.shape[1])
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        magnitudes = self._fired(pre_latents)
-        return SparseCodes.where((pre_latents > self.least) & (magnitudes > 0), magnitudes)
+        magnitudes = self._magnitudes(pre_latents)
+        least = 0.0 if self.threshold is None else self.threshold
+        return SparseCodes.where((pre_latents > least) & (magnitudes > 0), magnitudes)
 
-    def _scores(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        return pre_latents * (self._fired(pre_latents) > 0)
+    def scores(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        return pre_latents.masked_fill(self._magnitudes(pre_latents) <= 0, -torch.inf)
 
     def rescale_(self, scale: float) -> None:
         super().rescale_(scale)
         self.c_mag.mul_(scale)
 
-    def _fired(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        magnitudes = (pre_latents * self.r_mag.exp() + self.c_mag).relu()
-        return magnitudes * (pre_latents > 0)
+    def _magnitudes(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """Of all latents, their gates aside."""
+        return (pre_latents * self.r_mag.exp() + self.c_mag).relu()
 
     def _gains(self, codes: Codes) -> Float[Tensor, " slots"]:
         """exp(r) of each slot's latent."""

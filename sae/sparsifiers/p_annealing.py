@@ -12,7 +12,7 @@ from torch import Tensor
 from sae.codes import SparseCodes
 from sae.kernels import Codes, Kernels, Scalar, Scores
 from sae.sparsifiers.base import Decode, Error, Flow, Objective
-from sae.sparsifiers.control import Penalised, PenalisedConfig
+from sae.sparsifiers.control import START_SHARE, Penalised, PenalisedConfig
 from sae.sparsifiers.relu import positive
 
 # The slope of z^p has no bound at 0: codes below this size, in units of the root of the total variance, are pushed no
@@ -38,11 +38,6 @@ class PAnnealingConfig(PenalisedConfig):
                 f"anneal_start must be below anneal_end={self.anneal_end:g}, got {self.anneal_start:g}; lower it, or "
                 "raise anneal_end"
             )
-        if not self.unit_norm_decoder:
-            raise ValueError(
-                "unit_norm_decoder must be true for kind p_annealing, got false: small codes on long rows would pay "
-                "next to nothing; leave it out, or choose another kind"
-            )
         return self
 
     def build(self) -> PAnnealing:
@@ -50,7 +45,7 @@ class PAnnealingConfig(PenalisedConfig):
 
 
 class PAnnealing(Penalised):
-    """z = max(0, pre), with the penalty lambda sum_j ((z_j + f)^p - f^p), where p falls from 1 to p_end.
+    """z = max(0, pre), with the penalty lambda sum_j ((z_j |W_dec_j| + f)^p - f^p), where p falls from 1 to p_end.
 
     f is the small FLOOR. Whenever p changes, lambda is multiplied by sum z^(old p) / sum z^(new p) over the last
     batches, so that the penalty keeps its size (Karvonen et al. 2024, section 3.2).
@@ -63,6 +58,7 @@ class PAnnealing(Penalised):
 
     def __init__(self, config: PAnnealingConfig) -> None:
         super().__init__(config.l1_coefficient, config.l0)
+        self.initial_l0 = self.initial_l0 or START_SHARE * config.d_sae
         self.start, self.end, self.p_end = config.anneal_start, config.anneal_end, config.p_end
         self.register_buffer("exponents", torch.ones(2))  # p as it is, and as it will be after the next look
         self.register_buffer("scale", torch.tensor(1.0))
@@ -90,24 +86,32 @@ class PAnnealing(Penalised):
         return positive(kernels, scores)
 
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
-        decoded = decode(codes, 0.0)
+        decoded, z = decode(codes, 0.0), codes.values
+        norms = decode.norms
+        charged = z if norms is None else z * norms[codes.latents]
         weight = self.charge(sparsity) / len(decoded.squares)
-        value, powers, raised = self._powers(codes.values)
-        slopes = powers.div_(raised).mul_(weight * self.exponents[0]).masked_fill_(codes.values <= 0, 0)
-        return Flow(decoded, slopes.add_(decoded.code_gradients), decoded.losses.mean(), weight * value)
+        raised = charged + FLOOR
+        power, then = (raised.pow(p) for p in self.exponents)
+        penalty = self._note(power, then)
+        slopes = power.div_(raised).mul_(weight * self.exponents[0]).masked_fill_(z <= 0, 0)
+        pull = None
+        if norms is not None:
+            pull = torch.zeros_like(norms).index_add_(0, codes.latents, slopes * z)
+            slopes *= norms[codes.latents]
+        return Flow(decoded, slopes.add_(decoded.code_gradients), decoded.losses.mean(), weight * penalty, pull=pull)
 
     def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
         codes = self(pre_latents)
-        value, _, _ = self._powers(codes.values)
-        return Objective(codes, error(codes, W_dec), self.coefficient * value / len(pre_latents))
+        raised = codes.values * W_dec.norm(dim=1) + FLOOR
+        penalty = self._note(*(raised.pow(p) for p in self.exponents))
+        return Objective(codes, error(codes, W_dec), self.coefficient * penalty / len(pre_latents))
 
-    def _powers(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """sum ((z + f)^p - f^p), (z + f)^p and z + f; the sum is noted, with that of the next p."""
-        raised = z + FLOOR
-        powers = [raised.pow(p) for p in self.exponents]
-        sums = [(power - FLOOR**p).sum() for power, p in zip(powers, self.exponents, strict=True)]
-        self.sums += torch.stack(sums).detach()
-        return sums[0], powers[0], raised
+    def _note(self, power: Tensor, then: Tensor) -> Tensor:
+        """sum ((z + f)^p - f^p); noted for the next look, with that of the p to come."""
+        both = zip((power, then), self.exponents, strict=True)
+        sums = torch.stack([(raised - FLOOR**p).sum() for raised, p in both])
+        self.sums += sums.detach()
+        return sums[0]
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
