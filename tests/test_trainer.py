@@ -10,7 +10,15 @@ from sae.schedules import Clock, learning_rate, warmup
 
 CPU = torch.device("cpu")
 
-KINDS = [{"kind": "topk", "k": 3}, {"kind": "batchtopk", "k": 2.5}, {"kind": "relu", "l1_coefficient": 0.1}]
+KINDS = [
+    {"kind": "topk", "k": 3},
+    {"kind": "batchtopk", "k": 2.5},
+    {"kind": "relu", "l1_coefficient": 0.1},
+    {"kind": "relu", "l0": 2.5},
+    {"kind": "gated", "l1_coefficient": 0.1},
+    {"kind": "gated", "l0": 2.5},
+    {"kind": "p_annealing", "l0": 2.5, "anneal_start": 0.0},
+]
 
 
 def config(out, n_samples=1280, **sections) -> TrainConfig:

@@ -18,10 +18,10 @@ from sae.sparsifiers.base import Sparsifier
 
 logger = logging.getLogger("sae")
 
-# What a step adds to log lambda: so much of the error in log L0, and so much of the error's change since the step
-# before. The second damps: an SAE answers to lambda within some hundred steps, and latents that an overshoot silenced
-# seldom come back.
-INTEGRAL, PROPORTIONAL = 0.01, 1.0
+# What a step adds to log lambda: so much of the error in log L0, which counts as NEAR at most (from far away L0 should
+# fall slowly: latents that are silenced before they found a feature seldom come back), and so much of the error's
+# change since the step before (an SAE answers to lambda within some hundred steps, and would swing without it).
+INTEGRAL, NEAR, PROPORTIONAL = 0.03, 0.1, 1.0
 # How far log L0 may be off at the end before a line says that a threshold makes up for it.
 FAR = 0.1
 # The L0 at the start: for each that is asked for; and the share of all latents, where none is.
@@ -51,7 +51,8 @@ class PenalisedConfig(SAEConfig):
 class Control(nn.Module):
     """lambda, led by feedback to a mean L0: after each step,
 
-        log lambda += share * (INTEGRAL e + PROPORTIONAL (e - e_before)),  e = clip(log(L0 / l0), -1, 1)
+        e = clip(log(L0 / l0), -1, 1),
+        log lambda += share * (INTEGRAL clip(e, -NEAR, NEAR) + PROPORTIONAL (e - e_before)),
 
     where `share` is that of the penalty that is charged by then. All of it stays on the device, and is saved.
     """
@@ -68,7 +69,7 @@ class Control(nn.Module):
     def observe_(self, l0: Float[Tensor, ""], share: Scalar) -> None:
         """Learns the mean L0 of a step."""
         error = (l0 / self.l0).log().clamp(-1, 1)
-        change = INTEGRAL * error + PROPORTIONAL * (error - self.error)
+        change = INTEGRAL * error.clamp(-NEAR, NEAR) + PROPORTIONAL * (error - self.error)
         self.coefficient.mul_((share * change).exp())
         self.error.copy_(error)
 

@@ -77,7 +77,7 @@ class PAnnealing(Penalised):
         ratio = self.sums[0] / self.sums[1]
         self.scale.mul_(torch.where(self.sums[1] > 0, ratio, 1.0))
         self.sums.zero_()
-        self.exponents.copy_(torch.tensor([self.p(done), self.p(next_done)]))
+        self.exponents.copy_(torch.tensor([self.p(done), self.p(next_done)], dtype=torch.float64))
 
     def details(self) -> dict[str, Scalar]:
         return {"l1_coefficient": self.coefficient, "p": self.exponents[0]}
