@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,3 +127,17 @@ def kth_largest(values: Float[Tensor, " n"], k: int) -> Float[Tensor, ""]:
         above = candidates[candidates >= np.partition(sample, -rank)[-rank]]
         candidates = above if len(above) >= k else candidates
     return values.new_tensor(np.partition(candidates, -k)[-k])
+
+
+def cut_between(parts: Iterable[Float[Tensor, " some"]], n: int, least: float) -> float:
+    """Half-way between the n-th and the (n + 1)-th largest of all parts' values; where there are fewer, `least` (below
+    all of them) stands in for those that are missing. Strictly above lie n values."""
+    kept: list[Tensor] = []
+    for part in parts:
+        kept = kept or [part.new_full((n + 1,), least)]
+        kept.append(part[part > least])
+        if sum(map(len, kept)) > 4 * n:  # ordering costs more than keeping
+            kept = [torch.cat(kept).topk(n + 1, sorted=False).values]
+            least = float(kept[0].min())
+    last, first_silent = (float(kth_largest(torch.cat(kept), rank)) for rank in (n, n + 1))
+    return (last + first_silent) / 2

@@ -122,6 +122,7 @@ class Engine:
         else:
             terms = self._by_autograd(x, target, now, dead)
         self.l0.copy_(terms.l0)
+        self.sae.sparsifier.observe_(terms.l0, now.sparsity)
         for weight, first, second in self.own.values():
             if weight.grad is not None:
                 adam_(weight.detach(), weight.grad, first, second, now)
@@ -157,7 +158,7 @@ class Engine:
 
     def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
         """z = max(0, pre) with most of z positive: five dense products."""
-        kernels, state, weight = self.kernels, self.state, self._penalty_weight(now)
+        kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity)
         cost = weight / len(x)
         at_once = kernels.dense_step(x, state, cost) if target is x else None
         rows, gradient, firing, squares, code_sum = at_once or self._dense_by_blocks(x, target, cost)
@@ -218,10 +219,6 @@ class Engine:
         self.kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
         charged = x.new_zeros(()) if penalty is None else penalty.detach() * now.sparsity
         return Terms(errors.detach(), residual.square().sum(dim=1).mean(), auxiliary, charged, firing.sum() / len(x))
-
-    def _penalty_weight(self, now: Now) -> Scalar:
-        weight = self.sae.sparsifier.l1_coefficient
-        return weight * now.sparsity if weight else 0.0
 
     def _auxiliary(
         self, x: Tensor, gradient: Tensor, dead: Tensor, codes: Codes | None = None

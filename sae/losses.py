@@ -38,13 +38,14 @@ def nested_reconstruction(
     return torch.stack([w * error for w, error in zip(weights, errors, strict=True)]).sum()
 
 
-def l1(codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""]:
-    """sum_j z_j |W_dec_j|, averaged over samples.
+def l1(codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"], weighted: bool = True) -> Float[Tensor, ""]:
+    """sum_j z_j |W_dec_j|, averaged over samples; or sum_j z_j, where it is not `weighted`.
 
     Weighting by the decoder's norms closes the loophole of small codes on long rows (Conerly et al. 2024,
     "Circuits Updates, April 2024"); with unit rows it is the plain L1 of Bricken et al. 2023.
     """
-    return codes.weighted_sum(W_dec.norm(dim=1)).mean()
+    per_sample = codes.weighted_sum(W_dec.norm(dim=1)) if weighted else codes.values.sum(dim=1)
+    return per_sample.mean()
 
 
 def aux_k(

@@ -72,6 +72,8 @@ class Trainer:
         silent = self.engine.state.silent_samples
         self.dead = padded((silent >= self.config.dead_after_samples).nonzero().squeeze(1))
         self.engine.refresh(self.n_steps_done)
+        n_steps = self.config.n_steps
+        self.sae.sparsifier.look_(self.n_steps_done / n_steps, (self.n_steps_done + REFRESH_STEPS) / n_steps)
         self.clock.wind(self.n_steps_done)
         self._anneal(self.n_steps_done)
 
@@ -95,6 +97,7 @@ class Trainer:
             "details/n_training_samples": self.n_steps_done * self.config.train.batch_size,
         }
         values |= {f"details/{name}": value for name, value in self.annealed.items()}
+        values |= {f"details/{name}": float(value) for name, value in self.sae.sparsifier.details().items()}
         fired = state.window_firing > 0
         self.window.zero_()
         state.window_firing.zero_()

@@ -19,6 +19,9 @@ CASES = [
     {"kind": "matryoshka", "k": 2.3, "aux_k": 3, "k_start": 6.0, "k_anneal_fraction": 0.8},
     {"kind": "relu", "l1_coefficient": 0.3, "unit_norm_decoder": False},
     {"kind": "jumprelu", "l0": 20.0, "aux_k": 3},
+    {"kind": "relu", "l0": 6.0},
+    {"kind": "gated", "l0": 6.0},
+    {"kind": "p_annealing", "l0": 6.0, "anneal_start": 0.0},
 ]
 # What makes the host wait for a device: it reads a number, or sizes follow from data.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal", "item")
@@ -97,5 +100,9 @@ def test_recorded_steps_are_the_steps(options, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
     torch.testing.assert_close(played.window, judge.window)
     assert torch.equal(played.engine.state.silent_samples, judge.engine.state.silent_samples)
-    if options["kind"] != "relu":
+    for (name, ours), (_, theirs) in zip(
+        *(t.sae.sparsifier.state_dict().items() for t in (played, judge)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}")
+    if options["kind"] in ("topk", "batchtopk"):
         assert max(widths) > len(judge.dead) > 3, "some latents must be dead, and the list of them filled up"

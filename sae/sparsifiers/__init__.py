@@ -2,21 +2,31 @@
 
 from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
 from sae.sparsifiers.batchtopk import BatchTopK, BatchTopKConfig
+from sae.sparsifiers.control import Control, Penalised, PenalisedConfig
+from sae.sparsifiers.gated import Gated, GatedConfig
 from sae.sparsifiers.jumprelu import JumpReLU, JumpReLUConfig
 from sae.sparsifiers.matryoshka import MatryoshkaConfig
+from sae.sparsifiers.p_annealing import PAnnealing, PAnnealingConfig
 from sae.sparsifiers.relu import ReLU, ReLUConfig
 from sae.sparsifiers.topk import TopK, TopKConfig
 
 __all__ = [
     "BatchTopK",
     "BatchTopKConfig",
+    "Control",
     "Decode",
     "Error",
     "Flow",
+    "Gated",
+    "GatedConfig",
     "JumpReLU",
     "JumpReLUConfig",
     "MatryoshkaConfig",
     "Objective",
+    "PAnnealing",
+    "PAnnealingConfig",
+    "Penalised",
+    "PenalisedConfig",
     "ReLU",
     "ReLUConfig",
     "Sparsifier",

@@ -74,6 +74,11 @@ class Sparsifier(nn.Module, ABC):
     initial_l0: float | None = None
     """Mean number of latents that fire at the start, by the cuts that `start_` is given; None: no cuts are wanted."""
 
+    @property
+    def coefficient(self) -> Scalar:
+        """lambda as it is now."""
+        return self.l1_coefficient
+
     @abstractmethod
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes to train on: differentiable in the pre-latents that were chosen."""
@@ -96,7 +101,7 @@ class Sparsifier(nn.Module, ABC):
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
         """From codes to the loss, and back to the pre-latents; own parameters get their `grad`. `sparsity` scales the
         penalty. Here codes pass pre-latents on, so that both have the same gradient."""
-        weight = self.l1_coefficient * sparsity if self.l1_coefficient else 0.0
+        weight = self.charge(sparsity)
         cost = weight / (len(codes.offsets) - 1)
         decoded = decode(codes, cost)
         penalty = weight * decoded.code_sums.mean()
@@ -112,11 +117,26 @@ class Sparsifier(nn.Module, ABC):
 
         Where a subclass has its own, steps go by autograd.
         """
-        return self.l1_coefficient * losses.l1(codes, W_dec) if self.l1_coefficient else None
+        return self.coefficient * losses.l1(codes, W_dec, self.weighted) if self.l1_coefficient else None
 
-    def start_(self, cuts: Float[Tensor, " d_sae"]) -> None:
+    def charge(self, sparsity: Scalar) -> Scalar:
+        """lambda in a step, warm-up included; 0 where there is none."""
+        return self.coefficient * sparsity if self.l1_coefficient else 0.0
+
+    def observe_(self, l0: Float[Tensor, ""], sparsity: Scalar) -> None:
+        """Hears of each step's mean L0. As in all of a step, the host must not wait for the device here."""
+
+    def look_(self, done: float, next_done: float) -> None:
+        """Called every few steps, with the share of the run that is done, and that will be at the next call: what
+        changes over a run changes here."""
+
+    def details(self) -> dict[str, Scalar]:
+        """What the log shows of it beside the losses, by name."""
+        return {}
+
+    def start_(self, cuts: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"] | None:
         """Called once before training where `initial_l0` is set: latent j is to fire where its pre-latent exceeds
-        cuts_j (`sae.initialise`)."""
+        cuts_j (`sae.initialise`). Returns what b_enc is to be raised by; None: nothing."""
 
     def constrain_(self) -> None:
         """Puts own parameters back to where they must lie, after each step."""

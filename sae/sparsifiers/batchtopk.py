@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from sae.codes import SparseCodes, kth_largest
+from sae.codes import SparseCodes, cut_between, kth_largest
 from sae.kernels import Codes, Kernels, Scores
 from sae.sparsifiers.budget import Budget, BudgetConfig
 
@@ -65,17 +65,3 @@ class BatchTopK(Budget):
 
     def _n_codes(self, batch: int) -> int:
         return max(round(self.k * batch), 1)
-
-
-def cut_between(parts: Iterable[Float[Tensor, " some"]], n: int, least: float) -> float:
-    """Half-way between the n-th and the (n + 1)-th largest of all parts' values; where there are fewer, `least` (below
-    all of them) stands in for those that are missing. Strictly above lie n values."""
-    kept: list[Tensor] = []
-    for part in parts:
-        kept = kept or [part.new_full((n + 1,), least)]
-        kept.append(part[part > least])
-        if sum(map(len, kept)) > 4 * n:  # ordering costs more than keeping
-            kept = [torch.cat(kept).topk(n + 1, sorted=False).values]
-            least = float(kept[0].min())
-    last, first_silent = (float(kth_largest(torch.cat(kept), rank)) for rank in (n, n + 1))
-    return (last + first_silent) / 2

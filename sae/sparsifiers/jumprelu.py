@@ -11,11 +11,10 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sae.codes import SparseCodes
+from sae.codes import SparseCodes, cut_between
 from sae.config import SAEConfig
 from sae.kernels import Codes, Kernels, Scalar, Scores, capacity
 from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
-from sae.sparsifiers.batchtopk import cut_between
 
 
 class JumpReLUConfig(SAEConfig):
@@ -78,7 +77,7 @@ class JumpReLU(Sparsifier):
         initial_l0: float | None = None,
     ) -> None:
         super().__init__()
-        self.bandwidth, self.coefficient, self.l0, self.tanh_scale = bandwidth, coefficient, l0, tanh_scale
+        self.bandwidth, self.weight, self.l0, self.tanh_scale = bandwidth, coefficient, l0, tanh_scale
         self.initial_l0 = initial_l0
         self.threshold = nn.Parameter(torch.zeros(d_sae))
 
@@ -106,8 +105,8 @@ class JumpReLU(Sparsifier):
         else:
             norms = 1.0 if decode.norms is None else decode.norms[latents]
             tanh = (self.tanh_scale * norms * codes.values).tanh()
-            weight = self.coefficient * sparsity / batch
-            penalty, steepness = weight * tanh.sum(), self.tanh_scale * weight * (1 - tanh.square())
+            charged = self.weight * sparsity / batch
+            penalty, steepness = charged * tanh.sum(), self.tanh_scale * charged * (1 - tanh.square())
             through = through + steepness * norms
             if decode.norms is not None:
                 pull = torch.zeros_like(decode.norms).index_add_(0, latents, steepness * codes.values)
@@ -128,15 +127,15 @@ class JumpReLU(Sparsifier):
             penalty, _ = self._penalty(fires.sum(dim=1).mean())
         else:
             tanh = (self.tanh_scale * codes.values * W_dec.norm(dim=1)).tanh()
-            penalty = self.coefficient * tanh.sum(dim=1).mean()
+            penalty = self.weight * tanh.sum(dim=1).mean()
         return Objective(codes, error(codes, W_dec), penalty)
 
     def _penalty(self, l0: Tensor) -> tuple[Tensor, Scalar]:
         """What a mean L0 costs, and the derivative."""
         if self.l0 is None:
-            return self.coefficient * l0, self.coefficient
+            return self.weight * l0, self.weight
         excess = l0 / self.l0 - 1
-        return self.coefficient * excess.square(), self.coefficient * 2 / self.l0 * excess
+        return self.weight * excess.square(), self.weight * 2 / self.l0 * excess
 
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes.where(pre_latents > self.threshold, pre_latents)

@@ -5,41 +5,41 @@ from __future__ import annotations
 from typing import Literal
 
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from sae.codes import SparseCodes
-from sae.config import SAEConfig
 from sae.kernels import Codes, Kernels, Scores, capacity
-from sae.sparsifiers.base import Sparsifier
+from sae.sparsifiers.control import Penalised, PenalisedConfig
 
 
-class ReLUConfig(SAEConfig):
+class ReLUConfig(PenalisedConfig):
     """L1-penalised SAE (Bricken et al. 2023)."""
 
     kind: Literal["relu"] = "relu"
-    l1_coefficient: float = Field(default=0.1, ge=0)
-    """lambda of lambda * sum_j z_j |W_dec_j| / sqrt(s)."""
+    weight_by_decoder_norm: bool = True
+    """Charge lambda * sum_j z_j |W_dec_j| (Conerly et al. 2024); off: lambda * sum_j z_j."""
 
     def build(self) -> ReLU:
-        return ReLU(self.l1_coefficient)
+        return ReLU(self.l1_coefficient, self.l0, self.weight_by_decoder_norm)
 
 
-class ReLU(Sparsifier):
-    """z = max(0, pre), with the penalty lambda * sum_j z_j |W_dec_j|."""
+class ReLU(Penalised):
+    """z = max(0, pre), with the penalty lambda * sum_j z_j |W_dec_j|, or lambda * sum_j z_j."""
 
     passes_pre_latents = passes_positive = True
 
-    def __init__(self, l1_coefficient: float) -> None:
-        super().__init__()
-        self.l1_coefficient = l1_coefficient
+    def __init__(self, l1_coefficient: float, l0: float | None = None, weighted: bool = True) -> None:
+        super().__init__(l1_coefficient, l0)
+        self.weighted = weighted
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
-        batch, d_sae = scores.shape
-        return kernels.positive(scores, capacity(batch, d_sae, kernels.precision))
+        return positive(kernels, scores)
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
 
-    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        return SparseCodes.where(pre_latents > 0, pre_latents)
+
+def positive(kernels: Kernels, scores: Scores) -> Codes | None:
+    """All positive pre-latents, where they are few enough to count as sparse."""
+    batch, d_sae = scores.shape
+    return kernels.positive(scores, capacity(batch, d_sae, kernels.precision))

@@ -1,0 +1,150 @@
+"""Sparsity that is paid for: a coefficient that is given, or one that follows until the L0 is what was asked for."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sae.codes import SparseCodes, cut_between
+from sae.config import SAEConfig
+from sae.kernels import Scalar
+from sae.sparsifiers.base import Sparsifier
+
+logger = logging.getLogger("sae")
+
+# What a step adds to log lambda: so much of the error in log L0, which counts as NEAR at most (from far away L0 should
+# fall slowly: latents that are silenced before they found a feature seldom come back), and so much of the error's
+# change since the step before (an SAE answers to lambda within some hundred steps, and would swing without it).
+INTEGRAL, NEAR, PROPORTIONAL = 0.03, 0.1, 1.0
+# How far log L0 may be off at the end before a line says that a threshold makes up for it.
+FAR = 0.1
+# The L0 at the start: for each that is asked for; and the share of all latents, where none is.
+START, START_SHARE = 2.0, 1 / 64
+
+
+class PenalisedConfig(SAEConfig):
+    """What kinds that pay for their codes have in common."""
+
+    l1_coefficient: float = Field(default=0.1, ge=0)
+    """lambda of the penalty; where `l0` is given, what it starts from."""
+    l0: float | None = Field(default=None, gt=0)
+    """Mean number of latents to fire for one activation: lambda follows until they do. Default: lambda stays."""
+
+    @model_validator(mode="after")
+    def _l0_can_be_met(self) -> PenalisedConfig:
+        if self.l0 is not None and self.l0 >= self.d_sae:
+            raise ValueError(f"l0 must lie below d_sae={self.d_sae}, got {self.l0:g}; lower l0 or raise d_sae")
+        if self.l0 is not None and not self.l1_coefficient:
+            raise ValueError(
+                f"l1_coefficient must be above 0 where l0={self.l0:g} is asked for, got 0: it is multiplied until the "
+                "L0 is met; leave it out, or drop l0"
+            )
+        return self
+
+
+class Control(nn.Module):
+    """lambda, led by feedback to a mean L0: after each step,
+
+        e = clip(log(L0 / l0), -1, 1),
+        log lambda += share * (INTEGRAL clip(e, -NEAR, NEAR) + PROPORTIONAL (e - e_before)),
+
+    where `share` is that of the penalty that is charged by then. All of it stays on the device, and is saved.
+    """
+
+    coefficient: Float[Tensor, ""]
+    error: Float[Tensor, ""]
+
+    def __init__(self, start: float, l0: float) -> None:
+        super().__init__()
+        self.l0 = l0
+        self.register_buffer("coefficient", torch.tensor(start))
+        self.register_buffer("error", torch.tensor(1.0))  # before the first step: a run comes from above
+
+    def observe_(self, l0: Float[Tensor, ""], share: Scalar) -> None:
+        """Learns the mean L0 of a step."""
+        error = (l0 / self.l0).log().clamp(-1, 1)
+        change = INTEGRAL * error.clamp(-NEAR, NEAR) + PROPORTIONAL * (error - self.error)
+        self.coefficient.mul_((share * change).exp())
+        self.error.copy_(error)
+
+
+class Penalised(Sparsifier):
+    """A sparsifier with a coefficient. Where an L0 is asked for, `Control` leads it, and at inference a latent must
+    exceed a threshold that is calibrated until the L0 is met on held-out data, to the sample; what training left to do
+    is little, so that the threshold is close to 0."""
+
+    control: Control | None
+    threshold: Float[Tensor, ""] | None
+
+    def __init__(self, l1_coefficient: float, l0: float | None = None) -> None:
+        super().__init__()
+        self.l1_coefficient = l1_coefficient
+        self.control = None if l0 is None else Control(l1_coefficient, l0)
+        self.register_buffer("threshold", None if l0 is None else torch.tensor(0.0))
+        self.initial_l0 = None if l0 is None else START * l0
+
+    @property
+    def coefficient(self) -> Scalar:
+        return self.l1_coefficient if self.control is None else self.control.coefficient
+
+    def start_(self, cuts: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        return -cuts
+
+    def observe_(self, l0: Float[Tensor, ""], sparsity: Scalar) -> None:
+        if self.control is not None:
+            self.control.observe_(l0, sparsity)
+
+    def details(self) -> dict[str, Scalar]:
+        return {} if self.control is None else {"l1_coefficient": self.coefficient}
+
+    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        """max(0, pre) where it exceeds the threshold; one below 0 raises all pre-latents instead."""
+        if self.threshold is None:
+            return SparseCodes.where(pre_latents > 0, pre_latents)
+        return SparseCodes.where(pre_latents > self.threshold, pre_latents - self.threshold.clamp_max(0))
+
+    def scores(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """What must exceed the threshold for a latent to fire; in training it must exceed 0."""
+        return pre_latents
+
+    def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
+        if self.control is None or self.threshold is None:
+            return
+        l0 = self.control.l0
+        threshold, trained = threshold_of(map(self.scores, batches), l0, n_samples, -torch.inf)
+        self.threshold.fill_(threshold)
+        if abs(math.log(max(trained, 1e-9) / l0)) > FAR:
+            logger.warning(
+                "training ended at an L0 of %.4g, not %.4g as asked for; a threshold makes up for it, at some cost: "
+                "train longer, or start nearer to l1_coefficient=%.3g",
+                trained,
+                l0,
+                float(self.coefficient),
+            )
+
+    def rescale_(self, scale: float) -> None:
+        if self.threshold is not None:
+            self.threshold.mul_(scale)
+
+
+def threshold_of(
+    batches: Iterable[Float[Tensor, "batch d_sae"]], l0: float, n_samples: int, floor: float = 0.0
+) -> tuple[float, float]:
+    """The threshold that round(l0 n_samples) of the scores exceed, or all above `floor` where these are fewer; and the
+    mean number of scores above 0."""
+    n_positive = 0
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal n_positive
+        for scores in batches:
+            n_positive += int((scores > 0).sum())
+            yield scores[scores > floor]
+
+    threshold = cut_between(counted(), max(round(l0 * n_samples), 1), floor)
+    return threshold, n_positive / n_samples
