@@ -79,7 +79,7 @@ def test_resuming_something_else_is_refused(tmp_path):
     sae.train(config(tmp_path / "run"), report=False)
     with pytest.raises(UsageError, match="already holds a run; continue it with --resume"):
         sae.train(config(tmp_path / "run"), report=False)
-    with pytest.raises(UsageError, match="cannot be resumed: train.lr was null, now 0.1; use the same value"):
+    with pytest.raises(UsageError, match=r"cannot be resumed: train.lr was null, now 0.1; use the same value"):
         sae.train(config(tmp_path / "run", train={"lr": 0.1}), resume=True, report=False)
     before = (tmp_path / "run/sae.safetensors").read_bytes()
     done = sae.train(config(tmp_path / "run"), resume=True, report=False)
