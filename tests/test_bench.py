@@ -399,7 +399,8 @@ def test_bad_words_are_one_line(bench, words, parts):
 
 def test_a_file_that_cannot_be_written_is_told_before_measuring(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("sae.bench.run.os.access", lambda path, mode: False)
-    code, printed, errors = bench("--out", tmp_path / "bench.json")
+    small = ("steps", "--shapes", "8,16,2,32", "--kinds", "topk", "--rounds", 1, "--steps", 1)
+    code, printed, errors = bench(*small, "--out", tmp_path / "bench.json")
     assert (code, printed) == (2, "")
     assert f"--out {tmp_path / 'bench.json'} cannot be written" in errors
 

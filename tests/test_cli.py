@@ -315,7 +315,7 @@ def test_a_resume_names_the_fields_that_differ(run_cli, toy, finished, tmp_path)
         return outcome.err.partition("resumed: ")[2].rpartition("; use")[0]
 
     assert refused("--train.lr", "1e-3") == "train.lr was null, now 0.001"
-    assert refused("--sae.kind", "batchtopk") == "sae.kind was topk, now batchtopk"
+    assert refused("--sae.kind", "relu") == "sae.kind was topk, now relu"
     assert refused("--source.seed", "1", "--sae.k", "2") == "source.seed was 0, now 1; sae.k was 3, now 2"
     assert refused("--log.every", "2", "--train.device", "cpu:0") == "train.device was cpu, now cpu:0"
 
