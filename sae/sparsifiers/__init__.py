@@ -4,6 +4,7 @@ from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
 from sae.sparsifiers.batchtopk import BatchTopK, BatchTopKConfig
 from sae.sparsifiers.relu import ReLU, ReLUConfig
 from sae.sparsifiers.topk import TopK, TopKConfig
+from sae.sparsifiers.transcoder import SkipTranscoderConfig, TranscoderConfig
 
 __all__ = [
     "BatchTopK",
@@ -14,7 +15,9 @@ __all__ = [
     "Objective",
     "ReLU",
     "ReLUConfig",
+    "SkipTranscoderConfig",
     "Sparsifier",
     "TopK",
     "TopKConfig",
+    "TranscoderConfig",
 ]
