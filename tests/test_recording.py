@@ -16,6 +16,7 @@ CASES = [
     {"kind": "topk", "k": 5, "aux_k": 3},
     {"kind": "batchtopk", "k": 2.3, "aux_k": 3},
     {"kind": "relu", "l1_coefficient": 0.3, "unit_norm_decoder": False},
+    {"kind": "skip_transcoder", "k": 5, "aux_k": 3},
 ]
 # What makes the host wait for a device: it reads a number, or sizes follow from data.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal", "item")

@@ -10,7 +10,13 @@ from sae.schedules import Clock, learning_rate, warmup
 
 CPU = torch.device("cpu")
 
-KINDS = [{"kind": "topk", "k": 3}, {"kind": "batchtopk", "k": 2.5}, {"kind": "relu", "l1_coefficient": 0.1}]
+KINDS = [
+    {"kind": "topk", "k": 3},
+    {"kind": "batchtopk", "k": 2.5},
+    {"kind": "relu", "l1_coefficient": 0.1},
+    {"kind": "transcoder", "k": 3},
+    {"kind": "skip_transcoder", "base": {"kind": "batchtopk", "k": 2.5}},
+]
 
 
 def config(out, n_samples=1280, **sections) -> TrainConfig:
