@@ -261,11 +261,11 @@ def test_scores_of_codes_and_neurons_are_those_of_the_target():
     """A dictionary that is the truth of the target, and codes that are its features, score 1."""
     acts = normal(500, 6).float().relu() * (normal(500, 6, seed=3) > 0.5)
     truth = nn.functional.normalize(normal(6, D_OUT, seed=1).float(), dim=1)
-    mixed = acts @ normal(6, D_IN, seed=2).float()
+    mixed = 1e9 * acts @ normal(6, D_IN, seed=2).float()  # what fires is measured in the units of the target
     model = SAE(D_IN, SAEConfig.of_kind({"kind": "transcoder", "d_sae": 6, "base": {"kind": "relu"}}), D_OUT)
     with torch.no_grad():
         model.W_dec.copy_(truth)
-        model.encoder.copy_(torch.linalg.pinv(normal(6, D_IN, seed=2).float()).T)
+        model.encoder.copy_(1e-9 * torch.linalg.pinv(normal(6, D_IN, seed=2).float()).T)
         model.b_enc.fill_(-1e-4)
     held_out = HeldOut(mixed, FeatureBatch.from_dense(acts), acts @ truth)
     values = evaluate(model, held_out, truth).metrics
