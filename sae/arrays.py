@@ -31,11 +31,16 @@ class Rows:
         for part, name in zip(parts, names, strict=True):
             _check_part(part, name, parts[0], names[0])
         self.starts = [0, *accumulate(len(part) for part in parts)]
-        self.d_in = parts[0].shape[1]
+        self.d_in, self.dtype = parts[0].shape[1], parts[0].dtype
         self.row_bytes = self.d_in * parts[0].element_size()
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def name(self) -> str:
+        """Of the whole table."""
+        return self.names[0] if len(self.names) == 1 else f"{self.names[0]} to {self.names[-1]}"
 
     def read(self, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
         """Consecutive rows, checked, in the dtype they are stored in."""
@@ -79,6 +84,54 @@ class Rows:
                 f"{self.names[part]} row {start + bad[0] - self.starts[part]} holds NaN or infinity{more}; "
                 "remove such rows before training"
             )
+
+
+class Pairs:
+    """Two tables as one: each row of the first, and beside it the same row of the second."""
+
+    def __init__(self, left: Rows, right: Rows) -> None:
+        if len(left) != len(right):
+            raise UsageError(
+                f"{right.name} has {len(right)} rows, but {left.name} has {len(left)}; each row needs its own target"
+            )
+        self.left, self.right, self.name = left, right, left.name
+        self.d_in, self.row_bytes = left.d_in + right.d_in, left.row_bytes + right.row_bytes
+        self.dtype = torch.promote_types(left.dtype, right.dtype)
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def read(self, start: int, stop: int) -> Float[Tensor, "rows d_both"]:
+        """Consecutive rows, checked, in a dtype that holds both."""
+        return torch.cat([self.left.read(start, stop), self.right.read(start, stop)], dim=1)
+
+    def take(self, indices: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_both"]:
+        """Any rows, in any order, as float32."""
+        return torch.cat([self.left.take(indices), self.right.take(indices)], dim=1)
+
+    def check_all(self) -> None:
+        """Reads every row of both once."""
+        self.left.check_all()
+        self.right.check_all()
+
+
+def table(data: object, name: str) -> Rows:
+    """A tensor, an array, or a list of them one after the other.
+
+    Raises:
+        UsageError: it is none of these, or its rows are not activations.
+    """
+    given = data if isinstance(data, list) else [data]
+    names = [f"part {number} of {name}" if len(given) > 1 else name for number in range(len(given))]
+    parts = []
+    for part, part_name in zip(given, names, strict=True):
+        tensor = as_tensor(part, part_name) if isinstance(part, np.ndarray) else part
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"{part_name} is a {type(part).__name__}; it must be a tensor or an array")
+        parts.append(tensor.detach())
+    if not parts:
+        raise UsageError(f"{name} is an empty list; pass a tensor, an array, or a list of them")
+    return Rows(parts, names)
 
 
 def as_tensor(array: np.ndarray, name: str) -> Tensor:

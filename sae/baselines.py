@@ -45,7 +45,7 @@ class Baseline:
         z = self.code(x - self.b_dec)
         return SparseCodes.where(z > 0, z)
 
-    def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_in"]:
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Float[Tensor, "batch d_in"]:
         """z W_dec + b_dec."""
         return codes.decode(self.W_dec) + self.b_dec
 

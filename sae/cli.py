@@ -126,6 +126,7 @@ class Bench:
     shapes: str = "S,M,L"
     """Sizes by name, or as numbers d,F,k,B; several of these with spaces between."""
     kinds: str = "topk,batchtopk,relu"
+    """Of topk, batchtopk, relu, transcoder; the last has targets beside the activations."""
     threads: int | None = None
     """Threads of the CPU; default torch's own number."""
     rounds: int = 10

@@ -80,6 +80,11 @@ class SourceConfig(Family):
 class SAEConfig(Family):
     """What is trained: the width, how it starts, and (in each kind) the sparsifier's own options."""
 
+    transcodes: ClassVar[bool] = False
+    """The kind may reconstruct a target other than its input."""
+    skips: ClassVar[bool] = False
+    """The input also reaches the reconstruction through a matrix W_skip."""
+
     d_sae: int = Field(gt=0)
     """Number of latents."""
     decoder_bias: Literal["mean", "geometric_median", "zero"] = "mean"

@@ -249,7 +249,8 @@ class Engine:
 
     def finite(self) -> bool:
         """Whether every weight is a number. Here the host waits for the device."""
-        return all(bool(weight.sum().isfinite()) for _, weight in self.state.weights())
+        weights = [*self.state.weights(), *((name, weight) for name, (weight, _, _) in self.own.items())]
+        return all(bool(weight.sum().isfinite()) for _, weight in weights)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next step depends on: tensors, and plain values."""

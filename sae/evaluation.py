@@ -32,13 +32,13 @@ class Coder(Protocol):
 
     @property
     def W_dec(self) -> Tensor:
-        """The dictionary [d_sae, d_in]."""
+        """The dictionary [d_sae, d_out]."""
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """The codes of x."""
 
-    def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_in"]:
-        """x_hat."""
+    def decode(self, codes: SparseCodes, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """x_hat; the codes are those of x."""
 
     def pre_latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """The scores that the codes are selected from."""
@@ -53,21 +53,25 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d_in"] | None = None) -> Evaluation:
-    """Reconstruction and sparsity of any method; recovery, polysemanticity and geometry where the truth is known."""
-    x, acts = held_out
+def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d_out"] | None = None) -> Evaluation:
+    """Reconstruction and sparsity of any method; recovery, polysemanticity and geometry where the truth is known.
+
+    All but the encoder sees the target, where that is not the input.
+    """
+    acts, target = held_out.acts, held_out.wanted
     W_dec = coder.W_dec.detach()
-    threshold = metrics.scale_threshold(x)
-    chunks = x.split(chunk_rows(len(W_dec)))
+    threshold = metrics.scale_threshold(target)
+    size = chunk_rows(len(W_dec))
+    chunks = held_out.x.split(size)
     reconstruction, parts = metrics.Reconstruction(W_dec, threshold), []
     inner = coder.config.widths[:-1] if isinstance(coder, SAE) else ()
     by_prefix = {width: metrics.Reconstruction(W_dec, threshold) for width in inner}
-    for chunk in chunks:
+    for chunk, wanted in zip(chunks, target.split(size), strict=True):
         z = coder.encode(chunk)
-        reconstruction.update(chunk, coder.decode(z), z)
+        reconstruction.update(wanted, coder.decode(z, chunk), z)
         for width, of_prefix in by_prefix.items():
             first = z.scaled((torch.arange(len(W_dec), device=W_dec.device) < width).to(W_dec.dtype))
-            of_prefix.update(chunk, coder.decode(first), first)
+            of_prefix.update(wanted, coder.decode(first, chunk), first)
         if truth is not None and acts is not None:
             parts.append(z)
     density = reconstruction.density()
@@ -97,7 +101,7 @@ def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d
     values |= _group("recovery", metrics.recovery(W_dec, truth, **judged))
     scaled = codes.scaled(W_dec.norm(dim=1))
     values |= _group("polysemanticity/latent", metrics.polysemanticity(scaled, acts, firing_threshold=threshold))
-    values |= _group("polysemanticity/neuron", metrics.polysemanticity(x, acts))
+    values |= _group("polysemanticity/neuron", metrics.polysemanticity(target, acts))
     features = metrics.feature_table(W_dec, truth, **judged)
     features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
     tables |= {f"feature/{name}": column for name, column in features.items()}
@@ -123,13 +127,15 @@ def unit_table(units: SparseCodes, acts: FeatureBatch, threshold: float) -> dict
 def live_recovery(
     sae: SAE,
     fired: Bool[Tensor, " d_sae"],
-    truth: Float[Tensor, "n_features d_in"] | None,
+    truth: Float[Tensor, "n_features d_out"] | None,
     probe: HeldOut,
     unit: float,
+    target_unit: float,
 ) -> dict[str, float]:
     """The few recovery scores that a training log can afford: mcc, mmcs, coverage_0.9, and f1 on a small probe.
 
-    `fired` are the latents seen to fire lately, `unit` what the trainer divides activations by.
+    `fired` are the latents seen to fire lately, `unit` and `target_unit` what the trainer divides activations and
+    targets by.
     """
     if truth is None:
         return {}
@@ -141,7 +147,7 @@ def live_recovery(
         x = probe.x.to(sae.W_dec.device) / unit
         codes = sae.sparsifier(sae.pre_latents(x)).to("cpu")
         codes = codes.scaled(W_dec.norm(dim=1))
-        scores["f1"] = matched_f1(matching, codes, probe.acts, metrics.scale_threshold(x))
+        scores["f1"] = matched_f1(matching, codes, probe.acts, metrics.scale_threshold(probe.wanted / target_unit))
     return _group("recovery", scores)
 
 

@@ -27,24 +27,28 @@ class SAE(nn.Module):
 
         pre   = (x - b_dec) W_enc + b_enc          [batch, d_sae]
         z     = sparsifier(pre)                    [batch, d_sae], sparse, z >= 0
-        x_hat = z W_dec + b_dec                    [batch, d_in]
+        x_hat = z W_dec + b_dec                    [batch, d_out]
 
     W_enc [d_in, d_sae] is a view of `encoder` [d_sae, d_in]: a latent is a row on both sides. Where `tied_bias` is off,
-    a fixed `centre` takes the place of b_dec in `pre`.
+    a fixed `centre` takes the place of b_dec in `pre`. A transcoder reconstructs something else than x, whose width is
+    d_out; one that skips adds (x - centre) W_skip to x_hat.
     """
 
     centre: Tensor | None
     W_skip: nn.Parameter | None
 
-    def __init__(self, d_in: int, config: SAEConfig) -> None:
+    def __init__(self, d_in: int, config: SAEConfig, d_out: int | None = None) -> None:
         super().__init__()
-        self.d_in, self.d_sae, self.config = d_in, config.d_sae, config
+        d_out = d_in if d_out is None else d_out
+        if d_out != d_in and not config.transcodes:
+            raise UsageError(f"kind {config.kind!r} reconstructs its input: d_out must be {d_in}, got {d_out}")
+        self.d_in, self.d_sae, self.d_out, self.config = d_in, config.d_sae, d_out, config
         self.encoder = nn.Parameter(torch.zeros(config.d_sae, d_in))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_in))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_out))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("centre", None if config.tied_bias else torch.zeros(d_in))
-        self.W_skip = None
+        self.W_skip = nn.Parameter(torch.zeros(d_in, d_out)) if config.skips else None
         self.sparsifier = config.build()
 
     @property
@@ -65,9 +69,14 @@ class SAE(nn.Module):
         # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
         return (x @ encoder.T).add_(b_enc - encoder @ (self.b_dec if self.centre is None else self.centre))
 
-    def decode(self, codes: SparseCodes) -> Float[Tensor, "batch d_in"]:
-        """z W_dec + b_dec."""
-        return codes.decode(self.W_dec) + self.b_dec
+    def decode(self, codes: SparseCodes, x: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_out"]:
+        """z W_dec + b_dec; a skip connection adds (x - centre) W_skip, where x is what was encoded."""
+        x_hat = codes.decode(self.W_dec) + self.b_dec
+        if self.W_skip is None or self.centre is None:
+            return x_hat
+        if x is None:
+            raise ValueError("a skip transcoder decodes its input along with the codes; call decode(codes, x)")
+        return x_hat + (x.to(x_hat.dtype) - self.centre) @ self.W_skip
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """The latents that fire for each row of x, as inference selects them: rows do not influence each other.
@@ -86,14 +95,26 @@ class SAE(nn.Module):
             raise ValueError(f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; {remedy}")
         return self.sparsifier.select(self.pre_latents(x.to(self.encoder.dtype)))
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """x_hat, as inference gives it."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
 
     @torch.no_grad()
-    def initialise_(self, b_dec: Float[Tensor, " d_in"], generator: torch.Generator) -> None:
-        """Random unit decoder rows, b_enc = 0, and the encoder tied to the decoder (or random as well)."""
-        self.W_dec.copy_(_unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator)))
+    def initialise_(
+        self,
+        b_dec: Float[Tensor, " d_out"],
+        generator: torch.Generator,
+        centre: Float[Tensor, " d_in"] | None = None,
+    ) -> None:
+        """Random unit decoder rows, b_enc = 0, the encoder tied to the decoder (or random as well), and no skip.
+
+        Where `tied_bias` is off, the input is centred by `centre`; by b_dec if there is none.
+        """
+        if self.config.tied_init and self.d_out != self.d_in:
+            raise UsageError(
+                f"tied_init needs a target as wide as the input, got d_in={self.d_in}, d_out={self.d_out}; turn it off"
+            )
+        self.W_dec.copy_(_unit_rows(torch.randn(self.d_sae, self.d_out, generator=generator)))
         other = (
             self.W_dec if self.config.tied_init else _unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator))
         )
@@ -101,33 +122,44 @@ class SAE(nn.Module):
         self.b_enc.zero_()
         self.b_dec.copy_(b_dec)
         if self.centre is not None:
-            self.centre.copy_(b_dec)
+            self.centre.copy_(b_dec if centre is None else centre)
+        if self.W_skip is not None:
+            self.W_skip.zero_()
 
     @torch.no_grad()
-    def rescale_(self, scale: float) -> None:
+    def rescale_(self, scale: float, target_scale: float | None = None) -> None:
         """Makes an SAE of x into the SAE of scale * x that fires alike: z and x_hat grow by `scale`, weights stay.
 
         Every selection here commutes with a positive factor, so only what has the units of x moves: biases and
-        thresholds.
+        thresholds. Where the target has units of its own, z and x_hat grow by `target_scale`, and what reads x (encoder
+        and skip) by the quotient; decoder rows keep their norms.
         """
-        self.b_enc.mul_(scale)
-        self.b_dec.mul_(scale)
+        target_scale = scale if target_scale is None else target_scale
+        self.b_enc.mul_(target_scale)
+        self.b_dec.mul_(target_scale)
+        self.sparsifier.rescale_(target_scale)
         if self.centre is not None:
             self.centre.mul_(scale)
-        self.sparsifier.rescale_(scale)
+        if target_scale != scale:
+            self.encoder.mul_(target_scale / scale)
+            if self.W_skip is not None:
+                self.W_skip.mul_(target_scale / scale)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `sae.safetensors` (W_enc, W_dec, b_enc, b_dec, and the sparsifier's buffers) and `sae.json`."""
+        """Writes `sae.safetensors` (W_enc, W_dec, b_enc, b_dec, those of centre and W_skip that there are, and the
+        sparsifier's buffers) and `sae.json`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
         tensors |= {} if self.centre is None else {"centre": self.centre}
+        tensors |= {} if self.W_skip is None else {"W_skip": self.W_skip}
         tensors |= self.sparsifier.state_dict()
         partial = folder / f"{WEIGHTS}.partial"
         save_tensors(partial, tensors)
         manifest = {
             "format_version": FORMAT_VERSION,
             "d_in": self.d_in,
+            "d_out": self.d_out,
             "sae": self.config.model_dump(mode="json"),
             "sha256": sha256(partial),
         }
@@ -148,6 +180,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version, d_in, options = manifest["format_version"], manifest["d_in"], manifest["sae"]
+        d_out = manifest.get("d_out", d_in)  # files from before transcoders have none
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / MANIFEST} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
@@ -160,9 +193,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     except (ValueError, SafetensorError) as error:
         reason = explain(error, SAEConfig) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"{folder} cannot be loaded: {reason}") from error
-    sae = SAE(d_in, config).to(device)
+    sae = SAE(d_in, config, d_out).to(device)
     tensors["encoder"] = tensors.pop("W_enc").T
-    own = ("encoder", "W_dec", "b_enc", "b_dec", "centre")
+    own = ("encoder", "W_dec", "b_enc", "b_dec", "centre", "W_skip")
     sae.load_state_dict({name if name in own else f"sparsifier.{name}": t for name, t in tensors.items()})
     return sae.eval().requires_grad_(False)
 

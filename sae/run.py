@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
@@ -107,7 +108,7 @@ def train(
     log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
     try:
         _loop(trainer, activations, log, on_line)
-        n_steps, sae = trainer.n_steps_done, finished(trainer.sae, trainer.unit, calibration)
+        n_steps, sae = trainer.n_steps_done, finished(trainer, calibration)
         del trainer  # Adam's moments take twice the memory of the weights
         evaluation = evaluate(sae, activations.held_out("evaluation", config.evaluation.n_samples), activations.truth)
         save_result(config.out, sae, evaluation)
@@ -120,11 +121,17 @@ def train(
 
 def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
     """A trainer at step 0."""
-    unit = math.sqrt(losses.total_variance(calibration.x))
-    if not unit > 0:
-        raise UsageError("the activations have no variance: all held-out rows are the same")
+    if source.d_out is not None and not config.sae.transcodes:
+        raise UsageError(
+            f"the source has a target, and kind {config.sae.kind!r} reconstructs its input; set sae.kind to transcoder "
+            "or skip_transcoder, or leave the target out"
+        )
+    if source.d_out is None and config.sae.transcodes:
+        logger.info("the source has no target: the %s reconstructs its input", config.sae.kind)
+    unit = _scale(calibration.x, "activations")
+    target_unit = unit if calibration.target is None else _scale(calibration.target, "targets")
     try:
-        sae = SAE(source.d_in, config.sae)
+        sae = SAE(source.d_in, config.sae, source.d_out)
     except RuntimeError as error:
         raise UsageError(
             f"d_sae={config.sae.d_sae} at d_in={source.d_in} does not fit in memory; lower d_sae"
@@ -134,23 +141,36 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
         "geometric_median": losses.geometric_median,
         "zero": lambda x: torch.zeros(x.shape[1]),
     }
-    sae.initialise_(centres[config.sae.decoder_bias](calibration.x / unit), generator(config.train.seed, "sae"))
+    centre_of = centres[config.sae.decoder_bias]
+    centre = centre_of(calibration.x / unit)
+    b_dec = centre if calibration.target is None else centre_of(calibration.target / target_unit)
+    sae.initialise_(b_dec, generator(config.train.seed, "sae"), centre)
     if sae.sparsifier.initial_l0 is not None:
         shift = sae.sparsifier.start_(cuts(sae, calibration.x / unit, sae.sparsifier.initial_l0))
         if shift is not None:
             sae.b_enc.data.add_(shift)
-    offset = float(calibration.x.mean(dim=0).norm()) / unit
-    logger.info("activations: d_in %d, sqrt(total variance) %.4g, |mean| / that %.2f", source.d_in, unit, offset)
-    return Trainer(sae.to(config.train.device), config, unit)
+    for name, rows, size in (("activations", calibration.x, unit), ("targets", calibration.target, target_unit)):
+        if rows is not None:
+            width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
+            logger.info("%s: width %d, sqrt(total variance) %.4g, |mean| / that %.2f", name, width, size, offset)
+    return Trainer(sae.to(config.train.device), config, unit, target_unit)
 
 
-def finished(sae: SAE, unit: float, calibration: HeldOut) -> SAE:
+def _scale(rows: Tensor, what: str) -> float:
+    """The square root of their total variance."""
+    scale = math.sqrt(losses.total_variance(rows))
+    if not scale > 0:
+        raise UsageError(f"the {what} have no variance: all held-out rows are the same")
+    return scale
+
+
+def finished(trainer: Trainer, calibration: HeldOut) -> SAE:
     """The trained SAE made ready for inference, in place: in the units of the data, thresholds calibrated."""
-    final = sae.cpu().eval().requires_grad_(False)
+    final = trainer.sae.cpu().eval().requires_grad_(False)
     final.sparsifier.anneal_(1.0)  # a source may have ended early
-    chunks = calibration.x.split(chunk_rows(sae.d_sae))
-    final.sparsifier.calibrate_((final.pre_latents(chunk / unit) for chunk in chunks), len(calibration.x))
-    final.rescale_(unit)
+    chunks = calibration.x.split(chunk_rows(final.d_sae))
+    final.sparsifier.calibrate_((final.pre_latents(chunk / trainer.unit) for chunk in chunks), len(calibration.x))
+    final.rescale_(trainer.unit, trainer.target_unit)
     return final
 
 
@@ -163,14 +183,15 @@ def _loop(trainer: Trainer, source: Source, log: RunLog, on_line: OnLine | None)
     with _stop_requested() as stop:
         try:
             while trainer.n_steps_done < config.n_steps:
-                x = next(batches, None)
-                if x is None:
+                batch = next(batches, None)
+                if batch is None:
                     if trainer.n_steps_done == 0:
                         raise UsageError(f"the source ended before its first batch of {config.train.batch_size} rows")
                     logger.warning("the source ended after %d of %d steps", trainer.n_steps_done, config.n_steps)
                     break
-                trainer.step(x.to(device, non_blocking=True))
-                since_samples += len(x)
+                parts = batch if isinstance(batch, tuple) else (batch,)  # activations, and their targets
+                trainer.step(*(part.to(device, non_blocking=True) for part in parts))
+                since_samples += len(parts[0])
                 step = trainer.n_steps_done
                 if step % config.log.every == 0 or step == config.n_steps:
                     values, fired = trainer.take_window()
@@ -178,7 +199,7 @@ def _loop(trainer: Trainer, source: Source, log: RunLog, on_line: OnLine | None)
                         raise Diverged(
                             f"the loss is not finite at step {step}; lower train.lr={config.lr:g} and --overwrite"
                         )
-                    values |= live_recovery(trainer.sae, fired, source.truth, probe, trainer.unit)
+                    values |= live_recovery(trainer.sae, fired, source.truth, probe, trainer.unit, trainer.target_unit)
                     now = time.perf_counter()
                     values["details/samples_per_second"] = since_samples / (now - since)
                     since, since_samples = now, 0

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sae.arrays import Rows, as_tensor, open_rows
+from sae.arrays import Pairs, Rows, open_rows, table
 from sae.config import SourceConfig
 from sae.errors import UsageError
 from toymodels.experiments import NAMES, experiment
@@ -39,22 +39,35 @@ MIN_ROWS = 50
 HELD_OUT_ROWS = 40_000
 
 
+Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""Activations [batch, d_in]; with their targets [batch, d_out] from a source that has targets."""
+
+
 class HeldOut(NamedTuple):
-    """Rows that training does not see, and the true features' activations in them when these are known."""
+    """Rows that training does not see, the true features' activations in them when these are known, and what they are
+    to be transcoded into, where that is something else."""
 
     x: Float[Tensor, "rows d_in"]
     acts: FeatureBatch | None = None
+    target: Float[Tensor, "rows d_out"] | None = None
+
+    @property
+    def wanted(self) -> Float[Tensor, "rows d_out"]:
+        """What is to be reconstructed."""
+        return self.x if self.target is None else self.target
 
 
 class Source(ABC):
-    """Activations [*, d_in] to train on."""
+    """Activations [*, d_in] to train on, and perhaps a target [*, d_out] for each."""
 
     d_in: int
-    truth: Float[Tensor, "n_features d_in"] | None = None
-    """Directions of the true features, when known."""
+    d_out: int | None = None
+    """Width of the targets; None: the activations themselves are to be reconstructed."""
+    truth: Float[Tensor, "n_features d_out"] | None = None
+    """Directions of the true features in what is to be reconstructed, when known."""
 
     @abstractmethod
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Batches number `start`, `start` + 1, ... in float32."""
 
     @abstractmethod
@@ -92,9 +105,9 @@ class ArraySource(Source):
     Either way an epoch visits each row once, and memory does not grow with the set: files stay mapped.
     """
 
-    def __init__(self, rows: Rows, truth: Float[Tensor, "n_features d_in"] | None = None) -> None:
+    def __init__(self, rows: Rows | Pairs, truth: Float[Tensor, "n_features d_in"] | None = None) -> None:
         if len(rows) < MIN_ROWS:
-            raise UsageError(f"{rows.names[0]} has {len(rows)} rows; at least {MIN_ROWS} are needed to hold some out")
+            raise UsageError(f"{rows.name} has {len(rows)} rows; at least {MIN_ROWS} are needed to hold some out")
         if truth is not None and truth.shape[1] != rows.d_in:
             raise UsageError(f"true features have d_in={truth.shape[1]}, activations have d_in={rows.d_in}")
         self.rows, self.d_in, self.truth = rows, rows.d_in, truth
@@ -157,7 +170,7 @@ class ArraySource(Source):
 
     def _window(self, spans: list[tuple[int, int]]) -> Tensor:
         """The rows of some blocks in one buffer: no more than a window is ever held."""
-        rows = torch.empty(sum(stop - start for start, stop in spans), self.d_in, dtype=self.rows.parts[0].dtype)
+        rows = torch.empty(sum(stop - start for start, stop in spans), self.d_in, dtype=self.rows.dtype)
         filled = 0
         for start, stop in spans:
             rows[filled : filled + stop - start] = self.rows.read(start, stop)
@@ -165,8 +178,30 @@ class ArraySource(Source):
         return rows
 
 
+class PairSource(Source):
+    """Activations with targets, out of a source whose rows hold both side by side: they are shuffled together."""
+
+    def __init__(
+        self, rows: ArraySource | IterableSource, d_in: int, truth: Float[Tensor, "n_features d_out"] | None = None
+    ) -> None:
+        self.rows, self.d_in, self.d_out, self.truth = rows, d_in, rows.d_in - d_in, truth
+        if truth is not None and truth.shape[1] != self.d_out:
+            raise UsageError(f"true features have d_in={truth.shape[1]}, targets have d_out={self.d_out}")
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self._apart, self.rows.batches(batch_size, seed, start))
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        x, target = self._apart(self.rows.held_out(purpose, n).x)
+        return HeldOut(x, target=target)
+
+    def _apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rows[:, : self.d_in].contiguous(), rows[:, self.d_in :].contiguous()
+
+
 class IterableSource(Source):
-    """Any iterable of batches [*, d_in], in its own order; its first rows are held out.
+    """Any iterable of batches [*, d_in], in its own order; its first rows are held out. Batches that are pairs hold
+    activations and targets, and are read side by side.
 
     An iterable that can be read again (a data loader) gives further epochs; one that cannot (a generator) ends
     the run when it ends.
@@ -175,7 +210,8 @@ class IterableSource(Source):
     N_HELD_OUT = 8192
 
     def __init__(self, batches: Iterable[Tensor | np.ndarray]) -> None:
-        self.iterable, self.d_in = batches, 0
+        self.iterable = batches
+        self.widths: list[int] = []
         self.stream = self._rows()
         held = torch.zeros(0)
         while len(held) < self.N_HELD_OUT:
@@ -217,15 +253,18 @@ class IterableSource(Source):
 
     def _rows(self) -> Iterator[Tensor]:
         for number, batch in enumerate(self.iterable):
-            name = f"batch {number}"
-            if isinstance(batch, list | tuple) and len(batch) == 1:
-                batch = batch[0]  # noqa: PLW2901 - a TensorDataset wraps its rows
-            tensor = as_tensor(batch, name) if isinstance(batch, np.ndarray) else batch
-            if not isinstance(tensor, Tensor):
-                raise UsageError(f"{name} of the source is a {type(batch).__name__}; it must be a tensor or an array")
-            rows = Rows([tensor.detach().cpu()], [name])
-            if self.d_in not in (0, rows.d_in):
-                raise UsageError(f"{name} of the source has d_in={rows.d_in}, those before it {self.d_in}")
+            # A TensorDataset wraps its rows; two parts are activations and targets.
+            parts = batch if isinstance(batch, list | tuple) and len(batch) in (1, 2) else [batch]
+            names = (f"batch {number}", f"the target of batch {number}")
+            tables = [
+                table(part.cpu() if isinstance(part, Tensor) else part, name)
+                for part, name in zip(parts, names, strict=False)
+            ]
+            widths = [rows.d_in for rows in tables]
+            if self.widths not in ([], widths):
+                raise UsageError(f"batch {number} of the source has widths {widths}, those before it {self.widths}")
+            self.widths = widths
+            rows = Pairs(*tables) if len(tables) == 2 else tables[0]
             yield rows.read(0, len(rows)).float()
 
 
@@ -247,23 +286,25 @@ def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor,
 def as_source(data: object) -> Source:
     """A source from what a user has at hand: a tensor, an array, a list of them, or any iterable of batches.
 
+    A tuple of two is activations and targets; an iterable may give such pairs as its batches.
+
     Raises:
         UsageError: it is none of these, or its rows are not activations.
     """
     if isinstance(data, Source):
         return data
-    if isinstance(data, Tensor | np.ndarray):
-        data = [data]
-    if isinstance(data, list | tuple):
-        names = [f"part {number} of the source" if len(data) > 1 else "the source" for number in range(len(data))]
-        parts = [
-            as_tensor(part, name) if isinstance(part, np.ndarray) else part
-            for part, name in zip(data, names, strict=True)
-        ]
-        if parts and all(isinstance(part, Tensor) for part in parts):
-            return ArraySource(Rows([part.detach() for part in parts], names))
-    elif isinstance(data, Iterable):
-        return IterableSource(data)
+    if isinstance(data, tuple):
+        if len(data) != 2:
+            raise UsageError(
+                f"a tuple is (activations, targets), got {len(data)} entries; pass parts of one set as a list"
+            )
+        x, target = (table(part, name) for part, name in zip(data, ("the source", "the target"), strict=True))
+        return PairSource(ArraySource(Pairs(x, target)), x.d_in)
+    if isinstance(data, Tensor | np.ndarray | list):
+        return ArraySource(table(data, "the source"))
+    if isinstance(data, Iterable):
+        source = IterableSource(data)
+        return PairSource(source, source.widths[0]) if len(source.widths) == 2 else source
     raise UsageError(f"cannot train on {type(data).__name__}; pass a tensor, an array, or an iterable of batches")
 
 
@@ -333,12 +374,25 @@ class ArraySourceConfig(SourceConfig):
     """A file, or a glob of files."""
     key: str | None = None
     """Name of the array inside .npz and .safetensors files."""
+    target: Path | None = None
+    """A file, or a glob of files, with what a transcoder writes for each row, such as an MLP's output."""
+    target_key: str | None = None
+    """Name of the array inside .npz and .safetensors files of targets."""
     truth: Path | None = None
-    """A file with the true features [n_features, d_in], when they are known."""
+    """A file with the true features [n_features, d_in] (of the target: d_out), when they are known."""
 
-    def open(self) -> ArraySource:
+    @model_validator(mode="after")
+    def _key_has_a_target(self) -> ArraySourceConfig:
+        if self.target_key is not None and self.target is None:
+            raise ValueError(f"target_key {self.target_key!r} names an array in target, which is not given; add it")
+        return self
+
+    def open(self) -> ArraySource | PairSource:
         truth = None
         if self.truth is not None:
             rows = open_rows(self.truth)
             truth = rows.read(0, len(rows)).float()
-        return ArraySource(open_rows(self.path, self.key), truth)
+        x = open_rows(self.path, self.key)
+        if self.target is None:
+            return ArraySource(x, truth)
+        return PairSource(ArraySource(Pairs(x, open_rows(self.target, self.target_key))), x.d_in, truth)

@@ -2,7 +2,7 @@
 
 Activations are divided by sqrt(s), the square root of their total variance s = E|x - mean x|^2. Losses, learning
 rates and initial values then mean the same at every scale of the data; the trained SAE is rescaled to the units of
-the data at the end (`SAE.rescale_`).
+the data at the end (`SAE.rescale_`). A target other than the activations is divided by the square root of its own.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ TERMS = ("overall_loss", "mse_loss", "auxiliary_reconstruction_loss", "sparsity_
 
 
 class Trainer:
-    """Trains `sae` in place on activations in units of `unit`. A step never waits for the device: sums stay there
-    until `take_window` reads them."""
+    """Trains `sae` in place on activations in units of `unit`, and targets in units of `target_unit`. A step never
+    waits for the device: sums stay there until `take_window` reads them."""
 
-    def __init__(self, sae: SAE, config: TrainConfig, unit: float) -> None:
+    def __init__(self, sae: SAE, config: TrainConfig, unit: float, target_unit: float | None = None) -> None:
         self.sae, self.config, self.unit = sae, config, unit
+        self.target_unit = unit if target_unit is None else target_unit
         self.engine = Engine(sae, config.train.kernels, config.train.precision)
         self.n_steps_done = 0
         device = sae.W_dec.device
@@ -39,18 +40,24 @@ class Trainer:
         self.window_steps = 0
         self.annealed: dict[str, float] = {}
 
-    def step(self, activations: Float[Tensor, "batch d_in"]) -> None:
-        """One batch, in the units of the data."""
+    def step(
+        self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
+    ) -> None:
+        """One batch, in the units of the data; `target` is what to reconstruct, where that is something else."""
         if self.n_steps_done % REFRESH_STEPS == 0:
             self.look()
-        self.advance(activations)
+        self.advance(activations, target)
         self.window_steps += 1
         self.n_steps_done += 1
 
-    def advance(self, activations: Float[Tensor, "batch d_in"]) -> None:
+    def advance(
+        self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
+    ) -> None:
         """What a step does on the device. Between two looks of the host each step does the same, to the address."""
         now = self.clock.tick()
-        error, mse, auxiliary, penalty, l0 = self.engine.step(activations, self.unit, now, self.dead)
+        if target is not None:
+            target = target.to(self.sae.W_dec.dtype) / self.target_unit
+        error, mse, auxiliary, penalty, l0 = self.engine.step(activations, self.unit, now, self.dead, target)
         loss = error + self.sae.config.aux_coefficient * auxiliary + penalty
         self.window += torch.stack([loss, mse, auxiliary, penalty, l0])
 
@@ -110,6 +117,7 @@ class Trainer:
         tensors |= {"dead": self.dead, "window": self.window}
         return tensors, values | {
             "unit": self.unit,
+            "target_unit": self.target_unit,
             "n_steps_done": self.n_steps_done,
             "window_steps": self.window_steps,
         }
@@ -119,7 +127,7 @@ class Trainer:
         self.engine.restore(tensors, values)
         device = self.window.device
         self.dead, self.window = tensors["dead"].to(device), tensors["window"].to(device)
-        self.unit = values["unit"]
+        self.unit, self.target_unit = values["unit"], values["target_unit"]
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
         self.clock.wind(self.n_steps_done)
         self._anneal(self.n_steps_done // REFRESH_STEPS * REFRESH_STEPS)  # as at the last look

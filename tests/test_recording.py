@@ -22,6 +22,7 @@ CASES = [
     {"kind": "relu", "l0": 6.0},
     {"kind": "gated", "l0": 6.0},
     {"kind": "p_annealing", "l0": 6.0, "anneal_start": 0.0},
+    {"kind": "skip_transcoder", "k": 5, "aux_k": 3},
 ]
 # What makes the host wait for a device: it reads a number, or sizes follow from data.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "is_nonzero", "equal", "item")

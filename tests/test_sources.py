@@ -66,7 +66,7 @@ def test_bad_rows_far_into_a_large_file_are_named_when_they_come(monkeypatch):
 def test_a_toy_is_an_endless_stream_with_known_features():
     config = ToySourceConfig(n_features=12, d_hidden=5, feature_prob=0.1, n_steps=50)
     source = config.open()
-    x, acts = source.held_out("evaluation", 100)
+    x, acts, _ = source.held_out("evaluation", 100)
     torch.testing.assert_close(x, acts.dense() @ source.truth)
     again = config.open()
     assert torch.equal(again.truth, source.truth)

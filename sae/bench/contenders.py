@@ -6,13 +6,12 @@ import logging
 from collections.abc import Callable
 from itertools import cycle
 
-from jaxtyping import Float
 from torch import Tensor
 
 from sae.bench import ours
 from sae.bench.loading import RivalFailed, first_line
 from sae.bench.rivals import RIVALS, Rival, Step
-from sae.bench.shapes import Shape
+from sae.bench.shapes import Shape, parts
 from sae.bench.timing import Contender
 
 logger = logging.getLogger("sae")
@@ -29,7 +28,7 @@ def contenders(
     found = [Contender(OURS, ours.advance(kind, shape, x, lr, device))]
     if not with_rivals:
         return found
-    batches = x.split(shape.batch)
+    batches = list(zip(*(part.split(shape.batch) for part in parts(kind, x)), strict=True))
     for rival in RIVALS.values():
         if kind not in rival.steps:
             continue
@@ -52,15 +51,15 @@ def tell_once(line: str, left_out: list[str]) -> None:
         logger.warning("%s", line)
 
 
-def _begun(rival: Rival, kind: str, shape: Shape, lr: float, device: str, batches: tuple[Tensor, ...]) -> Step:
+def _begun(rival: Rival, kind: str, shape: Shape, lr: float, device: str, batches: list[tuple[Tensor, ...]]) -> Step:
     step = rival.step(kind, shape, lr, device)
     try:
-        step(batches[0])
+        step(*batches[0])
     except Exception as error:
         raise RivalFailed(f"{rival.name} is left out of {kind}, its step fails: {first_line(error)}") from error
     return step
 
 
-def _over(batches: tuple[Float[Tensor, "batch d_in"], ...], step: Step) -> Callable[[], object]:
+def _over(batches: list[tuple[Tensor, ...]], step: Step) -> Callable[[], object]:
     stream = cycle(batches)
-    return lambda: step(next(stream))
+    return lambda: step(*next(stream))

@@ -20,7 +20,7 @@ from sae.bench import ours
 from sae.bench.contenders import OURS
 from sae.bench.loading import RivalFailed
 from sae.bench.rivals import RIVALS
-from sae.bench.shapes import Shape
+from sae.bench.shapes import Shape, parts
 from sae.errors import UsageError
 from sae.run import train
 
@@ -121,8 +121,9 @@ def run(job: Job) -> dict[str, int]:
 def _train(job: Job, x: Float[Tensor, "rows d_in"]) -> None:
     """`sae.train` as a user calls it, with all that comes after the last step."""
     with tempfile.TemporaryDirectory() as folder:
+        given = parts(job.kind, x)
         config = ours.config(job.kind, job.shape, job.lr, job.device, job.steps, out=f"{folder}/run")
-        train(config, source=x, report=False)
+        train(config, source=given if len(given) > 1 else x, report=False)
 
 
 def _step(job: Job, x: Float[Tensor, "rows d_in"]) -> None:
@@ -131,10 +132,10 @@ def _step(job: Job, x: Float[Tensor, "rows d_in"]) -> None:
         for _ in range(job.steps):
             advance()
         return
-    batches = x.split(job.shape.batch)
+    batches = list(zip(*(part.split(job.shape.batch) for part in parts(job.kind, x)), strict=True))
     step = RIVALS[job.name].step(job.kind, job.shape, job.lr, job.device)
     for number in range(job.steps):
-        step(batches[number % len(batches)])
+        step(*batches[number % len(batches)])
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape
+from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape, parts
 from sae.config import TrainConfig
 from sae.run import N_CALIBRATION, start
 from sae.sources import as_source
@@ -30,13 +30,20 @@ def config(kind: str, shape: Shape, lr: float, device: str, n_steps: int = N_STE
 
 def trainer(
     kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, device: str
-) -> tuple[Trainer, Callable[[], Tensor]]:
+) -> tuple[Trainer, Callable[[], tuple[Tensor, ...]]]:
     """A run at its beginning, and what gives it its next batch of the rows of x, shuffled as in any run."""
-    source = as_source(x)
+    given = parts(kind, x)
+    source = as_source(given if len(given) > 1 else x)
     run = config(kind, shape, lr, device)
     begun = start(run, source, source.held_out("calibration", N_CALIBRATION))
     batches = source.batches(shape.batch, run.train.seed)
-    return begun, lambda: next(batches).to(torch.device(device), non_blocking=True)
+
+    def batch() -> tuple[Tensor, ...]:
+        rows = next(batches)
+        each = rows if isinstance(rows, tuple) else (rows,)
+        return tuple(part.to(torch.device(device), non_blocking=True) for part in each)
+
+    return begun, batch
 
 
 def advance(kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, device: str) -> Callable[[], None]:
@@ -44,6 +51,6 @@ def advance(kind: str, shape: Shape, x: Float[Tensor, "rows d_in"], lr: float, d
     begun, batch = trainer(kind, shape, x, lr, device)
 
     def step() -> None:
-        begun.step(batch())
+        begun.step(*batch())
 
     return step

@@ -20,7 +20,8 @@ from torch import Tensor
 from sae.bench.loading import RivalFailed, first_line, load, quiet
 from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape, groups
 
-Step = Callable[[Tensor], object]
+Step = Callable[..., object]
+"""Is given activations, and targets where there are some."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,16 @@ def sae_lens(kind: str, shape: Shape, lr: float, device: str) -> Step:
     return step
 
 
-def sparsify(shape: Shape, lr: float, device: str) -> Step:
+def sparsify(kind: str, shape: Shape, lr: float, device: str) -> Step:
     """Its coder, and what `Trainer.fit` with its hook does for a batch: the trainer itself needs a language model.
 
     sparsify/trainer.py 1.3.3, one process, no accumulation. Left out is what handles tokens: flattening, and the two
     copies that drop excluded ones.
     """
     configs, coders = load("sparsify.config"), load("sparsify.sparse_coder")
-    cfg = configs.TrainConfig(sae=configs.SparseCoderConfig(num_latents=shape.d_sae, k=shape.k), lr=lr)
+    transcode = kind == "transcoder"
+    own = configs.SparseCoderConfig(num_latents=shape.d_sae, k=shape.k, transcode=transcode)
+    cfg = configs.TrainConfig(sae=own, lr=lr)
     if cfg.optimizer != "signum" or cfg.loss_fn != "fvu":
         raise NotImplementedError(f"its defaults are now {cfg.optimizer} and {cfg.loss_fn}; this step is out of date")
     sae = coders.SparseCoder(shape.d_in, cfg.sae, device, dtype=torch.float32)
@@ -146,21 +149,24 @@ def sparsify(shape: Shape, lr: float, device: str) -> Step:
     did_fire = torch.zeros(sae.num_latents, device=device, dtype=torch.bool)
     steps = count()
 
-    def step(x: Tensor) -> None:
+    def step(x: Tensor, target: Tensor | None = None) -> None:
+        y = x if target is None else target
         # the hook
         if next(steps) == 0:
-            sae.b_dec.data = x.mean(0)
-        if sae.cfg.normalize_decoder:
+            if transcode:
+                sae.encoder.bias.data = -x.mean(0) @ sae.encoder.weight.data.T
+            sae.b_dec.data = y.mean(0)
+        if sae.cfg.normalize_decoder and not transcode:
             sae.set_decoder_norm_to_unit_norm()
         dead_mask = since_fired > cfg.dead_feature_threshold if cfg.auxk_alpha > 0 else None
-        total_variance = (x - x.mean(0)).pow(2).sum()
-        out = sae(x=x, y=x, dead_mask=dead_mask, total_variance=total_variance)
+        total_variance = (y - y.mean(0)).pow(2).sum()
+        out = sae(x=x, y=y, dead_mask=dead_mask, total_variance=total_variance)
         did_fire[out.latent_indices.flatten()] = True
         float(out.fvu.detach())  # it sums this up even when nothing is logged
         loss = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
         loss.div(cfg.grad_acc_steps * cfg.micro_acc_steps).backward()
         # fit
-        if sae.cfg.normalize_decoder:
+        if sae.cfg.normalize_decoder and not transcode:
             sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
         optimizer.zero_grad()
@@ -209,6 +215,6 @@ RIVALS = {
         ),
         Rival("sae-lens", _each_kind(sae_lens, *SELECTIONS, "gated", "jumprelu", "matryoshka", "matching_pursuit")),
         Rival("overcomplete", _each_kind(overcomplete, *SELECTIONS, "jumprelu", "matching_pursuit")),
-        Rival("eai-sparsify", {"topk": sparsify}, precision="high"),
+        Rival("eai-sparsify", _each_kind(sparsify, "topk", "transcoder"), precision="high"),
     )
 }

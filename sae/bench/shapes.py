@@ -12,7 +12,7 @@ from sae.errors import UsageError
 from toymodels.errors import nearest
 from toymodels.streams import generator
 
-KINDS = ("topk", "batchtopk", "relu")
+KINDS = ("topk", "batchtopk", "relu", "transcoder")
 # Enough that the larger shapes do not fit in a cache; contenders go round and round over them.
 N_BATCHES = 16
 # The same for all. Schedules are those of a run of N_STEPS steps, from its beginning; lambda is that of
@@ -48,6 +48,11 @@ class Shape:
         strengths = torch.rand(chosen.shape, generator=stream)
         x = torch.nn.functional.embedding_bag(chosen, directions, per_sample_weights=strengths, mode="sum")
         return x.div_(x.square().sum(dim=1).mean().sqrt())
+
+
+def parts(kind: str, x: Float[Tensor, "rows d_in"]) -> tuple[Tensor, ...]:
+    """What a step of this kind is given: activations, and for a transcoder targets of the same width, made of them."""
+    return (x, x.flip(1)) if kind == "transcoder" else (x,)
 
 
 SHAPES = {

@@ -104,12 +104,12 @@ def stages(shape: Shape, kind: str, device: str, n_steps: int, synchronise: Call
     found: dict[str, list[float]] = {}
     n_codes = 0.0
     for step in range(WARM_UP_STEPS + n_steps):
-        activations = batch()
+        given = batch()
         synchronise()
         watch.seconds.clear()
         began = time.perf_counter()
         with Products(watch) if trainer.engine.dense else nullcontext():
-            trainer.step(activations)
+            trainer.step(*given)
         synchronise()
         watch.seconds[REST] = time.perf_counter() - began - sum(watch.seconds.values())
         if step >= WARM_UP_STEPS:

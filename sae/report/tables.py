@@ -47,6 +47,8 @@ METHODS = {
     "jumprelu": "JumpReLU",
     "gated": "Gated",
     "matryoshka": "Matryoshka",
+    "transcoder": "Transcoder",
+    "skip_transcoder": "Skip transcoder",
     "random": "random dictionary",
     "oracle": "oracle: true dictionary",
     "oracle_k": "oracle, same k",

@@ -9,6 +9,7 @@ from sae.sparsifiers.matryoshka import MatryoshkaConfig
 from sae.sparsifiers.p_annealing import PAnnealing, PAnnealingConfig
 from sae.sparsifiers.relu import ReLU, ReLUConfig
 from sae.sparsifiers.topk import TopK, TopKConfig
+from sae.sparsifiers.transcoder import SkipTranscoderConfig, TranscoderConfig
 
 __all__ = [
     "BatchTopK",
@@ -29,7 +30,9 @@ __all__ = [
     "PenalisedConfig",
     "ReLU",
     "ReLUConfig",
+    "SkipTranscoderConfig",
     "Sparsifier",
     "TopK",
     "TopKConfig",
+    "TranscoderConfig",
 ]

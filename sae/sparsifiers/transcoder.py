@@ -1,0 +1,82 @@
+"""Transcoders: what is reconstructed is not what is read. Which latents fire is another kind's affair."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sae.config import SAEConfig
+from sae.sparsifiers.base import Sparsifier
+
+
+class _Transcoding(SAEConfig):
+    """What both transcoders share: TopK with k, or the selection of any other kind."""
+
+    transcodes: ClassVar[bool] = True
+
+    tied_init: bool = False
+    """Start the encoder as the decoder's transpose; only where the target is as wide as the input."""
+    tied_bias: bool = False
+    """Always off: b_dec lies in the space of the target, and a fixed centre is subtracted from the input."""
+    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
+    k: int | None = Field(default=None, gt=0)
+    """Most latents that fire for one activation, as in TopK; or else base."""
+    base: dict[str, Any] | None = None
+    """Another kind that selects, with its own options, as in {kind: batchtopk, k: 3}."""
+
+    @field_validator("tied_bias")
+    @classmethod
+    def _bias_is_free(cls, tied: bool) -> bool:
+        if tied:
+            raise ValueError("tied_bias must be off, got true: b_dec of a transcoder is no input; leave it out")
+        return tied
+
+    @field_validator("base")
+    @classmethod
+    def _base_selects(cls, base: dict[str, Any] | None, info: Any) -> dict[str, Any] | None:
+        """The options of the kind, with its defaults written out."""
+        if base is None or "d_sae" not in info.data:
+            return base
+        shared = SAEConfig.model_fields.keys() - {"kind"}
+        if shared & base.keys():
+            names = ", ".join(sorted(shared & base.keys()))
+            raise ValueError(f"base takes only what its kind alone knows, got {names}; put that beside base")
+        kind = _selection(base, info.data["d_sae"])
+        if kind.transcodes:
+            raise ValueError(f"base must be a kind that selects, got {kind.kind!r}; take topk or batchtopk")
+        return {name: value for name, value in kind.model_dump(mode="json").items() if name not in shared}
+
+    @model_validator(mode="after")
+    def _one_selection(self) -> _Transcoding:
+        if (self.k is None) == (self.base is None):
+            given = "neither" if self.k is None else "both"
+            raise ValueError(f"needs k (for TopK) or base (another kind with its options), got {given}; give one")
+        if self.k is not None:
+            _selection({"kind": "topk", "k": self.k}, self.d_sae)
+        return self
+
+    def build(self) -> Sparsifier:
+        built: Sparsifier = _selection(self.base or {"kind": "topk", "k": self.k}, self.d_sae).build()
+        return built
+
+
+class TranscoderConfig(_Transcoding):
+    """Transcoder (Dunefsky et al. 2024, section 3): from an MLP's input to its output, or between any two places."""
+
+    kind: Literal["transcoder"] = "transcoder"
+
+
+class SkipTranscoderConfig(_Transcoding):
+    """Transcoder with an affine skip connection (Paulo et al. 2025, section 3): W_skip takes the linear part."""
+
+    skips: ClassVar[bool] = True
+
+    kind: Literal["skip_transcoder"] = "skip_transcoder"
+
+
+def _selection(base: dict[str, Any], d_sae: int) -> SAEConfig:
+    """The configuration of the kind that selects."""
+    kind: SAEConfig = SAEConfig.of_kind({"d_sae": d_sae} | base)
+    return kind
