@@ -74,7 +74,10 @@ class Engine:
         self.sae = sae
         self.kernels = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
         self.state = State.of(
-            dict(sae.named_parameters()), sae.config.unit_norm_decoder, sae.config.tied_bias, sae.sparsifier.weighted
+            dict(sae.named_parameters(remove_duplicate=False)),
+            sae.config.unit_norm_decoder,
+            sae.config.tied_bias,
+            sae.sparsifier.weighted,
         )
         self.kernels.refresh(self.state)
         self.aux_k = sae.config.aux_k or max(sae.d_in // 2, 1)
@@ -114,7 +117,9 @@ class Engine:
 
     def _step(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
         codes = None
-        if not (self.dense or self.by_autograd):
+        if self.sae.sparsifier.pursuit_steps:
+            codes = self.kernels.pursue(x, self.state.W_dec, self.sae.sparsifier.pursuit_steps)
+        elif not (self.dense or self.by_autograd):
             codes = self.sae.sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
         if codes is not None:
             terms = self._sparse(x, target, codes, now, dead)
@@ -140,11 +145,15 @@ class Engine:
         decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
         last = decoded.gradient[-len(x) :] / codes.weights[-1] if len(codes.weights) > 1 else decoded.gradient
         auxiliary, extra = self._auxiliary(x, last, dead)
+        self._skip(x, decoded.gradient)
+        gradient = decoded.gradient
+        if self.sae.sparsifier.pursuit_steps:
+            gradient, codes = kernels.unroll(codes, decoded, x, state)
+            gradients = torch.zeros_like(codes.values)
         plan = kernels.invert(codes, gradients, self.sae.d_sae)
         l0 = plan.n_codes / len(x)
-        self._skip(x, decoded.gradient)
         cost = cost if state.weighted else 0.0
-        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, cost=cost, pull=pull)
+        kernels.update_(state, now, x, gradient, plan=plan, extra=extra, cost=cost, pull=pull)
         return Terms(error, decoded.squares.mean(), auxiliary, penalty, l0)
 
     def _skip(self, x: Tensor, gradient: Tensor) -> None:
@@ -244,6 +253,8 @@ class Engine:
         """All that the next step depends on: tensors, and plain values."""
         state = self.state
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        if "encoder" not in state.first:
+            tensors["sae.encoder"] = state.encoder.clone()  # a file holds no memory twice
         for name, _ in state.weights():
             tensors |= {f"adam.{name}.exp_avg": state.first[name], f"adam.{name}.exp_avg_sq": state.second[name]}
         for name, (_, first, second) in self.own.items():

@@ -30,7 +30,8 @@ class SAE(nn.Module):
         x_hat = z W_dec + b_dec                    [batch, d_in]
 
     W_enc [d_in, d_sae] is a view of `encoder` [d_sae, d_in]: a latent is a row on both sides. Where `tied_bias` is off,
-    a fixed `centre` takes the place of b_dec in `pre`.
+    a fixed `centre` takes the place of b_dec in `pre`. A sparsifier with `pursuit_steps` reads x - b_dec and W_dec, not
+    `pre`; W_enc is then W_dec^T, the same memory.
     """
 
     centre: Tensor | None
@@ -39,13 +40,13 @@ class SAE(nn.Module):
     def __init__(self, d_in: int, config: SAEConfig) -> None:
         super().__init__()
         self.d_in, self.d_sae, self.config = d_in, config.d_sae, config
+        self.sparsifier = config.build()
         self.encoder = nn.Parameter(torch.zeros(config.d_sae, d_in))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_in))
+        self.W_dec = self.encoder if self.sparsifier.pursuit_steps else nn.Parameter(torch.zeros(config.d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("centre", None if config.tied_bias else torch.zeros(d_in))
         self.W_skip = None
-        self.sparsifier = config.build()
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -76,7 +77,15 @@ class SAE(nn.Module):
                 "flatten the leading axes first" if x.shape[-1:] == (self.d_in,) else "this SAE reads another width"
             )
             raise ValueError(f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; {remedy}")
-        return self.sparsifier.select(self.pre_latents(x.to(self.encoder.dtype)))
+        x = x.to(self.encoder.dtype)
+        return self.training_codes(x) if self.sparsifier.pursuit_steps else self.sparsifier.select(self.pre_latents(x))
+
+    def training_codes(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+        """The latents that fire for each row of x, as training selects them."""
+        if self.sparsifier.pursuit_steps:
+            return self.sparsifier.pursue(x - (self.b_dec if self.centre is None else self.centre), self.W_dec)
+        codes: SparseCodes = self.sparsifier(self.pre_latents(x))
+        return codes
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """x_hat, as inference gives it."""

@@ -2,6 +2,7 @@
 
 from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
 from sae.sparsifiers.batchtopk import BatchTopK, BatchTopKConfig
+from sae.sparsifiers.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from sae.sparsifiers.relu import ReLU, ReLUConfig
 from sae.sparsifiers.topk import TopK, TopKConfig
 
@@ -11,6 +12,8 @@ __all__ = [
     "Decode",
     "Error",
     "Flow",
+    "MatchingPursuit",
+    "MatchingPursuitConfig",
     "Objective",
     "ReLU",
     "ReLUConfig",
