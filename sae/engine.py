@@ -229,7 +229,13 @@ class Engine:
         if not alpha or not dead.numel():
             return x.new_zeros(()), None
         bias = state.b_enc[dead].masked_fill_(dead < 0, -torch.inf)  # the latent -1 never fires
+        if self.sae.sparsifier.pursuit_steps:
+            x = gradient * (
+                -len(gradient) / 2
+            )  # a pursuit's dead latents read what is left, as they would in its steps
         value, rows = losses.aux_k(gradient, x, state.encoder[dead], bias, state.W_dec[dead], self.aux_k)
+        if self.sae.sparsifier.pursuit_steps:  # both gradients belong to the one row
+            rows = (torch.zeros_like(rows[0]), rows[0] + rows[1], torch.zeros_like(rows[2]))
         return value, Rows(dead.remainder(self.sae.d_sae), *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:

@@ -7,6 +7,7 @@ the data at the end (`SAE.rescale_`).
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from sae import schedules
 from sae.config import TrainConfig
 from sae.engine import Engine, padded
 from sae.model import SAE
+from sae.resampling import resample_
+from toymodels.streams import generator
 
+logger = logging.getLogger("sae")
 # How often the host looks at the device: which latents are dead, and whether codes are sparse; it then writes down the
 # learning rates to come. Between looks no step waits, and all do the same.
 REFRESH_STEPS = 10
@@ -37,11 +41,13 @@ class Trainer:
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.window = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self.window_steps = 0
+        self.n_resampled = 0
 
     def step(self, activations: Float[Tensor, "batch d_in"]) -> None:
         """One batch, in the units of the data."""
         if self.n_steps_done % REFRESH_STEPS == 0:
             self.look()
+            self.resample(activations)
         self.advance(activations)
         self.window_steps += 1
         self.n_steps_done += 1
@@ -72,6 +78,19 @@ class Trainer:
         self.engine.refresh(self.n_steps_done)
         self.clock.wind(self.n_steps_done)
 
+    def resample(self, activations: Float[Tensor, "batch d_in"]) -> None:
+        """Starts dead latents anew on this batch, if it was time for that since the last look."""
+        every, step, dead = self.sae.config.resample_every, self.n_steps_done, self.dead[self.dead >= 0]
+        if every is None or step >= self.config.n_resampling_steps or not len(dead):
+            return
+        n_samples, at_last_look = (n * self.config.train.batch_size for n in (step, step - REFRESH_STEPS))
+        if n_samples // every > at_last_look // every:
+            stream = generator(self.config.train.seed, "resampling", step)
+            n = resample_(self.engine, activations, self.unit, dead, stream)
+            logger.info("step %d: %d of %d dead latents start anew", step, n, len(dead))
+            self.n_resampled += n
+            self.dead = padded(dead[n:])
+
     def take_window(self) -> tuple[dict[str, float], Bool[Tensor, " d_sae"]]:
         """Means over the steps since the last call under the names of the log, and which latents fired in them."""
         *terms, l0 = (self.window / max(self.window_steps, 1)).tolist()
@@ -88,6 +107,8 @@ class Trainer:
             "details/current_learning_rate": self.learning_rate(max(self.n_steps_done - 1, 0)),
             "details/n_training_samples": self.n_steps_done * self.config.train.batch_size,
         }
+        if self.sae.config.resample_every is not None:
+            values["sparsity/resampled"] = self.n_resampled
         fired = state.window_firing > 0
         self.window.zero_()
         state.window_firing.zero_()
@@ -102,6 +123,7 @@ class Trainer:
             "unit": self.unit,
             "n_steps_done": self.n_steps_done,
             "window_steps": self.window_steps,
+            "n_resampled": self.n_resampled,
         }
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -111,4 +133,5 @@ class Trainer:
         self.dead, self.window = tensors["dead"].to(device), tensors["window"].to(device)
         self.unit = values["unit"]
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
+        self.n_resampled = values["n_resampled"]
         self.clock.wind(self.n_steps_done)

@@ -49,6 +49,7 @@ LAYERS = {
         "sparsifiers",
         "model",
         "engine",
+        "resampling",
         "schedules",
         "arrays",
         "sources",

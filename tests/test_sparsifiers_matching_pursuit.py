@@ -165,23 +165,29 @@ def auxiliary_sketch(residual: Tensor, W_dead: Tensor, k: int) -> Tensor:
 
 
 @every_kernel
-@pytest.mark.parametrize("dead", [[], [3, 60, 64, 65, 69]], ids=["alive", "aux"])
+@pytest.mark.parametrize("n_dead", [0, 4], ids=["alive", "aux"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"k": 1}, {"prefixes": (3, 20, D_SAE)}, {"tied_bias": False}, {"tied_bias": False, "prefixes": (50, D_SAE)}],
     ids=["plain", "one step", "prefixes", "own centre", "both"],
 )
 @pytest.mark.parametrize("d_sae", [D_SAE, 300], ids=["narrow", "wide"])
-def test_steps_against_autograd(kernels, precision, dead, options, d_sae):
+def test_steps_against_autograd(kernels, precision, n_dead, options, d_sae):
     if "prefixes" in options:
         options = options | {"prefixes": (*options["prefixes"][:-1], d_sae)}
     made = make_sae(d_sae=d_sae, **options)
-    engine, judge, dead = Engine(made, kernels, precision), Judge(made), torch.tensor(dead, dtype=torch.int64)
+    engine, judge = Engine(made, kernels, precision), Judge(made)
     for number, x in enumerate(batches(6), 1):
-        now = Now.at(number, RATE, 0.7)
+        # What is left over is orthogonal to a latent that just fired, and AuxK would read the sign of a rounding error.
+        silent = ~made.encode(x / UNIT).dense().any(dim=0)
+        now, dead = Now.at(number, RATE, 0.7), silent.nonzero().squeeze(1)[:n_dead]
+        assert len(dead) == n_dead
         terms, expected = engine.step(x, UNIT, now, dead), judge.step(x, now, dead)
         for name, ours, theirs in zip(Terms._fields, terms, expected, strict=True):
-            torch.testing.assert_close(ours.to(theirs), theirs, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours.to(theirs), theirs, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert (expected.auxiliary > 0) == bool(n_dead)
         if number == 1:
             for name, gradient in judge.gradients.items():
                 close(engine.state.first[name] / (1 - BETA1), gradient)

@@ -10,7 +10,12 @@ from sae.schedules import Clock, learning_rate, warmup
 
 CPU = torch.device("cpu")
 
-KINDS = [{"kind": "topk", "k": 3}, {"kind": "batchtopk", "k": 2.5}, {"kind": "relu", "l1_coefficient": 0.1}]
+KINDS = [
+    {"kind": "topk", "k": 3},
+    {"kind": "batchtopk", "k": 2.5},
+    {"kind": "relu", "l1_coefficient": 0.1},
+    {"kind": "matching_pursuit", "k": 3, "aux_coefficient": 0.1},
+]
 
 
 def config(out, n_samples=1280, **sections) -> TrainConfig:
