@@ -27,6 +27,8 @@ from pydantic import (
 from sae.errors import UsageError
 from toymodels.errors import nearest
 
+# The last part of a run in which no latent starts anew.
+LEFT_ALONE = 0.2
 KernelName = Literal["auto", "reference", "torch", "native"]
 PrecisionName = Literal["auto", "fp32", "bf16", "exact"]
 
@@ -103,6 +105,8 @@ class SAEConfig(Family):
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
     aux_k: int | None = Field(default=None, gt=0)
     """How many dead latents explain each residual; default d_in / 2."""
+    resample_every: int | None = Field(default=None, gt=0)
+    """Samples between resamplings, which start dead latents anew (Bricken et al. 2023); default never."""
 
     @model_validator(mode="after")
     def _prefixes_fit(self) -> SAEConfig:
@@ -217,6 +221,21 @@ class TrainConfig(Section):
         if isinstance(value, Mapping):
             return {key: section for key, section in value.items() if section is not None}
         return value
+
+    @model_validator(mode="after")
+    def _resampling_happens(self) -> TrainConfig:
+        every, until = self.sae.resample_every, self.n_resampling_steps * self.train.batch_size
+        if every is not None and every >= until:
+            raise ValueError(
+                f"sae.resample_every must lie below {until} samples, where resampling ends (before the learning rate "
+                f"falls, and the last {LEFT_ALONE:.0%} of the run), got {every}; lower it"
+            )
+        return self
+
+    @property
+    def n_resampling_steps(self) -> int:
+        """Steps from the start in which latents may be resampled: the others are for what they became."""
+        return int((1 - max(LEFT_ALONE, self.train.decay_fraction)) * self.n_steps)
 
     @property
     def n_steps(self) -> int:

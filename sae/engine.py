@@ -74,7 +74,10 @@ class Engine:
         self.sae = sae
         self.kernels = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
         self.state = State.of(
-            dict(sae.named_parameters()), sae.config.unit_norm_decoder, sae.config.tied_bias, sae.sparsifier.weighted
+            dict(sae.named_parameters(remove_duplicate=False)),
+            sae.config.unit_norm_decoder,
+            sae.config.tied_bias,
+            sae.sparsifier.weighted,
         )
         self.kernels.refresh(self.state)
         self.aux_k = sae.config.aux_k or max(sae.d_in // 2, 1)
@@ -113,7 +116,9 @@ class Engine:
 
     def _step(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
         codes = None
-        if not (self.dense or self.by_autograd):
+        if self.sae.sparsifier.pursuit_steps:
+            codes = self.kernels.pursue(x, self.state.W_dec, self.sae.sparsifier.pursuit_steps)
+        elif not (self.dense or self.by_autograd):
             codes = self.sae.sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
         if codes is not None:
             terms = self._sparse(x, target, codes, now, dead)
@@ -139,6 +144,11 @@ class Engine:
         decode = Decode(kernels, state, target)
         decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
         auxiliary, extra = self._auxiliary(x, decoded.gradient, dead, codes)
+        self._skip(x, decoded.gradient)
+        gradient = decoded.gradient
+        if self.sae.sparsifier.pursuit_steps:
+            gradient, codes = kernels.unroll(codes, decoded, x, state)
+            gradients = torch.zeros_like(codes.values)
         plan = kernels.invert(codes, gradients, self.sae.d_sae)
         n_codes, firing = plan.n_codes, None
         if codes.levels is not None and codes.reading != -1:  # what fires beyond that reading is silent in inference
@@ -146,9 +156,8 @@ class Engine:
             firing = torch.zeros_like(state.window_firing).index_add_(0, codes.latents, fires)
             n_codes = fires.sum()
         l0 = n_codes / len(x)
-        self._skip(x, decoded.gradient)
         cost = cost if state.weighted else 0.0
-        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, firing=firing, cost=cost, pull=pull)
+        kernels.update_(state, now, x, gradient, plan=plan, extra=extra, firing=firing, cost=cost, pull=pull)
         return Terms(error, decoded.squares.mean(), auxiliary, penalty, l0)
 
     def _skip(self, x: Tensor, gradient: Tensor) -> None:
@@ -231,7 +240,12 @@ class Engine:
         if codes is not None and len(codes.weights) > 1:
             gradient = _of_reading(gradient, codes)
         bias = state.b_enc[dead].masked_fill_(dead < 0, -torch.inf)  # the latent -1 never fires
+        pursues = bool(self.sae.sparsifier.pursuit_steps)
+        if pursues:  # its dead latents read what is left, as they would in its steps
+            x = gradient * (-len(gradient) / 2)
         value, rows = self.kernels.aux_k(gradient, x, state.encoder[dead], bias, state.W_dec[dead], self.aux_k)
+        if pursues:  # both gradients belong to the one row
+            rows = (torch.zeros_like(rows[0]), rows[0] + rows[1], torch.zeros_like(rows[2]))
         return value, Rows(dead.remainder(self.sae.d_sae), *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:
@@ -256,6 +270,8 @@ class Engine:
         """All that the next step depends on: tensors, and plain values."""
         state = self.state
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        if "encoder" not in state.first:
+            tensors["sae.encoder"] = state.encoder.clone()  # a file holds no memory twice
         for name, _ in state.weights():
             tensors |= {f"adam.{name}.exp_avg": state.first[name], f"adam.{name}.exp_avg_sq": state.second[name]}
         for name, (_, first, second) in self.own.items():

@@ -145,7 +145,7 @@ def live_recovery(
     scores["coverage_0.9"] = coverage(matching, 0.9)
     if probe.acts is not None:
         x = probe.x.to(sae.W_dec.device) / unit
-        codes = sae.sparsifier(sae.pre_latents(x)).to("cpu")
+        codes = sae.training_codes(x).to("cpu")
         codes = codes.scaled(W_dec.norm(dim=1))
         scores["f1"] = matched_f1(matching, codes, probe.acts, metrics.scale_threshold(probe.wanted / target_unit))
     return _group("recovery", scores)

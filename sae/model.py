@@ -31,7 +31,8 @@ class SAE(nn.Module):
 
     W_enc [d_in, d_sae] is a view of `encoder` [d_sae, d_in]: a latent is a row on both sides. Where `tied_bias` is off,
     a fixed `centre` takes the place of b_dec in `pre`. A transcoder reconstructs something else than x, whose width is
-    d_out; one that skips adds (x - centre) W_skip to x_hat.
+    d_out; one that skips adds (x - centre) W_skip to x_hat. A sparsifier with `pursuit_steps` reads x - b_dec and
+    W_dec, not `pre`; W_enc is then W_dec^T, the same memory.
     """
 
     centre: Tensor | None
@@ -43,13 +44,14 @@ class SAE(nn.Module):
         if d_out != d_in and not config.transcodes:
             raise UsageError(f"kind {config.kind!r} reconstructs its input: d_out must be {d_in}, got {d_out}")
         self.d_in, self.d_sae, self.d_out, self.config = d_in, config.d_sae, d_out, config
+        self.sparsifier = config.build()
         self.encoder = nn.Parameter(torch.zeros(config.d_sae, d_in))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, d_out))
+        pursues = bool(self.sparsifier.pursuit_steps)
+        self.W_dec = self.encoder if pursues else nn.Parameter(torch.zeros(config.d_sae, d_out))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("centre", None if config.tied_bias else torch.zeros(d_in))
         self.W_skip = nn.Parameter(torch.zeros(d_in, d_out)) if config.skips else None
-        self.sparsifier = config.build()
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -93,7 +95,15 @@ class SAE(nn.Module):
                 "flatten the leading axes first" if x.shape[-1:] == (self.d_in,) else "this SAE reads another width"
             )
             raise ValueError(f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; {remedy}")
-        return self.sparsifier.select(self.pre_latents(x.to(self.encoder.dtype)))
+        x = x.to(self.encoder.dtype)
+        return self.training_codes(x) if self.sparsifier.pursuit_steps else self.sparsifier.select(self.pre_latents(x))
+
+    def training_codes(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
+        """The latents that fire for each row of x, as training selects them."""
+        if self.sparsifier.pursuit_steps:
+            return self.sparsifier.pursue(x - (self.b_dec if self.centre is None else self.centre), self.W_dec)
+        codes: SparseCodes = self.sparsifier(self.pre_latents(x))
+        return codes
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """x_hat, as inference gives it."""

@@ -7,6 +7,7 @@ the data at the end (`SAE.rescale_`). A target other than the activations is div
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from sae import schedules
 from sae.config import TrainConfig
 from sae.engine import Engine, padded
 from sae.model import SAE
+from sae.resampling import resample_
+from toymodels.streams import generator
 
+logger = logging.getLogger("sae")
 # How often the host looks at the device: which latents are dead, and whether codes are sparse; it then writes down the
 # learning rates to come. Between looks no step waits, and all do the same.
 REFRESH_STEPS = 10
@@ -39,6 +43,7 @@ class Trainer:
         self.window = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self.window_steps = 0
         self.annealed: dict[str, float] = {}
+        self.n_resampled = 0
 
     def step(
         self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
@@ -46,6 +51,7 @@ class Trainer:
         """One batch, in the units of the data; `target` is what to reconstruct, where that is something else."""
         if self.n_steps_done % REFRESH_STEPS == 0:
             self.look()
+            self.resample(activations)
         self.advance(activations, target)
         self.window_steps += 1
         self.n_steps_done += 1
@@ -87,6 +93,19 @@ class Trainer:
     def _anneal(self, step: int) -> None:
         self.annealed = self.sae.sparsifier.anneal_(step / self.config.n_steps)
 
+    def resample(self, activations: Float[Tensor, "batch d_in"]) -> None:
+        """Starts dead latents anew on this batch, if it was time for that since the last look."""
+        every, step, dead = self.sae.config.resample_every, self.n_steps_done, self.dead[self.dead >= 0]
+        if every is None or step >= self.config.n_resampling_steps or not len(dead):
+            return
+        n_samples, at_last_look = (n * self.config.train.batch_size for n in (step, step - REFRESH_STEPS))
+        if n_samples // every > at_last_look // every:
+            stream = generator(self.config.train.seed, "resampling", step)
+            n = resample_(self.engine, activations, self.unit, dead, stream)
+            logger.info("step %d: %d of %d dead latents start anew", step, n, len(dead))
+            self.n_resampled += n
+            self.dead = padded(dead[n:])
+
     def take_window(self) -> tuple[dict[str, float], Bool[Tensor, " d_sae"]]:
         """Means over the steps since the last call under the names of the log, and which latents fired in them."""
         *terms, l0 = (self.window / max(self.window_steps, 1)).tolist()
@@ -105,6 +124,8 @@ class Trainer:
         }
         values |= {f"details/{name}": value for name, value in self.annealed.items()}
         values |= {f"details/{name}": float(value) for name, value in self.sae.sparsifier.details().items()}
+        if self.sae.config.resample_every is not None:
+            values["sparsity/resampled"] = self.n_resampled
         fired = state.window_firing > 0
         self.window.zero_()
         state.window_firing.zero_()
@@ -120,6 +141,7 @@ class Trainer:
             "target_unit": self.target_unit,
             "n_steps_done": self.n_steps_done,
             "window_steps": self.window_steps,
+            "n_resampled": self.n_resampled,
         }
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -129,5 +151,6 @@ class Trainer:
         self.dead, self.window = tensors["dead"].to(device), tensors["window"].to(device)
         self.unit, self.target_unit = values["unit"], values["target_unit"]
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
+        self.n_resampled = values["n_resampled"]
         self.clock.wind(self.n_steps_done)
         self._anneal(self.n_steps_done // REFRESH_STEPS * REFRESH_STEPS)  # as at the last look

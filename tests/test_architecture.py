@@ -50,6 +50,7 @@ LAYERS = {
         "model",
         "initialise",
         "engine",
+        "resampling",
         "schedules",
         "arrays",
         "sources",

@@ -17,6 +17,7 @@ CASES = [
     {"kind": "topk", "k": 5, "aux_k": 3, "multi_k": 11},
     {"kind": "batchtopk", "k": 2.3, "aux_k": 3},
     {"kind": "matryoshka", "k": 2.3, "aux_k": 3, "k_start": 6.0, "k_anneal_fraction": 0.8},
+    {"kind": "matching_pursuit", "k": 3, "aux_k": 3, "aux_coefficient": 0.1},
     {"kind": "relu", "l1_coefficient": 0.3, "unit_norm_decoder": False},
     {"kind": "jumprelu", "l0": 20.0, "aux_k": 3},
     {"kind": "relu", "l0": 6.0},
@@ -67,6 +68,9 @@ def make_trainer(options: dict, kernels: str) -> Trainer:
     sae.initialise_(torch.zeros(D_IN), torch.Generator().manual_seed(0))
     sae.encoder.data[-11:] *= 0.01  # these seldom win, and die
     sae.sparsifier.start_(torch.full((D_SAE,), 0.5, dtype=torch.float64))
+    if options["kind"] == "matching_pursuit":
+        sae.W_dec.data[-11:, -1] = 1.0  # where there is little to explain
+        sae.W_dec.data[-11:] /= sae.W_dec.data[-11:].norm(dim=1, keepdim=True)
     return Trainer(sae, config, 1.3)
 
 
@@ -79,6 +83,8 @@ def alias(value):
 def test_recorded_steps_are_the_steps(options, monkeypatch):
     stream = torch.Generator().manual_seed(2)
     data = [torch.randn(BATCH, D_IN, generator=stream, dtype=torch.float64) for _ in range(40)]
+    for batch in data:
+        batch[:, -1] *= 0.01
     judge = make_trainer(options, "reference")
     for batch in data:
         judge.step(batch)

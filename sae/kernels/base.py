@@ -165,7 +165,10 @@ class DenseStep(NamedTuple):
 
 @dataclass
 class State:
-    """Weights, Adam's moments of each, and counters: all that a step changes."""
+    """Weights, Adam's moments of each, and counters: all that a step changes.
+
+    `encoder` may be W_dec, the same memory; it has no moments then.
+    """
 
     encoder: Float[Tensor, "d_sae d_in"]
     W_dec: Float[Tensor, "d_sae d_out"]
@@ -187,6 +190,7 @@ class State:
     def of(cls, weights: dict[str, Tensor], unit_norm: bool, tied: bool = True, weighted: bool = True) -> State:
         """The state before the first step."""
         own = {name: weights[name].detach() for name in WEIGHTS}
+        trained = WEIGHTS[1:] if weights["encoder"] is weights["W_dec"] else WEIGHTS
         d_sae, device = len(own["W_dec"]), own["W_dec"].device
         counter = torch.zeros(d_sae, dtype=torch.int64, device=device)
         return cls(
@@ -194,8 +198,8 @@ class State:
             unit_norm=unit_norm,
             tied=tied,
             weighted=weighted,
-            first={name: torch.zeros_like(weight) for name, weight in own.items()},
-            second={name: torch.zeros_like(weight) for name, weight in own.items()},
+            first={name: torch.zeros_like(own[name]) for name in trained},
+            second={name: torch.zeros_like(own[name]) for name in trained},
             norms=own["W_dec"].norm(dim=1),
             silent_samples=counter,
             window_firing=counter.clone(),
@@ -207,8 +211,8 @@ class State:
         return self.norms if self.weighted and not self.unit_norm else None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The four weights with their names."""
-        return ((name, getattr(self, name)) for name in WEIGHTS)
+        """The weights that Adam moves, with their names."""
+        return ((name, getattr(self, name)) for name in self.first)
 
 
 def capacity(batch: int, d_sae: int, precision: Precision) -> int:
@@ -240,6 +244,12 @@ class Kernels(Protocol):
 
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
         """All positive pre-latents; None where there are more than `capacity`."""
+
+    def pursue(self, x: Tensor, W_dec: Tensor, k: int) -> Codes:
+        """k steps of matching pursuit on each row of x, k slots a row in their order (`pursuit` has the equations)."""
+
+    def unroll(self, codes: Codes, decoded: Decoded, x: Tensor, state: State) -> Any:
+        """The way back through these steps, as `pursuit.Unrolled`."""
 
     def decode(self, codes: Codes, state: State, target: Tensor, cost: Scalar) -> Decoded:
         """Reconstruction, loss and the gradients in it and in the codes."""

@@ -831,6 +831,103 @@ API void decode_levels(const int64_t *offsets, const int32_t *latents, const rea
     }
 }
 
+/* ---------------------------------------------------------------------------------------------------------- pursuit */
+
+enum { STRIP = 8 * LANES };
+
+/* s -= z g, in one pass with the search for where the largest of the new s lies. Returns its index; n >= 1. */
+static inline long take_away(real *restrict s, const real *restrict g, real z, long n) {
+    real best = -INFINITY;
+    long at = 0;
+    for (long start = 0; start < n; start += STRIP) {
+        long end = MIN(start + STRIP, n), j = start;
+        real largest = -INFINITY;
+        if (end == start + STRIP) {
+            lanes most = load(s + start) - z * load(g + start);
+            memcpy(s + start, &most, sizeof most);
+            for (j += LANES; j < end; j += LANES) {
+                lanes v = load(s + j) - z * load(g + j);
+                memcpy(s + j, &v, sizeof v);
+                most = larger(most, v);
+            }
+            for (long i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+        } else {
+            for (; j < end; j++) {
+                s[j] -= z * g[j];
+                largest = s[j] > largest ? s[j] : largest;
+            }
+        }
+        if (largest > best) best = largest, at = start;
+    }
+    for (long end = MIN(at + STRIP, n); at + 1 < end && !(s[at] == best);) at++;
+    return at;
+}
+
+/* k steps of matching pursuit on each row of x: `correlations` [batch, n_latents] is x . w_j on entry, and follows the
+   residual by the rows of the Gram matrix w_i . w_j. k slots a row; those behind the last step have value 0. */
+API void pursue(real *correlations, const real *gram, const real *x, const real *W_dec, long batch, long n_latents,
+                long d, long k, int32_t *latents, real *values, long threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+    for (long b = 0; b < batch; b++) {
+        real *restrict r = own_memory((size_t)d * sizeof(real)), *s = correlations + b * n_latents;
+        int32_t *who = latents + b * k;
+        real *z = values + b * k;
+        memcpy(r, x + b * d, (size_t)d * sizeof(real));
+        long j = take_away(s, gram, 0, n_latents), t = 0;
+        for (; t < k; t++) {
+            const real *restrict w = W_dec + j * d;
+            real value = dot(r, w, d);
+            if (!(value > 0)) break;
+            who[t] = (int32_t)j, z[t] = value;
+#pragma omp simd
+            for (long i = 0; i < d; i++) r[i] -= value * w[i];
+            if (t + 1 < k) j = take_away(s, gram + j * n_latents, value, n_latents);
+        }
+        for (; t < k; t++) who[t] = 0, z[t] = 0;
+    }
+}
+
+/* Back through these steps (see `unroll` in pursuit.py): from the gradients in the codes and, level after level, in
+   x_hat, to what b_dec gets (the first `batch` rows of `out`) and each slot's decoder row (the batches of rows behind
+   them, step after step). `fires` is 1 in the slots that count. */
+API void unroll(const int32_t *latents, const real *values, const int32_t *levels, const real *code_gradients,
+                const real *gradient, const real *x, const real *W_dec, long tied, long batch, long d, long k, real *out,
+                real *fires, long threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic, 16)
+    for (long b = 0; b < batch; b++) {
+        const int32_t *who = latents + b * k;
+        const real *z = values + b * k;
+        real *restrict r = own_memory((size_t)(2 * d) * sizeof(real)), *restrict back = r + d;
+        memset(r, 0, (size_t)(2 * d) * sizeof(real));
+        add_rows(r, W_dec, who, z, k, d);
+        for (long i = 0; i < d; i++) r[i] = x[b * d + i] - r[i];
+        for (long t = k - 1; t >= 0; t--) {
+            const real *restrict w = W_dec + who[t] * d;
+            const real *restrict own = gradient + ((levels ? levels[b * k + t] : 0) * batch + b) * d;
+            real *restrict row = out + ((t + 1) * batch + b) * d, value = z[t];
+            fires[b * k + t] = value > 0;
+            if (!(value > 0)) continue;
+            real g = code_gradients[b * k + t] - dot(back, w, d);
+#pragma omp simd
+            for (long i = 0; i < d; i++) {
+                r[i] += value * w[i];
+                row[i] = value * (own[i] - back[i]) + g * r[i];
+                back[i] += g * w[i];
+            }
+        }
+        for (long t = k - 1; t > 0; t--) /* into the step before in which the same latent fired */
+            for (long before = t - 1; before >= 0 && z[t] > 0; before--)
+                if (who[before] == who[t]) {
+                    const real *restrict row = out + ((t + 1) * batch + b) * d;
+                    real *restrict to = out + ((before + 1) * batch + b) * d;
+                    for (long i = 0; i < d; i++) to[i] += row[i];
+                    fires[b * k + t] = 0;
+                    break;
+                }
+        for (long i = 0; i < d; i++) out[b * d + i] = gradient[b * d + i] - (tied ? back[i] : 0);
+    }
+}
+
 /* ----------------------------------------------------------------------------------------------------------- invert */
 
 /* The codes in the order of their latents, samples ascending: a counting sort, each thread with rows of its own.
@@ -905,7 +1002,8 @@ static inline void adam_row(real *restrict w, real *restrict m, real *restrict v
 
    `blocks` [n_blocks, d_in], where given, receives the sums over latents of (bias gradient) * (encoder row), which is
    what b_dec gets through the encoder. `extra_of[j]` is latent j's row in the extra gradients or -1; null: row j.
-   `pull[j]` is added to the gradient in the norm of decoder row j. */
+   `pull[j]` is added to the gradient in the norm of decoder row j. `encoder_m` is null where the encoder is the
+   decoder's: it then has no gradient of its own. */
 API void update(long n_latents, long d_in, long d_out, long block, const int32_t *latent_offsets, const int32_t *rows,
                 const int32_t *decoder_rows, const real *codes, const real *gradients, const real *x,
                 const real *residual_gradient, const int32_t *extra_of, const real *extra_encoder,
@@ -938,7 +1036,7 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
                 } else {
                     memset(g_encoder, 0, (size_t)(d_in + d_out) * sizeof(real));
                 }
-                add_rows(g_encoder, x, rows + first, gradients + first, n, d_in);
+                if (encoder_m) add_rows(g_encoder, x, rows + first, gradients + first, n, d_in);
                 add_rows(g_decoder, residual_gradient, decoder_rows + first, codes + first, n, d_out);
                 for (long e = first; e < first + n; e++)
                     g_bias += gradients[e], sum += codes[e], fired += codes[e] > 0;
@@ -953,7 +1051,7 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
 #pragma omp simd
                     for (long i = 0; i < d_out; i++) g_decoder[i] += along * w_dec[i];
 
-                adam_row(w_enc, encoder_m + j * d_in, encoder_v + j * d_in, g_encoder, d_in, &adam);
+                if (encoder_m) adam_row(w_enc, encoder_m + j * d_in, encoder_v + j * d_in, g_encoder, d_in, &adam);
                 adam_row(w_dec, decoder_m + j * d_out, decoder_v + j * d_out, g_decoder, d_out, &adam);
                 adam_row(bias + j, bias_m + j, bias_v + j, &g_bias, 1, &adam);
                 real norm = (real)sqrt(dot(w_dec, w_dec, d_out));

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import losses
-from sae.kernels.base import Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, State
+from sae.kernels import base, pursuit
+from sae.kernels.base import Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, State, blocks
 from sae.kernels.selection import Selection
 from sae.kernels.small import is_small, relu_step
 from sae.optim import BETA1, BETA2, EPSILON, Now
@@ -56,6 +57,29 @@ class Native(Selection):
             readings = (codes.levels, weights, n_levels, codes.reading % n_levels)
             self._call("decode_levels", *codes[:3], *readings, *shared, losses, sums)
         return Decoded(squares, losses, sums, gradient, code_gradients)
+
+    def pursue(self, x: Tensor, W_dec: Tensor, k: int) -> Codes:
+        batch, d_sae = len(x), len(W_dec)
+        if not pursuit.gram_pays(batch, d_sae, k):
+            return pursuit.by_products(x, W_dec, k)
+        gram = torch.mm(W_dec, W_dec.T, out=self._buffer("gram", (d_sae, d_sae)))
+        latents, values = self._slots("codes", batch * k)
+        for rows in blocks(batch, d_sae, base.BLOCK_ENTRIES):
+            part, slots = x[rows], slice(rows.start * k, rows.stop * k)
+            correlations = self._buffer("scores_fp32", (len(part), d_sae))
+            torch.mm(part, W_dec.T, out=correlations)
+            sizes = (len(part), d_sae, x.shape[1], k)
+            self._call("pursue", correlations, gram, part, W_dec, *sizes, latents[slots], values[slots])
+        return Codes(torch.arange(0, batch * k + 1, k), latents, values)
+
+    def unroll(self, codes: Codes, decoded: Decoded, x: Tensor, state: State) -> pursuit.Unrolled:
+        (batch, d), codes = x.shape, _as_c(codes)
+        k = len(codes.values) // batch
+        gradient = self._buffer("unrolled", ((k + 1) * batch, d))
+        fires = self._buffer("fires", codes.values.shape)
+        flows = (codes.levels, decoded.code_gradients, decoded.gradient)
+        self._call("unroll", *codes[1:3], *flows, x, state.W_dec, int(state.tied), batch, d, k, gradient, fires)
+        return pursuit.Unrolled(gradient, pursuit.stepped(codes, fires, k))
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:
         n, codes = len(codes.values), _as_c(codes)
@@ -138,7 +162,7 @@ class Native(Selection):
             *(x, gradient, extra_of),
             *([t.contiguous() for t in extra[1:]] if extra else (None, None, None)),
             *(adam, int(state.unit_norm), float(cost), pull),
-            *(state.encoder, first["encoder"], second["encoder"]),
+            *(state.encoder, first.get("encoder"), second.get("encoder")),
             *(state.W_dec, first["W_dec"], second["W_dec"]),
             *(state.b_enc, first["b_enc"], second["b_enc"]),
             *(rounded, state.norms, self._buffer.kept.get("encoder_norms")),

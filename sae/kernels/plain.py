@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.codes import flat_nonzero, kth_largest
+from sae.kernels import pursuit
 from sae.kernels.base import Codes, Decoded, Scalar, Scores, State, host_sees
 from sae.kernels.precision import Precision
 from sae.kernels.reference import Reference, rows_of
@@ -68,6 +69,10 @@ class Plain(Reference):
         pre = scores.pre_latents()
         codes = _where(pre, pre > 0)
         return codes if len(codes.values) <= capacity else None
+
+    def pursue(self, x: Tensor, W_dec: Tensor, k: int) -> Codes:
+        pays = pursuit.gram_pays(len(x), len(W_dec), k)
+        return (pursuit.by_gram if pays else pursuit.by_products)(x, W_dec, k)
 
     def decode(self, codes: Codes, state: State, target: Tensor, cost: Scalar) -> Decoded:
         weights = codes.weights

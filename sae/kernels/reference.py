@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import losses
+from sae.kernels import pursuit
 from sae.kernels.base import Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, Scores, State
 from sae.kernels.precision import Precision
 from sae.optim import BETA1, BETA2, EPSILON, Now
@@ -60,6 +61,12 @@ class Reference:
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
         pre = scores.pre_latents().relu()
         return None if int((pre > 0).sum()) > capacity else _where(pre)
+
+    def pursue(self, x: Tensor, W_dec: Tensor, k: int) -> Codes:
+        return pursuit.by_products(x, W_dec, k)
+
+    def unroll(self, codes: Codes, decoded: Decoded, x: Tensor, state: State) -> Any:
+        return pursuit.unroll(codes, decoded, x, state)
 
     def decode(self, codes: Codes, state: State, target: Tensor, cost: Scalar) -> Decoded:
         d_sae, norms, weights = len(state.W_dec), _norms(state), codes.weights

@@ -67,6 +67,8 @@ class Sparsifier(nn.Module, ABC):
     """Codes equal the pre-latents wherever they fire: the engine then needs no gradient of the selection."""
     passes_positive = False
     """Codes are max(0, pre): while many fire, the engine computes them as a matrix."""
+    pursuit_steps = 0
+    """Where positive, codes are found from x and W_dec in so many steps: `pursue` takes the place of `forward`."""
     weighted = True
     """The penalty charges z_j |W_dec_j|; off: z_j."""
     l1_coefficient = 0.0
@@ -86,6 +88,10 @@ class Sparsifier(nn.Module, ABC):
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes for inference, each row on its own. The same as in training unless a sparsifier says otherwise."""
         return self(pre_latents)
+
+    def pursue(self, x: Float[Tensor, "batch d"], W_dec: Float[Tensor, "d_sae d"]) -> SparseCodes:
+        """Codes of centred activations where `pursuit_steps`: differentiable, and each row on its own."""
+        raise NotImplementedError(f"{type(self).__name__} selects among pre-latents")
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
         """Codes to train on, without a gradient, where `passes_pre_latents`; None: too many fire to be sparse."""

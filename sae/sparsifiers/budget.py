@@ -22,8 +22,7 @@ class BudgetConfig(SAEConfig):
 
     @model_validator(mode="after")
     def _k_fits(self) -> BudgetConfig:
-        if self.k > self.d_sae:
-            raise ValueError(f"k must lie in 1..d_sae={self.d_sae}, got {self.k}; lower k or raise d_sae")
+        require_k_fits(self.k, self.d_sae)
         if self.k_start is not None and not self.k < self.k_start <= self.d_sae:
             raise ValueError(
                 f"k_start must lie above k={self.k:g} and be at most d_sae={self.d_sae}, got {self.k_start:g}; "
@@ -56,3 +55,9 @@ class Budget(Sparsifier):
     def allowed(self, k: float) -> float:
         """The nearest k that can be asked for."""
         return k
+
+
+def require_k_fits(k: int | float, d_sae: int) -> None:
+    """Refuses to select more latents than there are."""
+    if k > d_sae:
+        raise ValueError(f"k must lie in 1..d_sae={d_sae}, got {k}; lower k or raise d_sae")

@@ -44,9 +44,19 @@ class _Transcoding(SAEConfig):
             names = ", ".join(sorted(shared & base.keys()))
             raise ValueError(f"base takes only what its kind alone knows, got {names}; put that beside base")
         kind = _selection(base, info.data["d_sae"])
-        if kind.transcodes:
+        if kind.transcodes or kind.kind == "matching_pursuit":
             raise ValueError(f"base must be a kind that selects, got {kind.kind!r}; take topk or batchtopk")
         return {name: value for name, value in kind.model_dump(mode="json").items() if name not in shared}
+
+    @field_validator("resample_every")
+    @classmethod
+    def _nothing_to_resample(cls, every: int | None) -> int | None:
+        if every is not None:
+            raise ValueError(
+                f"resample_every must be left out of a transcoder, got {every}: no input is a direction to decode to; "
+                "dead latents are AuxK's affair"
+            )
+        return every
 
     @model_validator(mode="after")
     def _one_selection(self) -> _Transcoding:
