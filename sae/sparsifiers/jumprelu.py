@@ -84,14 +84,13 @@ class JumpReLU(Sparsifier):
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
         """All slots that theta has a gradient from: those that fire, and the silent ones just below."""
         threshold = self.threshold.detach()
-        least = threshold - self.bandwidth / 2
-        room = capacity(*scores.shape, kernels.precision)
-        found = kernels.positive(dataclasses.replace(scores, bias=scores.bias - least), room)
+        bias = scores.bias - threshold + self.bandwidth / 2
+        found = kernels.positive(dataclasses.replace(scores, bias=bias), capacity(*scores.shape, kernels.precision))
         if found is None:
             return None
-        pre_latents = found.values + least[found.latents]
-        fires = pre_latents > threshold[found.latents]
-        return found._replace(values=pre_latents * fires, pre_latents=pre_latents)
+        own = threshold.index_select(0, found.latents)
+        pre_latents = (found.values + own).sub_(self.bandwidth / 2)
+        return found._replace(values=pre_latents.where(pre_latents > own, 0), pre_latents=pre_latents)
 
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
         assert codes.pre_latents is not None
@@ -103,7 +102,7 @@ class JumpReLU(Sparsifier):
             penalty, slope = self._penalty(fires.to(through.dtype).sum() / batch)
             penalty, price = sparsity * penalty, sparsity * slope / batch
         else:
-            norms = 1.0 if decode.norms is None else decode.norms[latents]
+            norms = 1.0 if decode.norms is None else decode.norms.index_select(0, latents)
             tanh = (self.tanh_scale * norms * codes.values).tanh()
             charged = self.weight * sparsity / batch
             penalty, steepness = charged * tanh.sum(), self.tanh_scale * charged * (1 - tanh.square())
@@ -111,11 +110,11 @@ class JumpReLU(Sparsifier):
             if decode.norms is not None:
                 pull = torch.zeros_like(decode.norms).index_add_(0, latents, steepness * codes.values)
         threshold = self.threshold.detach()
-        own = threshold[latents]
-        near = (codes.pre_latents - own).abs() < self.bandwidth / 2
-        jumps = (own * through + price) * near
+        own = threshold.index_select(0, latents)
+        near = codes.pre_latents - own < self.bandwidth / 2  # all lie above the other end
+        jumps = own.mul_(through).add_(price).where(near, 0)
         self.threshold.grad = torch.zeros_like(threshold).index_add_(0, latents, jumps, alpha=-1 / self.bandwidth)
-        return Flow(decoded, through * fires, decoded.losses.mean(), penalty, pull=pull)
+        return Flow(decoded, through.where(fires, 0), decoded.losses.mean(), penalty, pull=pull)
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes(Jump.apply(pre_latents, self.threshold, self.bandwidth), None, pre_latents.shape[1])
