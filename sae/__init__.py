@@ -11,6 +11,7 @@ from sae.codes import SparseCodes
 from sae.config import SAEConfig, SourceConfig, TrainConfig, load_config
 from sae.errors import UsageError
 from sae.model import SAE, load
+from sae.plugins import load_plugin
 from sae.run import Result, evaluate_run, train
 from sae.sources import HeldOut, Source
 from sae.sparsifiers import Sparsifier
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate_run",
     "load",
     "load_config",
+    "load_plugin",
     "metrics",
     "train",
 ]

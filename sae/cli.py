@@ -25,6 +25,20 @@ from sae.errors import Interrupted, UsageError
 from toymodels.errors import nearest
 
 
+@dataclass(kw_only=True)
+class WithPlugins:
+    """A command that may meet kinds which are not built in."""
+
+    plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, arg(metavar="FILE")] = ()
+    """A Python file that defines kinds of your own; it is run. May be given several times."""
+
+    def load_plugins(self) -> None:
+        from sae.plugins import load_plugin  # noqa: PLC0415
+
+        for path in self.plugin:
+            load_plugin(path)
+
+
 @dataclass
 class Demo:
     """Features -> toy model -> SAE -> recovery -> report, in one command.
@@ -54,7 +68,7 @@ class Demo:
 
 
 @dataclass
-class Train:
+class Train(WithPlugins):
     """Train an SAE as CONFIG.yaml says.
 
     Any value of the file can be set on the command line: `--sae.k 8`, `--train.lr 1e-3`, `--sae.kind batchtopk`,
@@ -75,6 +89,7 @@ class Train:
         from sae.console import print_metrics, progress  # noqa: PLC0415
         from sae.run import train  # noqa: PLC0415
 
+        self.load_plugins()
         out = ("--out", json.dumps(str(self.out))) if self.out is not None else ()
         config = load_config(self.config, (*self.overrides, *out))
         with progress(f"training {config.sae.kind}", config.n_steps) as on_line:
@@ -84,7 +99,7 @@ class Train:
 
 
 @dataclass
-class Eval:
+class Eval(WithPlugins):
     """Measure a trained SAE again: every metric that applies, and recovery when the truth is known."""
 
     run_dir: Positional[Path]
@@ -93,11 +108,12 @@ class Eval:
         from sae.console import print_metrics  # noqa: PLC0415
         from sae.run import evaluate_run  # noqa: PLC0415
 
+        self.load_plugins()
         print_metrics(evaluate_run(self.run_dir).metrics)
 
 
 @dataclass
-class Report:
+class Report(WithPlugins):
     """Write one self-contained report.html; several runs are compared."""
 
     run_dirs: Positional[tuple[Path, ...]]
@@ -107,13 +123,14 @@ class Report:
     def run(self) -> None:
         from sae.report import write_report  # noqa: PLC0415
 
+        self.load_plugins()
         if not self.run_dirs:
             raise UsageError("give at least one run directory, as in `sae report runs/demo`")
         print(f"wrote {write_report(self.run_dirs, self.out)}")
 
 
 @dataclass
-class Bench:
+class Bench(WithPlugins):
     """How fast this machine trains SAEs, how far that is from its limits, and how fast others are on it.
 
     NAMES are parts: `ceiling` (what the hardware can do), `stages` (the parts of a training step), `steps` (whole
@@ -126,7 +143,7 @@ class Bench:
     shapes: str = "S,M,L"
     """Sizes by name, or as numbers d,F,k,B; several of these with spaces between."""
     kinds: str = "topk,batchtopk,relu"
-    """Of topk, batchtopk, relu, transcoder; the last has targets beside the activations."""
+    """Kinds, each with options of its own where wanted: topk,topk:multi_k=32,mykind:groups=8."""
     threads: int | None = None
     """Threads of the CPU; default torch's own number."""
     rounds: int = 10
@@ -145,6 +162,7 @@ class Bench:
     def run(self) -> None:
         from sae.bench.run import plan, run  # noqa: PLC0415
 
+        self.load_plugins()
         run(
             plan(
                 self.names,

@@ -63,7 +63,8 @@ class Family(Section):
         if kind is None:
             raise ValueError(f"needs a kind, one of {', '.join(sorted(cls.kinds))}")
         if not isinstance(kind, str) or kind not in cls.kinds:
-            raise ValueError(f"unknown kind {kind!r}{nearest(kind, cls.kinds)}, and your own once they are imported")
+            own = "a kind of your own needs --plugin FILE (in Python: sae.load_plugin)"
+            raise ValueError(f"unknown kind {kind!r}{nearest(kind, cls.kinds)}; {own}")
         member = cls.kinds[kind]
         for key in value:
             if key not in member.model_fields:

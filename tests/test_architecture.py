@@ -43,6 +43,7 @@ LAYERS = {
         "errors",
         "codes",
         "config",
+        "plugins",
         "losses",
         "optim",
         "kernels",

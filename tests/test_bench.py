@@ -17,7 +17,7 @@ from sae.bench.contenders import contenders
 from sae.bench.loading import RivalFailed, load
 from sae.bench.report import Race, Report, share_of_ceiling
 from sae.bench.rivals import RIVALS, Rival
-from sae.bench.shapes import KINDS, SHAPES, Shape, parse_kinds, parse_shapes
+from sae.bench.shapes import SHAPES, Shape, parse_kinds, parse_shapes
 from sae.bench.stages import Products, Stage, Stopwatch, stages
 from sae.bench.stages import ceiling as stage_ceiling
 from sae.bench.timing import WARM_UP_STEPS, Contender, interleaved, ratio
@@ -178,7 +178,7 @@ def test_activations_are_reproducible_and_of_unit_mean_squared_norm():
 # Ours
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu", "gated", "jumprelu", "matryoshka", "transcoder"])
 def test_our_step_trains(kind):
     step = ours.advance(kind, SMALL, SMALL.activations(), 1e-3, "cpu")
     step()

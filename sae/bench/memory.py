@@ -22,6 +22,7 @@ from sae.bench.loading import RivalFailed
 from sae.bench.rivals import RIVALS
 from sae.bench.shapes import Shape, parts
 from sae.errors import UsageError
+from sae.plugins import load_plugin
 from sae.run import train
 
 STEPS = 10
@@ -41,6 +42,8 @@ class Job:
     device: str
     threads: int
     steps: int = STEPS
+    plugins: tuple[str, ...] = ()
+    """Files that define kinds of one's own."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def _step(job: Job, x: Float[Tensor, "rows d_in"]) -> None:
 def main() -> None:
     """Answers one job, given as JSON, with one line of JSON."""
     values = json.loads(sys.argv[1])
+    for path in values["plugins"]:
+        load_plugin(path)
     try:
         print(json.dumps(run(Job(**values | {"shape": Shape(**values["shape"])}))))
     except RivalFailed as error:

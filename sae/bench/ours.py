@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape, parts
-from sae.config import TrainConfig
+from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape, options_of, parts
+from sae.config import SAEConfig, TrainConfig, parse_config
 from sae.run import N_CALIBRATION, start
 from sae.sources import as_source
 from sae.trainer import Trainer
 
 
 def config(kind: str, shape: Shape, lr: float, device: str, n_steps: int = N_STEPS, out: str = "runs") -> TrainConfig:
-    """The configuration of such a run: all defaults but the sizes and the learning rate."""
-    own = {"l1_coefficient": L1_COEFFICIENT} if kind == "relu" else {"k": shape.k}
-    return TrainConfig.model_validate(
-        {
-            "sae": {"kind": kind, "d_sae": shape.d_sae} | own,
-            "train": {"n_samples": n_steps * shape.batch, "batch_size": shape.batch, "lr": lr, "device": device},
-            "out": Path(out),
-        }
-    )
+    """The configuration of such a run: all defaults but the sizes, the learning rate, and options behind the kind.
+
+    Raises:
+        UsageError: an option is unknown or bad, or one that the kind requires is missing.
+    """
+    name, words = options_of(kind)
+    shared: dict[str, float] = {"k": shape.k, "l1_coefficient": L1_COEFFICIENT}
+    own = {key: value for key, value in shared.items() if key in SAEConfig.kinds[name].model_fields}
+    if name == "jumprelu":
+        own["l0"] = shape.k
+    sections = {
+        "sae": {"kind": name, "d_sae": shape.d_sae} | own,
+        "train": {"n_samples": n_steps * shape.batch, "batch_size": shape.batch, "lr": lr, "device": device},
+        "out": out,
+    }
+    return parse_config(sections, words, where=f"kind {kind}")
 
 
 def trainer(

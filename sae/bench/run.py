@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sae.bench import report
+from sae.bench import ours, report
 from sae.bench.ceiling import products, streams
 from sae.bench.contenders import OURS, contenders, tell_once
 from sae.bench.loading import RivalFailed
@@ -24,6 +24,7 @@ from sae.bench.stages import stages
 from sae.bench.timing import interleaved
 from sae.errors import UsageError
 from sae.kernels import require_device
+from sae.plugins import LOADED
 from toymodels.errors import nearest
 
 logger = logging.getLogger("sae")
@@ -91,6 +92,9 @@ def plan(
             "--precision medium-too lets rivals take further steps; give --rivals and the part steps with it"
         )
     require_device(device, "--device")
+    for shape in found.shapes:
+        for kind in found.kinds:
+            ours.config(kind, shape, LEARNING_RATE, device)  # an option that does not fit is told before anything runs
     if "memory" in parts:
         require_memory(device)
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
@@ -149,7 +153,8 @@ def _memory(plan: Plan, done: Report) -> None:
                 if name in RIVALS and kind not in RIVALS[name].steps:
                     continue
                 steps = plan.steps or STEPS
-                job = Job(name, kind, shape, LEARNING_RATE, plan.device, torch.get_num_threads(), steps)
+                plugins = tuple(map(str, LOADED))
+                job = Job(name, kind, shape, LEARNING_RATE, plan.device, torch.get_num_threads(), steps, plugins)
                 try:
                     found.append(measure(job))
                 except RivalFailed as error:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.config import SAEConfig
 from sae.errors import UsageError
 from toymodels.errors import nearest
 from toymodels.streams import generator
 
-KINDS = ("topk", "batchtopk", "relu", "transcoder")
 # Enough that the larger shapes do not fit in a cache; contenders go round and round over them.
 N_BATCHES = 16
 # The same for all. Schedules are those of a run of N_STEPS steps, from its beginning; lambda is that of
@@ -105,15 +106,31 @@ def _own_shape(words: str) -> Shape:
 
 
 def parse_kinds(text: str) -> list[str]:
-    """Kinds from `topk,relu`.
+    """Kinds from `topk,relu`, each with options of its own where wanted: `topk,topk:multi_k=32,mykind:groups=[2,3]`.
 
     Raises:
         UsageError: one of them is unknown, or there is none.
     """
-    kinds = [word for word in text.replace(",", " ").split() if word]
+    kinds = [word for word in re.split(r"[,\s]+(?![^\[]*\])", text) if word]
     for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"unknown kind {kind!r}{nearest(kind, KINDS)}")
+        options_of(kind)
     if not kinds:
-        raise UsageError(f"--kinds is empty; known: {', '.join(KINDS)}")
+        raise UsageError(f"--kinds is empty; known: {', '.join(sorted(SAEConfig.kinds))}")
     return kinds
+
+
+def options_of(kind: str) -> tuple[str, list[str]]:
+    """The name of a kind and the flags that its options are: `topk:k=3` is topk with --sae.k=3.
+
+    Raises:
+        UsageError: the kind is unknown, or what follows it is no option.
+    """
+    name, *options = kind.split(":")
+    if name not in SAEConfig.kinds:
+        raise UsageError(
+            f"unknown kind {name!r}{nearest(name, SAEConfig.kinds)}; a kind of your own needs --plugin FILE"
+        )
+    for option in options:
+        if not all(option.partition("=")):
+            raise UsageError(f"an option of kind {name!r} is name=value, got {option!r}; as in {name}:name=value")
+    return name, [f"--sae.{option}" for option in options]
