@@ -218,7 +218,7 @@ def train_on(run_cli, folder: Path, pattern: str) -> Outcome:
         (["--train.device", "hpu"], ["train.device 'hpu' cannot be used; this machine has cpu", "try cpu"]),
         (["--source", "toy"], ["source: must be a section with fields of its own, got 'toy'"]),
         (["--train", "5"], ["train: must be a section with fields of its own, got 5"]),
-        (["--sae.kind", "mine"], ["unknown kind 'mine'", "known: batchtopk, relu, topk, and your own once they are"]),
+        (["--sae.kind", "mine"], ["unknown kind 'mine'", "a kind of your own needs --plugin FILE"]),
         (["--resum"], ["--resum needs a value"]),
         (["stray"], ["'stray'"]),
         (["--resume", "--overwrite"], ["give one of them"]),
