@@ -85,8 +85,7 @@ class Trainer:
         silent = self.engine.state.silent_samples
         self.dead = padded((silent >= self.config.dead_after_samples).nonzero().squeeze(1))
         self.engine.refresh(self.n_steps_done)
-        n_steps = self.config.n_steps
-        self.sae.sparsifier.look_(self.n_steps_done / n_steps, (self.n_steps_done + REFRESH_STEPS) / n_steps)
+        self.sae.sparsifier.look_(self.n_steps_done, self.n_steps_done + REFRESH_STEPS, self.config.n_steps)
         self.clock.wind(self.n_steps_done)
         self._anneal(self.n_steps_done)
 

@@ -25,7 +25,7 @@ import sae
 from sae import SAEConfig
 from sae.optim import Now
 from sae.sparsifiers import Control, ReLU
-from sae.sparsifiers.control import INTEGRAL, NEAR, PROPORTIONAL, threshold_of
+from sae.sparsifiers.control import INTEGRAL, LEAST, PROPORTIONAL, REACH, threshold_of
 
 every_kernel = pytest.mark.parametrize(("kernels", "precision"), KERNELS, ids=["-".join(pair) for pair in KERNELS])
 KINDS = [{"kind": "relu"}, {"kind": "gated"}, {"kind": "p_annealing"}]
@@ -35,12 +35,14 @@ each_kind = pytest.mark.parametrize("options", KINDS, ids=lambda options: option
 # Feedback
 
 
-def test_the_coefficient_follows_the_formula():
+@pytest.mark.parametrize(("n_steps", "limit"), [(100, REACH / 100), (10**6, LEAST)])
+def test_the_coefficient_follows_the_formula(n_steps, limit):
     control, log_lambda, before = Control(0.3, 4.0).double(), math.log(0.3), 1.0
+    control.look_(n_steps)
     for l0, share in ((8.0, 0.0), (100.0, 0.5), (5.0, 1.0), (3.0, 1.0), (0.0, 1.0)):
         control.observe_(torch.tensor(l0, dtype=torch.float64), torch.tensor(share))
         error = min(max(math.log(l0 / 4), -1), 1) if l0 else -1.0
-        log_lambda += share * (INTEGRAL * min(max(error, -NEAR), NEAR) + PROPORTIONAL * (error - before))
+        log_lambda += share * (min(max(INTEGRAL * error, -limit), limit) + PROPORTIONAL * (error - before))
         before = error
         assert math.log(control.coefficient) == pytest.approx(log_lambda, abs=1e-6)
 
@@ -48,6 +50,7 @@ def test_the_coefficient_follows_the_formula():
 def test_feedback_leads_a_lagging_answer_to_its_aim():
     """log L0 = 1 - log(lambda) / 2, reached with a lag of 100 steps, from far above."""
     control, log_l0, seen = Control(0.1, 3.0), 5.0, []
+    control.look_(2000)
     for _ in range(2000):
         control.observe_(torch.tensor(log_l0).exp(), 1.0)
         log_l0 += (1 - math.log(control.coefficient) / 2 - log_l0) / 100
@@ -57,22 +60,22 @@ def test_feedback_leads_a_lagging_answer_to_its_aim():
 
 
 @each_kind
-@pytest.mark.parametrize("start", [0.02, 0.5])
+@pytest.mark.parametrize("start", [0.1, 2.0])
 def test_a_run_meets_the_l0_asked_for(options, start, tmp_path, caplog):
     stream = torch.Generator().manual_seed(0)
     truth = torch.nn.functional.normalize(torch.randn(48, 16, generator=stream), dim=1)
     x = (torch.rand(60_000, 48, generator=stream) * (torch.rand(60_000, 48, generator=stream) < 0.05)) @ truth
     config = sae.TrainConfig(
         sae=options | {"d_sae": 64, "l0": 3.0, "l1_coefficient": start},
-        train={"n_samples": 256_000, "batch_size": 256, "precision": "fp32"},
-        log={"every": 1000},
+        train={"n_samples": 154_000, "batch_size": 256, "precision": "fp32"},
+        log={"every": 50},
         out=tmp_path,
     )
     lines = []
     with caplog.at_level(logging.WARNING, "sae"):
         result = sae.train(config, x, report=False, on_line=lambda step, values: lines.append(dict(values)))
     assert not [record for record in caplog.records if "training ended at an L0" in record.message]
-    assert lines[-1]["metrics/l0"] == pytest.approx(3, rel=0.05)
+    assert lines[-1]["metrics/l0"] == pytest.approx(3, rel=0.1)
     ended = lines[-1]["details/l1_coefficient"]
     assert ended == pytest.approx(float(result.sae.sparsifier.coefficient))
     assert not 0.9 < ended / start < 1.1

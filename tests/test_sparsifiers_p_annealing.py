@@ -83,8 +83,7 @@ def test_p_falls_linearly_and_the_penalty_keeps_its_size():
     for x in batches(10) * 10:
         trainer.step(x)
         ps.append(float(trainer.take_window()[0]["details/p"]))
-        charged = trainer.engine.sae.sparsifier
-        lambdas.append(float(charged.coefficient))
+        lambdas.append(float(trainer.sae.sparsifier.coefficient))
         penalties.append(penalty(trainer, batches(10)))
     done = torch.arange(100) // REFRESH_STEPS * REFRESH_STEPS / 100
     expected = 1 - 0.8 * ((done - 0.2) / 0.6).clamp(0, 1)
@@ -104,8 +103,8 @@ def penalty(trainer: Trainer, data: list[torch.Tensor]) -> float:
 
 def test_silent_batches_leave_lambda_alone():
     sparsifier = PAnnealing(PAnnealingConfig(d_sae=8))
-    for done in (0.0, 0.3, 0.6):
-        sparsifier.look_(done, done + 0.3)
+    for step in (0, 3, 6):
+        sparsifier.look_(step, step + 3, 10)
         assert sparsifier.scale == 1
     torch.testing.assert_close(sparsifier.exponents, torch.tensor([1 - 0.8 * 5 / 6, 0.2]))
 

@@ -132,9 +132,8 @@ class Sparsifier(nn.Module, ABC):
     def observe_(self, l0: Float[Tensor, ""], sparsity: Scalar) -> None:
         """Hears of each step's mean L0. As in all of a step, the host must not wait for the device here."""
 
-    def look_(self, done: float, next_done: float) -> None:
-        """Called every few steps, with the share of the run that is done, and that will be at the next call: what
-        changes over a run changes here."""
+    def look_(self, step: int, next_look: int, n_steps: int) -> None:
+        """Called every few steps, before the step of this number: what changes over a run changes here."""
 
     def details(self) -> dict[str, Scalar]:
         """What the log shows of it beside the losses, by name."""

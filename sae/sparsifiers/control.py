@@ -18,10 +18,12 @@ from sae.sparsifiers.base import Sparsifier
 
 logger = logging.getLogger("sae")
 
-# What a step adds to log lambda: so much of the error in log L0, which counts as NEAR at most (from far away L0 should
-# fall slowly: latents that are silenced before they found a feature seldom come back), and so much of the error's
-# change since the step before (an SAE answers to lambda within some hundred steps, and would swing without it).
-INTEGRAL, NEAR, PROPORTIONAL = 0.03, 0.1, 1.0
+# What a step adds to log lambda: so much of the error in log L0, and so much of the error's change since the step
+# before (an SAE answers to lambda within some hundred steps, and would swing without it).
+INTEGRAL, PROPORTIONAL = 0.03, 1.0
+# The first of these is limited: from far away L0 should fall slowly, as latents that are silenced before they found a
+# feature seldom come back. Log lambda moves by at most REACH over a whole run, or by LEAST a step where that is more.
+REACH, LEAST = 4.0, 0.001
 # How far log L0 may be off at the end before a line says that a threshold makes up for it.
 FAR = 0.1
 # The L0 at the start: for each that is asked for; and the share of all latents, where none is.
@@ -52,9 +54,10 @@ class Control(nn.Module):
     """lambda, led by feedback to a mean L0: after each step,
 
         e = clip(log(L0 / l0), -1, 1),
-        log lambda += share * (INTEGRAL clip(e, -NEAR, NEAR) + PROPORTIONAL (e - e_before)),
+        log lambda += share * (clip(INTEGRAL e, -limit, limit) + PROPORTIONAL (e - e_before)),
 
-    where `share` is that of the penalty that is charged by then. All of it stays on the device, and is saved.
+    where `share` is that of the penalty that is charged by then, and limit = max(REACH / steps of the run, LEAST). All
+    of it stays on the device, and is saved.
     """
 
     coefficient: Float[Tensor, ""]
@@ -62,14 +65,18 @@ class Control(nn.Module):
 
     def __init__(self, start: float, l0: float) -> None:
         super().__init__()
-        self.l0 = l0
+        self.l0, self.limit = l0, LEAST
         self.register_buffer("coefficient", torch.tensor(start))
         self.register_buffer("error", torch.tensor(1.0))  # before the first step: a run comes from above
+
+    def look_(self, n_steps: int) -> None:
+        """Learns how long the run is."""
+        self.limit = max(REACH / n_steps, LEAST)
 
     def observe_(self, l0: Float[Tensor, ""], share: Scalar) -> None:
         """Learns the mean L0 of a step."""
         error = (l0 / self.l0).log().clamp(-1, 1)
-        change = INTEGRAL * error.clamp(-NEAR, NEAR) + PROPORTIONAL * (error - self.error)
+        change = (INTEGRAL * error).clamp(-self.limit, self.limit) + PROPORTIONAL * (error - self.error)
         self.coefficient.mul_((share * change).exp())
         self.error.copy_(error)
 
@@ -95,6 +102,10 @@ class Penalised(Sparsifier):
 
     def start_(self, cuts: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
         return -cuts
+
+    def look_(self, step: int, next_look: int, n_steps: int) -> None:
+        if self.control is not None:
+            self.control.look_(n_steps)
 
     def observe_(self, l0: Float[Tensor, ""], sparsity: Scalar) -> None:
         if self.control is not None:

@@ -73,11 +73,12 @@ class PAnnealing(Penalised):
         annealed = (done - self.start) / (self.end - self.start)
         return 1 - (1 - self.p_end) * min(max(annealed, 0.0), 1.0)
 
-    def look_(self, done: float, next_done: float) -> None:
+    def look_(self, step: int, next_look: int, n_steps: int) -> None:
+        super().look_(step, next_look, n_steps)
         ratio = self.sums[0] / self.sums[1]
         self.scale.mul_(torch.where(self.sums[1] > 0, ratio, 1.0))
         self.sums.zero_()
-        self.exponents.copy_(torch.tensor([self.p(done), self.p(next_done)], dtype=torch.float64))
+        self.exponents.copy_(torch.tensor([self.p(at / n_steps) for at in (step, next_look)], dtype=torch.float64))
 
     def details(self) -> dict[str, Scalar]:
         return {"l1_coefficient": self.coefficient, "p": self.exponents[0]}
