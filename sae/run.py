@@ -132,7 +132,7 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
     }
     sae.initialise_(centres[config.sae.decoder_bias](calibration.x / unit), generator(config.train.seed, "sae"))
     if sae.sparsifier.initial_l0 is not None:
-        sae.sparsifier.start_(cuts(sae, calibration.x / unit, sae.sparsifier.initial_l0))
+        sae.sparsifier.start_(cuts(sae, calibration.x / unit, sae.sparsifier.initial_l0), sae.b_enc.detach())
     offset = float(calibration.x.mean(dim=0).norm()) / unit
     logger.info("activations: d_in %d, sqrt(total variance) %.4g, |mean| / that %.2f", source.d_in, unit, offset)
     return Trainer(sae.to(config.train.device), config, unit)

@@ -114,9 +114,9 @@ class Sparsifier(nn.Module, ABC):
         """
         return self.l1_coefficient * losses.l1(codes, W_dec) if self.l1_coefficient else None
 
-    def start_(self, cuts: Float[Tensor, " d_sae"]) -> None:
+    def start_(self, cuts: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"]) -> None:
         """Called once before training where `initial_l0` is set: latent j is to fire where its pre-latent exceeds
-        cuts_j (`sae.initialise`)."""
+        cuts_j (`sae.initialise`), by a threshold or by what is taken off b_enc_j, in place."""
 
     def constrain_(self) -> None:
         """Puts own parameters back to where they must lie, after each step."""
