@@ -83,6 +83,8 @@ class SourceConfig(Family):
 class SAEConfig(Family):
     """What is trained: the width, how it starts, and (in each kind) the sparsifier's own options."""
 
+    sparsity_warmup_fraction: ClassVar[float] = 0.05
+    """The kind's default of `train.sparsity_warmup_fraction`."""
     transcodes: ClassVar[bool] = False
     """The kind may reconstruct a target other than its input."""
     skips: ClassVar[bool] = False
@@ -151,8 +153,8 @@ class TrainSection(Section):
     """Steps over which the learning rate rises from 0."""
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
     """Last part of the run over which the learning rate falls linearly to 0."""
-    sparsity_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
-    """First part of the run over which a sparsity penalty rises from 0."""
+    sparsity_warmup_fraction: float | None = Field(default=None, ge=0, le=1)
+    """First part of the run over which a sparsity penalty rises from 0; default 0.05, the whole run for jumprelu."""
     dead_after_samples: int | None = Field(default=None, gt=0)
     """A latent silent for this many activations is dead; default min(10 M, n_samples / 40)."""
     seed: int = Field(default=0, ge=0)
@@ -246,6 +248,11 @@ class TrainConfig(Section):
     def lr(self) -> float:
         """Peak learning rate. Wider dictionaries want smaller steps; 3e-3 is measured at 256 latents."""
         return self.train.lr or 3e-3 * min(1.0, (256 / self.sae.d_sae) ** 0.5)
+
+    @property
+    def sparsity_warmup_fraction(self) -> float:
+        given = self.train.sparsity_warmup_fraction
+        return self.sae.sparsity_warmup_fraction if given is None else given
 
     @property
     def dead_after_samples(self) -> int:

@@ -146,9 +146,7 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
     b_dec = centre if calibration.target is None else centre_of(calibration.target / target_unit)
     sae.initialise_(b_dec, generator(config.train.seed, "sae"), centre)
     if sae.sparsifier.initial_l0 is not None:
-        shift = sae.sparsifier.start_(cuts(sae, calibration.x / unit, sae.sparsifier.initial_l0))
-        if shift is not None:
-            sae.b_enc.data.add_(shift)
+        sae.sparsifier.start_(cuts(sae, calibration.x / unit, sae.sparsifier.initial_l0), sae.b_enc.detach())
     for name, rows, size in (("activations", calibration.x, unit), ("targets", calibration.target, target_unit)):
         if rows is not None:
             width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size

@@ -69,7 +69,7 @@ class Trainer:
 
     def _at(self, step: int) -> tuple[float, float]:
         config = self.config
-        sparsity = schedules.warmup(step, config.n_steps, config.train.sparsity_warmup_fraction)
+        sparsity = schedules.warmup(step, config.n_steps, config.sparsity_warmup_fraction)
         return self.learning_rate(step), sparsity
 
     def learning_rate(self, step: int) -> float:

@@ -49,7 +49,7 @@ def fabricate(
     order = torch.randperm(config.sae.d_sae, generator=stream)[: n_features - n_missed]
     with torch.no_grad():
         model.W_dec[order] = truth[: len(order)] + noise * torch.randn(len(order), d_in, generator=stream)
-    if hasattr(model.sparsifier, "threshold"):
+    if getattr(model.sparsifier, "threshold", None) is not None:
         model.sparsifier.threshold.fill_(0.1)
     model.save(out)
 

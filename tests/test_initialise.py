@@ -39,15 +39,16 @@ def test_at_least_one_row_fires_and_at_least_one_is_silent(l0, expected):
 
 
 class Cut(Sparsifier):
-    """Fires above a threshold of each latent that training does not move."""
+    """Fires above a threshold of each latent that training does not move; half of it is a bias."""
 
     def __init__(self, initial_l0: float | None) -> None:
         super().__init__()
         self.initial_l0 = initial_l0
         self.register_buffer("threshold", torch.zeros(40))
 
-    def start_(self, cuts: torch.Tensor) -> None:
-        self.threshold.copy_(cuts)
+    def start_(self, cuts: torch.Tensor, b_enc: torch.Tensor) -> None:
+        self.threshold.copy_(cuts / 2)
+        b_enc -= cuts / 2
 
     def forward(self, pre_latents: torch.Tensor) -> SparseCodes:
         return SparseCodes.where(pre_latents > self.threshold.clamp_min(0), pre_latents)

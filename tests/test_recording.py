@@ -67,7 +67,7 @@ def make_trainer(options: dict, kernels: str) -> Trainer:
     sae = SAE(D_IN, config.sae).double()
     sae.initialise_(torch.zeros(D_IN), torch.Generator().manual_seed(0))
     sae.encoder.data[-11:] *= 0.01  # these seldom win, and die
-    sae.sparsifier.start_(torch.full((D_SAE,), 0.5, dtype=torch.float64))
+    sae.sparsifier.start_(torch.full((D_SAE,), 0.5, dtype=torch.float64), sae.b_enc.detach())
     if options["kind"] == "matching_pursuit":
         sae.W_dec.data[-11:, -1] = 1.0  # where there is little to explain
         sae.W_dec.data[-11:] /= sae.W_dec.data[-11:].norm(dim=1, keepdim=True)

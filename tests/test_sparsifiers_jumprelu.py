@@ -197,10 +197,19 @@ def test_the_first_step_is_sparse(options, expected, scale):
     assert trainer.engine.l0 == pytest.approx(expected, rel=0.01)
 
 
-def test_thresholds_start_at_0_where_a_latent_must_fire_below_it():
-    sparsifier = JumpReLU(3, 0.1, 1.0)
-    sparsifier.start_(torch.tensor([-1.0, 0.5, 2.0]))
-    assert torch.equal(sparsifier.threshold, torch.tensor([0.0, 0.5, 2.0]))
+def test_biases_start_so_low_that_thresholds_can_start_at_0():
+    """The default bandwidth is a fifth of the mean cut; pre-latents that fire without help are left alone."""
+    for bandwidth, expected in ((None, 0.2), (0.3, 0.3)):
+        sparsifier, b_enc = JumpReLU(3, bandwidth, 1.0), torch.ones(3)
+        sparsifier.start_(torch.tensor([-1.0, 1.0, 2.0]), b_enc)
+        assert torch.equal(b_enc, torch.tensor([1.0, 0.0, -1.0]))
+        assert torch.equal(sparsifier.threshold, torch.zeros(3))
+        assert sparsifier.epsilon == pytest.approx(expected)
+
+
+def test_a_bandwidth_is_given_or_comes_from_the_start():
+    with pytest.raises(AssertionError, match="start_ comes first"):
+        JumpReLU(3, None, 1.0)(torch.ones(2, 3))
 
 
 # Where they end
@@ -239,7 +248,8 @@ def test_without_a_target_thresholds_stay_as_learnt():
 
 def test_rescaled_pre_latents_fire_alike():
     sparsifier, pre = JumpReLU(64, 0.1, 1.0), normal(50, 64).float()
-    sparsifier.start_(torch.linspace(0.1, 1.0, 64))
+    with torch.no_grad():
+        sparsifier.threshold.copy_(torch.linspace(0.1, 1.0, 64))
     before = sparsifier.select(pre).dense()
     sparsifier.rescale_(8.0)
     assert torch.equal(sparsifier.select(8 * pre).dense(), 8 * before)

@@ -139,9 +139,9 @@ class Sparsifier(nn.Module, ABC):
         """What the log shows of it beside the losses, by name."""
         return {}
 
-    def start_(self, cuts: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"] | None:
+    def start_(self, cuts: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"]) -> None:
         """Called once before training where `initial_l0` is set: latent j is to fire where its pre-latent exceeds
-        cuts_j (`sae.initialise`). Returns what b_enc is to be raised by; None: nothing."""
+        cuts_j (`sae.initialise`), by a threshold or by what is taken off b_enc_j, in place."""
 
     def constrain_(self) -> None:
         """Puts own parameters back to where they must lie, after each step."""

@@ -100,8 +100,8 @@ class Penalised(Sparsifier):
     def coefficient(self) -> Scalar:
         return self.l1_coefficient if self.control is None else self.control.coefficient
 
-    def start_(self, cuts: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
-        return -cuts
+    def start_(self, cuts: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"]) -> None:
+        b_enc.sub_(cuts)
 
     def look_(self, step: int, next_look: int, n_steps: int) -> None:
         if self.control is not None:

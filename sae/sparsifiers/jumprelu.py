@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,21 +16,27 @@ from sae.config import SAEConfig
 from sae.kernels import Codes, Kernels, Scalar, Scores, capacity
 from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
 
+# The default bandwidth, as a share of what latents must exceed at the start, on average: wider means smoother
+# gradients, and more silent slots in each step.
+BANDWIDTH = 0.2
+
 
 class JumpReLUConfig(SAEConfig):
     """JumpReLU SAE (Rajamanoharan et al. 2024b)."""
 
+    sparsity_warmup_fraction: ClassVar[float] = 1.0  # with all its price from the start, fewer features are found
     kind: Literal["jumprelu"] = "jumprelu"
     l0: float | None = Field(default=None, gt=0)
     """Mean number of latents that fire for one activation, as a target; may be fractional."""
     penalty: Literal["l0", "tanh"] = "l0"
     """What sparsity costs: the number of latents that fire, or sum_j tanh(c z_j |W_dec_j|)."""
     l0_coefficient: float | None = Field(default=None, ge=0)
-    """lambda of lambda * L0 or lambda * sum_j tanh; where l0 is given, of lambda * (L0 / l0 - 1)^2, default 1."""
+    """lambda of lambda * L0 or lambda * sum_j tanh; where l0 is given, of lambda * (L0 / l0 - 1)^2, default 0.3."""
     tanh_scale: float = Field(default=4.0, gt=0)
     """c of the tanh penalty."""
-    bandwidth: float = Field(default=0.1, gt=0)
-    """epsilon: pre-latents this close to a threshold, half of it on each side, move it."""
+    bandwidth: float | None = Field(default=None, gt=0)
+    """epsilon, in units of sqrt(s): pre-latents within epsilon / 2 of a threshold move it; default a fifth of the mean
+    pre-latent at the edge of firing in the first step."""
     initial_l0: float | None = Field(default=None, gt=0)
     """Mean number of latents that fire in the first step; default d_sae / 50, but within l0 .. 4 * l0."""
     aux_coefficient: float = Field(default=1 / 32, ge=0)
@@ -48,7 +54,7 @@ class JumpReLUConfig(SAEConfig):
         return self
 
     def build(self) -> JumpReLU:
-        coefficient = 1.0 if self.l0_coefficient is None else self.l0_coefficient
+        coefficient = 0.3 if self.l0_coefficient is None else self.l0_coefficient
         least, most = (self.l0, 4 * self.l0) if self.l0 else (1.0, self.d_sae)
         start = self.initial_l0 or min(max(self.d_sae / 50, least), most)
         tanh_scale = self.tanh_scale if self.penalty == "tanh" else None
@@ -63,14 +69,14 @@ class JumpReLU(Sparsifier):
     averaged over samples (L0 before it is squared). The first two are those of Rajamanoharan et al. 2024b ("Jumping
     Ahead", section 3 and appendix), the third is that of Anthropic's "Circuits Updates, January 2025". The jump has no
     gradient in theta, its expectation has one: `Jump` and `Step` are its straight-through estimators. Theta itself is
-    learnt, not log theta, as Adam's steps would then be in proportion to it. It starts at a quantile of its
-    pre-latent, so that the first step is as sparse as a TopK's.
+    learnt, not log theta, as Adam's steps would then be in proportion to it. It starts at 0, with b_enc low enough for
+    a sparse first step (likewise Anthropic): AuxK can bring back what dies, which a high theta would keep silent.
     """
 
     def __init__(
         self,
         d_sae: int,
-        bandwidth: float,
+        bandwidth: float | None,
         coefficient: float,
         l0: float | None = None,
         tanh_scale: float | None = None,
@@ -81,15 +87,21 @@ class JumpReLU(Sparsifier):
         self.initial_l0 = initial_l0
         self.threshold = nn.Parameter(torch.zeros(d_sae))
 
+    @property
+    def epsilon(self) -> float:
+        """The bandwidth, which may come from the start."""
+        assert self.bandwidth is not None, "start_ comes first, as no bandwidth was given"
+        return self.bandwidth
+
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
         """All slots that theta has a gradient from: those that fire, and the silent ones just below."""
         threshold = self.threshold.detach()
-        bias = scores.bias - threshold + self.bandwidth / 2
+        bias = scores.bias - threshold + self.epsilon / 2
         found = kernels.positive(dataclasses.replace(scores, bias=bias), capacity(*scores.shape, kernels.precision))
         if found is None:
             return None
         own = threshold.index_select(0, found.latents)
-        pre_latents = (found.values + own).sub_(self.bandwidth / 2)
+        pre_latents = (found.values + own).sub_(self.epsilon / 2)
         return found._replace(values=pre_latents.where(pre_latents > own, 0), pre_latents=pre_latents)
 
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
@@ -111,18 +123,18 @@ class JumpReLU(Sparsifier):
                 pull = torch.zeros_like(decode.norms).index_add_(0, latents, steepness * codes.values)
         threshold = self.threshold.detach()
         own = threshold.index_select(0, latents)
-        near = codes.pre_latents - own < self.bandwidth / 2  # all lie above the other end
+        near = codes.pre_latents - own < self.epsilon / 2  # all lie above the other end
         jumps = own.mul_(through).add_(price).where(near, 0)
-        self.threshold.grad = torch.zeros_like(threshold).index_add_(0, latents, jumps, alpha=-1 / self.bandwidth)
+        self.threshold.grad = torch.zeros_like(threshold).index_add_(0, latents, jumps, alpha=-1 / self.epsilon)
         return Flow(decoded, through.where(fires, 0), decoded.losses.mean(), penalty, pull=pull)
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        return SparseCodes(Jump.apply(pre_latents, self.threshold, self.bandwidth), None, pre_latents.shape[1])
+        return SparseCodes(Jump.apply(pre_latents, self.threshold, self.epsilon), None, pre_latents.shape[1])
 
     def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
         codes = self(pre_latents)
         if self.tanh_scale is None:
-            fires = Step.apply(pre_latents, self.threshold, self.bandwidth)
+            fires = Step.apply(pre_latents, self.threshold, self.epsilon)
             penalty, _ = self._penalty(fires.sum(dim=1).mean())
         else:
             tanh = (self.tanh_scale * codes.values * W_dec.norm(dim=1)).tanh()
@@ -140,8 +152,11 @@ class JumpReLU(Sparsifier):
         return SparseCodes.where(pre_latents > self.threshold, pre_latents)
 
     @torch.no_grad()
-    def start_(self, cuts: Float[Tensor, " d_sae"]) -> None:
-        self.threshold.copy_(cuts.clamp_min(0))
+    def start_(self, cuts: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"]) -> None:
+        cuts = cuts.clamp_min(0)
+        b_enc -= cuts
+        if self.bandwidth is None:
+            self.bandwidth = max(BANDWIDTH * float(cuts.mean()), torch.finfo(cuts.dtype).tiny)
 
     @torch.no_grad()
     def constrain_(self) -> None:
