@@ -77,7 +77,7 @@ class Gated(Penalised):
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         magnitudes = self._magnitudes(pre_latents)
         least = 0.0 if self.threshold is None else self.threshold
-        return SparseCodes.where((pre_latents > least) & (magnitudes > 0), magnitudes)
+        return SparseCodes.where(pre_latents > least, magnitudes)
 
     def scores(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         return pre_latents.masked_fill(self._magnitudes(pre_latents) <= 0, -torch.inf)
