@@ -83,8 +83,6 @@ class SourceConfig(Family):
 class SAEConfig(Family):
     """What is trained: the width, how it starts, and (in each kind) the sparsifier's own options."""
 
-    sparsity_warmup_fraction: ClassVar[float] = 0.05
-    """The kind's default of `train.sparsity_warmup_fraction`."""
     transcodes: ClassVar[bool] = False
     """The kind may reconstruct a target other than its input."""
     skips: ClassVar[bool] = False
@@ -136,6 +134,11 @@ class SAEConfig(Family):
         weights = self.prefix_weights or (1.0,) * len(self.widths)
         return tuple(weight / sum(weights) for weight in weights)
 
+    @property
+    def sparsity_warmup_fraction(self) -> float:
+        """The default of `train.sparsity_warmup_fraction`."""
+        return 0.05
+
     @abstractmethod
     def build(self) -> Any:
         """The sparsifier itself (a `sae.sparsifiers.Sparsifier`)."""
@@ -154,7 +157,7 @@ class TrainSection(Section):
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
     """Last part of the run over which the learning rate falls linearly to 0."""
     sparsity_warmup_fraction: float | None = Field(default=None, ge=0, le=1)
-    """First part of the run over which a sparsity penalty rises from 0; default 0.05, the whole run for jumprelu."""
+    """First part of the run over which a sparsity penalty rises from 0; default 0.05, the whole run for a target L0."""
     dead_after_samples: int | None = Field(default=None, gt=0)
     """A latent silent for this many activations is dead; default min(10 M, n_samples / 40)."""
     seed: int = Field(default=0, ge=0)

@@ -197,19 +197,27 @@ def test_the_first_step_is_sparse(options, expected, scale):
     assert trainer.engine.l0 == pytest.approx(expected, rel=0.01)
 
 
-def test_biases_start_so_low_that_thresholds_can_start_at_0():
-    """The default bandwidth is a fifth of the mean cut; pre-latents that fire without help are left alone."""
+def test_biases_start_so_low_that_thresholds_can_start_small():
+    """The default bandwidth is a fifth of the mean cut; pre-latents that fire too seldom already are left alone."""
     for bandwidth, expected in ((None, 0.2), (0.3, 0.3)):
         sparsifier, b_enc = JumpReLU(3, bandwidth, 1.0), torch.ones(3)
         sparsifier.start_(torch.tensor([-1.0, 1.0, 2.0]), b_enc)
-        assert torch.equal(b_enc, torch.tensor([1.0, 0.0, -1.0]))
-        assert torch.equal(sparsifier.threshold, torch.zeros(3))
+        torch.testing.assert_close(b_enc, torch.tensor([1.0, 0.1, -0.8]))
+        torch.testing.assert_close(sparsifier.threshold.detach(), torch.tensor([0.0, 0.1, 0.2]))
         assert sparsifier.epsilon == pytest.approx(expected)
 
 
 def test_a_bandwidth_is_given_or_comes_from_the_start():
     with pytest.raises(AssertionError, match="start_ comes first"):
         JumpReLU(3, None, 1.0)(torch.ones(2, 3))
+
+
+def test_a_target_is_approached_over_the_whole_run():
+    for options, expected in (({"l0": 2.0}, 1.0), ({"l0_coefficient": 0.1}, 0.05)):
+        config = TrainConfig(sae={"kind": "jumprelu", "d_sae": 24} | options)
+        assert config.sparsity_warmup_fraction == expected
+        given = config.train.model_copy(update={"sparsity_warmup_fraction": 0.0})
+        assert config.model_copy(update={"train": given}).sparsity_warmup_fraction == 0.0
 
 
 # Where they end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,12 +19,13 @@ from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
 # The default bandwidth, as a share of what latents must exceed at the start, on average: wider means smoother
 # gradients, and more silent slots in each step.
 BANDWIDTH = 0.2
+# What thresholds take of it, b_enc the rest. At 0 nothing but the price of L0 would move them.
+START = 0.1
 
 
 class JumpReLUConfig(SAEConfig):
     """JumpReLU SAE (Rajamanoharan et al. 2024b)."""
 
-    sparsity_warmup_fraction: ClassVar[float] = 1.0  # with all its price from the start, fewer features are found
     kind: Literal["jumprelu"] = "jumprelu"
     l0: float | None = Field(default=None, gt=0)
     """Mean number of latents that fire for one activation, as a target; may be fractional."""
@@ -53,6 +54,11 @@ class JumpReLUConfig(SAEConfig):
             raise ValueError("jumprelu needs a price of sparsity; give l0, the L0 to reach, or l0_coefficient")
         return self
 
+    @property
+    def sparsity_warmup_fraction(self) -> float:
+        """A target is reached from above, slowly: at once, and fewer features are found."""
+        return super().sparsity_warmup_fraction if self.l0 is None else 1.0
+
     def build(self) -> JumpReLU:
         coefficient = 0.3 if self.l0_coefficient is None else self.l0_coefficient
         least, most = (self.l0, 4 * self.l0) if self.l0 else (1.0, self.d_sae)
@@ -69,8 +75,8 @@ class JumpReLU(Sparsifier):
     averaged over samples (L0 before it is squared). The first two are those of Rajamanoharan et al. 2024b ("Jumping
     Ahead", section 3 and appendix), the third is that of Anthropic's "Circuits Updates, January 2025". The jump has no
     gradient in theta, its expectation has one: `Jump` and `Step` are its straight-through estimators. Theta itself is
-    learnt, not log theta, as Adam's steps would then be in proportion to it. It starts at 0, with b_enc low enough for
-    a sparse first step (likewise Anthropic): AuxK can bring back what dies, which a high theta would keep silent.
+    learnt, not log theta, as Adam's steps would then be in proportion to it. It starts small, with b_enc low enough
+    for a sparse first step (likewise Anthropic): AuxK can bring back what dies, which a high theta would keep silent.
     """
 
     def __init__(
@@ -154,7 +160,8 @@ class JumpReLU(Sparsifier):
     @torch.no_grad()
     def start_(self, cuts: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"]) -> None:
         cuts = cuts.clamp_min(0)
-        b_enc -= cuts
+        self.threshold.copy_(START * cuts)
+        b_enc -= (1 - START) * cuts
         if self.bandwidth is None:
             self.bandwidth = max(BANDWIDTH * float(cuts.mean()), torch.finfo(cuts.dtype).tiny)
 
