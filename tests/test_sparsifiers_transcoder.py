@@ -343,7 +343,7 @@ def test_options_that_cannot_be(kind, options, message):
 
 def test_the_options_of_a_base_are_written_out():
     config = parse_config({"sae": {"kind": "transcoder", "d_sae": 24, "base": {"kind": "relu"}}})
-    assert config.sae.base == {"kind": "relu", "l1_coefficient": 0.1}
+    assert config.sae.base == {"kind": "relu", "l1_coefficient": 0.1, "l0": None, "weight_by_decoder_norm": True}
     assert parse_config(config.model_dump(mode="json")) == config
 
 

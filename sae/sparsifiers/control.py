@@ -61,17 +61,19 @@ class Control(nn.Module):
     """
 
     coefficient: Float[Tensor, ""]
+    limit: Float[Tensor, ""]
     error: Float[Tensor, ""]
 
     def __init__(self, start: float, l0: float) -> None:
         super().__init__()
-        self.l0, self.limit = l0, LEAST
+        self.l0 = l0
         self.register_buffer("coefficient", torch.tensor(start))
+        self.register_buffer("limit", torch.tensor(LEAST))
         self.register_buffer("error", torch.tensor(1.0))  # before the first step: a run comes from above
 
     def look_(self, n_steps: int) -> None:
         """Learns how long the run is."""
-        self.limit = max(REACH / n_steps, LEAST)
+        self.limit.fill_(max(REACH / n_steps, LEAST))
 
     def observe_(self, l0: Float[Tensor, ""], share: Scalar) -> None:
         """Learns the mean L0 of a step."""
