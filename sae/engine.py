@@ -282,6 +282,7 @@ class Engine:
             "dense": self.dense,
             "precision": self.kernels.precision,
             "kernels": self.kernels.name,
+            "cut": self.kernels.cut,
         }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -311,7 +312,7 @@ class Engine:
         state.silent_samples.copy_(tensors["silent_samples"])
         state.window_firing.copy_(tensors["window_firing"])
         self.l0.copy_(tensors["l0"])
-        self.dense = values["dense"]
+        self.dense, self.kernels.cut = values["dense"], values["cut"]
         self.kernels.refresh(state)
         state.norms.copy_(tensors["norms"])
 

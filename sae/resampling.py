@@ -54,5 +54,6 @@ def resample_(
     moments += [moment for weight, *own in engine.own.values() for moment in own if weight.shape[:1] == (sae.d_sae,)]
     for moment in (*moments, state.silent_samples):
         moment.index_fill_(0, dead, 0)
+    sae.sparsifier.renew_(dead)
     engine.kernels.refresh(state)
     return n

@@ -12,6 +12,7 @@ from sae.config import parse_config
 from sae.engine import Engine
 from sae.optim import Now
 from sae.resampling import resample_
+from sae.sparsifiers import Gated, JumpReLU
 from sae.trainer import Trainer
 from toymodels.streams import generator
 
@@ -107,6 +108,16 @@ def test_moments_of_own_parameters_start_anew():
     assert torch.equal(engine.own["gain"][1], expected)
     assert torch.equal(engine.own["gain"][2], expected)
     assert torch.equal(engine.own["one"][1], torch.ones(1))
+
+
+@pytest.mark.parametrize(("sparsifier", "name", "value"), [(JumpReLU, "threshold", 5.0), (Gated, "c_mag", -5.0)])
+def test_own_parameters_let_a_latent_fire_again(sparsifier, name, value):
+    engine = make_engine("topk")
+    own = engine.sae.sparsifier = sparsifier(D_SAE, 0.1, 0.1) if sparsifier is JumpReLU else sparsifier(D_SAE, 0.1)
+    getattr(own, name).data.fill_(value)
+    resample_(engine, data(1)[0], UNIT, DEAD, generator(0, "test"))
+    expected = torch.full((D_SAE,), value).index_fill_(0, DEAD, 0.0)
+    assert torch.equal(getattr(own, name).detach(), expected)
 
 
 def test_rows_are_drawn_by_their_squared_loss():

@@ -332,6 +332,8 @@ def test_a_skip_takes_the_linear_part(tmp_path):
         ({"base": {"kind": "topk", "c": 3}}, "unknown key 'c' for kind 'topk'"),
         ({"base": {"kind": "topk", "k": 3, "d_sae": 9}}, "base takes only what its kind alone knows, got d_sae"),
         ({"base": {"kind": "transcoder", "k": 3}}, "base must be a kind that selects, got 'transcoder'"),
+        ({"base": {"kind": "matryoshka", "k": 3}}, "base must be a kind that selects, got 'matryoshka'"),
+        ({"base": {"kind": "topk", "k": 3, "multi_k": 6}, "prefixes": [8, 24]}, "both ask for several reconstructions"),
         ({"k": 3, "tied_bias": True}, "tied_bias must be off"),
     ],
 )

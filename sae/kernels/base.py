@@ -226,6 +226,8 @@ class Kernels(Protocol):
 
     name: str
     precision: Precision
+    cut: float
+    """The last batch's smallest code, from which the next search for one may begin."""
 
     def refresh(self, state: State) -> None:
         """Makes what is derived from the weights anew, after they were set from outside."""

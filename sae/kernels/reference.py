@@ -37,6 +37,7 @@ class Reference:
 
     name = "reference"
     precision: Precision = "fp32"
+    cut = 0.0
 
     def refresh(self, state: State) -> None:
         if not state.unit_norm:

@@ -75,7 +75,7 @@ class Selection:
         self._library.at_least.restype = self._library.invert.restype = c_long
         self._library.nth_largest.restype = self._real
         self._buffer = Buffers(dtype, torch.device("cpu"))
-        self._cut = 0.0
+        self.cut = 0.0
 
     # ------------------------------------------------------------------------------------------------ encoder
 
@@ -168,10 +168,11 @@ class Selection:
     def _candidates(self, block: Block, n: int, sign: int) -> Found | None:
         """The n largest pre-latents and few others (all that are positive, where these are fewer than n).
 
-        The last batch's cut makes the first guess; what is found depends on it, what is kept of that does not.
+        The last batch's cut makes the first guess. What is found depends on it; what is kept of that does not, but for
+        bf16, where a score may be rounded below the guess and be missed. The cut is therefore part of a checkpoint.
         """
         room = min(SCREENED * n, block.size)
-        low, high, guess = 0.0, math.inf, GUESS * (self._cut or self._cut_of_some_rows(block, n, sign))
+        low, high, guess = 0.0, math.inf, GUESS * (self.cut or self._cut_of_some_rows(block, n, sign))
         for attempt in range(MAX_GUESSES):
             found = self._at_least(block, guess, room, sign)
             if found.total > room:
@@ -213,7 +214,7 @@ class Selection:
         return self._library.nth_largest(c_void_p(found.values.data_ptr()), c_long(found.total), c_long(n))
 
     def _compact(self, found: Found, least: float) -> Codes:
-        self._cut = least
+        self.cut = least
         offsets = self._buffer("offsets", (len(found.starts) + 1,), torch.int64)
         latents, values = self._slots("codes", found.total)
         least = max(least, torch.finfo(self.dtype).tiny)

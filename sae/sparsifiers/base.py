@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae import losses
@@ -142,6 +142,9 @@ class Sparsifier(nn.Module, ABC):
     def start_(self, cuts: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"]) -> None:
         """Called once before training where `initial_l0` is set: latent j is to fire where its pre-latent exceeds
         cuts_j (`sae.initialise`), by a threshold or by what is taken off b_enc_j, in place."""
+
+    def renew_(self, latents: Int[Tensor, " n"]) -> None:
+        """Own parameters of latents that start anew go back to where a latent can fire again."""
 
     def constrain_(self) -> None:
         """Puts own parameters back to where they must lie, after each step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.codes import SparseCodes
@@ -41,6 +41,11 @@ class Gated(Penalised):
         self.initial_l0 = self.initial_l0 or START_SHARE * d_sae
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.c_mag = nn.Parameter(torch.zeros(d_sae))
+
+    @torch.no_grad()
+    def renew_(self, latents: Int[Tensor, " n"]) -> None:
+        self.r_mag.index_fill_(0, latents, 0)
+        self.c_mag.index_fill_(0, latents, 0)
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
         gate = positive(kernels, scores)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -164,6 +164,10 @@ class JumpReLU(Sparsifier):
         b_enc -= (1 - START) * cuts
         if self.bandwidth is None:
             self.bandwidth = max(BANDWIDTH * float(cuts.mean()), torch.finfo(cuts.dtype).tiny)
+
+    @torch.no_grad()
+    def renew_(self, latents: Int[Tensor, " n"]) -> None:
+        self.threshold.index_fill_(0, latents, 0)
 
     @torch.no_grad()
     def constrain_(self) -> None:

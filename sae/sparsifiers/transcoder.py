@@ -44,7 +44,7 @@ class _Transcoding(SAEConfig):
             names = ", ".join(sorted(shared & base.keys()))
             raise ValueError(f"base takes only what its kind alone knows, got {names}; put that beside base")
         kind = _selection(base, info.data["d_sae"])
-        if kind.transcodes or kind.kind == "matching_pursuit":
+        if kind.transcodes or kind.kind in ("matching_pursuit", "matryoshka"):
             raise ValueError(f"base must be a kind that selects, got {kind.kind!r}; take topk or batchtopk")
         return {name: value for name, value in kind.model_dump(mode="json").items() if name not in shared}
 
@@ -63,12 +63,21 @@ class _Transcoding(SAEConfig):
         if (self.k is None) == (self.base is None):
             given = "neither" if self.k is None else "both"
             raise ValueError(f"needs k (for TopK) or base (another kind with its options), got {given}; give one")
-        if self.k is not None:
-            _selection({"kind": "topk", "k": self.k}, self.d_sae)
+        self._selects()
+        if self.prefixes is not None and (self.base or {}).get("multi_k") is not None:
+            raise ValueError("prefixes and the base's multi_k both ask for several reconstructions; give one of them")
         return self
 
+    @property
+    def sparsity_warmup_fraction(self) -> float:
+        """The base's."""
+        return self._selects().sparsity_warmup_fraction
+
+    def _selects(self) -> SAEConfig:
+        return _selection(self.base or {"kind": "topk", "k": self.k}, self.d_sae)
+
     def build(self) -> Sparsifier:
-        built: Sparsifier = _selection(self.base or {"kind": "topk", "k": self.k}, self.d_sae).build()
+        built: Sparsifier = self._selects().build()
         return built
 
 
