@@ -92,6 +92,19 @@ def test_headline_tells_what_was_found_against_chance(tmp_path: Path) -> None:
     assert f"{64 - found} of 64 features are missed." in text
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kind": "transcoder", "base": {"kind": "batchtopk", "k": 2.5}}, "latents, k = 2.5, trained"),
+        ({"kind": "gated", "l0": 3.0}, "latents, l0 = 3, l1 coefficient = 0.1, trained"),
+    ],
+    ids=["base", "l0"],
+)
+def test_options_that_are_not_given_are_not_told(tmp_path: Path, options: dict, said: str) -> None:
+    run = fabricate(tmp_path, sae=options | {"d_sae": 64})
+    assert said in Page(write_report([run])).text
+
+
 def test_map_of_latents_is_a_diagonal_in_the_order_of_the_match(tmp_path: Path) -> None:
     run = fabricate(tmp_path, n_missed=0)
     tables = load_file(run / "evaluation.safetensors")

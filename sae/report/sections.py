@@ -64,7 +64,9 @@ def headline(collection: Collection) -> Html:
 def trained(run: Run) -> str:
     """One sentence from the configuration."""
     sae, train, source = (run.config.get(name) or {} for name in ("sae", "train", "source"))
-    setting = "".join(f", {key.replace('_', ' ')} = {sae[key]:g}" for key in ("k", "l1_coefficient") if key in sae)
+    options = (sae.get("base") or {}) | {key: value for key, value in sae.items() if value is not None}
+    shown = [key for key in ("k", "l0", "l1_coefficient") if options.get(key) is not None]
+    setting = "".join(f", {key.replace('_', ' ')} = {options[key]:g}" for key in shown)
     size = f"{source.get('n_features')} features in {source.get('d_hidden')} dimensions"
     origin = {"toy": f"a toy model that keeps {size}", "array": str(source.get("path")), "None": "the caller"}
     kind = str(source.get("kind"))
