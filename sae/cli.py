@@ -1,4 +1,4 @@
-"""The command line: `sae demo | train | eval | report | bench`. A user's errors are one line and exit code 2."""
+"""The command line: `sae demo | train | sweep | eval | report | bench`. A user's error is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -99,6 +99,41 @@ class Train(WithPlugins):
 
 
 @dataclass
+class Sweep(WithPlugins):
+    """Train many SAEs as CONFIG.yaml says: its section `sweep` names what varies.
+
+    Members on one stream of batches are trained together. Any value can be set on the command line, as for
+    `sae train`: `--train.n_samples 1_000_000`, `--sweep.n_jobs 4`, `--sweep.grid '{sae.k: [2, 3]}'`.
+    """
+
+    config: Positional[Path]
+    out: Path | None = None
+    """Directory of the sweep, which holds a run directory for each member; default what the file says."""
+    resume: bool = False
+    """Continue the sweep in the output directory, bit for bit; members that ended stay as they are."""
+    overwrite: bool = False
+    """Discard the sweep in the output directory."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+
+    def run(self) -> None:
+        from sae.sweep import load_sweep, run_sweep  # noqa: PLC0415
+        from sae.sweep.show import last_line, print_outcome, progress  # noqa: PLC0415
+
+        self.load_plugins()
+        out = ("--out", json.dumps(str(self.out))) if self.out is not None else ()
+        plan = load_sweep(self.config, (*self.overrides, *out))
+        with progress(plan) as on_event:
+            outcome = run_sweep(plan, resume=self.resume, overwrite=self.overwrite, on_event=on_event)
+        print_outcome(outcome)
+        print(f"\nwrote {outcome.report or f'{plan.out}/'}")
+        if outcome.signal_number:
+            raise Interrupted(last_line(outcome), outcome.signal_number)
+        if outcome.not_done:
+            print(f"sae: {last_line(outcome)}", file=sys.stderr)
+            sys.exit(1)
+
+
+@dataclass
 class Eval(WithPlugins):
     """Measure a trained SAE again: every metric that applies, and recovery when the truth is known."""
 
@@ -180,10 +215,11 @@ class Bench(WithPlugins):
         )
 
 
-COMMANDS = {"demo": Demo, "train": Train, "eval": Eval, "report": Report, "bench": Bench}
+COMMANDS = {"demo": Demo, "train": Train, "sweep": Sweep, "eval": Eval, "report": Report, "bench": Bench}
 Command = (
     Annotated[Demo, subcommand("demo", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
+    | Annotated[Sweep, subcommand("sweep", prefix_name=False)]
     | Annotated[Eval, subcommand("eval", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
@@ -212,7 +248,7 @@ def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
     )
 
 
-def parse(words: Sequence[str]) -> Demo | Train | Eval | Report | Bench:
+def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Bench:
     """The command that the words ask for.
 
     Raises:
@@ -223,7 +259,7 @@ def parse(words: Sequence[str]) -> Demo | Train | Eval | Report | Bench:
         raise UsageError(f"give a command, one of {', '.join(COMMANDS)}; see `sae --help`")
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}")
-    overrides, rest = _split_overrides(words) if words[:1] == ["train"] else ([], words)
+    overrides, rest = _split_overrides(words) if words[0] in ("train", "sweep") else ([], words)
     said = StringIO()
     try:
         with redirect_stderr(said):
@@ -239,7 +275,7 @@ def parse(words: Sequence[str]) -> Demo | Train | Eval | Report | Bench:
         if not end.code:
             raise
         raise UsageError(_one_line(said.getvalue(), words)) from None
-    if isinstance(command, Train):
+    if isinstance(command, Train | Sweep):
         command.overrides = (*overrides, *unknown)
     elif unknown:
         raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")

@@ -161,6 +161,9 @@ class TrainSection(Section):
     dead_after_samples: int | None = Field(default=None, gt=0)
     """A latent silent for this many activations is dead; default min(10 M, n_samples / 40)."""
     seed: int = Field(default=0, ge=0)
+    """Initial weights, and the order of the data unless `data_seed` gives that."""
+    data_seed: int | None = Field(default=None, ge=0)
+    """Order of the data; default seed. Runs that differ in `seed` alone see the same batches where this is given."""
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
     precision: PrecisionName = "auto"
@@ -248,6 +251,11 @@ class TrainConfig(Section):
         return -(-self.train.n_samples // self.train.batch_size)
 
     @property
+    def data_seed(self) -> int:
+        """Of the order of the data."""
+        return self.train.seed if self.train.data_seed is None else self.train.data_seed
+
+    @property
     def lr(self) -> float:
         """Peak learning rate. Wider dictionaries want smaller steps; 3e-3 is measured at 256 latents."""
         return self.train.lr or 3e-3 * min(1.0, (256 / self.sae.d_sae) ** 0.5)
@@ -291,19 +299,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> TrainConfig:
     """A validated configuration from a mapping, with dotted overrides applied first."""
     try:
-        return TrainConfig.model_validate(_override(mapping, overrides))
+        return TrainConfig.model_validate(override(mapping, flags(overrides)))
     except ValidationError as error:
         raise UsageError(f"{where}: {explain(error, TrainConfig)}") from error
 
 
-def _override(mapping: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def override(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with values under dotted names set; `kind` first, as it decides which others there are."""
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
-    for name, text in _flags(words):
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--{name} {text}: the value is not valid YAML") from error
+    for name in sorted(values, key=lambda name: not name.endswith(".kind")):
         section, _, key = name.partition(".")
+        value = values[name]
         if not key:
             result[section] = value
             continue
@@ -319,21 +325,24 @@ def _override(mapping: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
     return result
 
 
-def _flags(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs (name, value) from `--name value` and `--name=value`; `kind` flags first, as they decide the rest."""
-    pairs: list[tuple[str, str]] = []
+def flags(words: Sequence[str]) -> dict[str, Any]:
+    """Dotted names and their values from the words `--name value` and `--name=value`."""
+    values: dict[str, Any] = {}
     queue = list(words)
     while queue:
         word = queue.pop(0)
         if not word.startswith("--") or word == "--":
             raise UsageError(f"expected a flag such as --sae.k 3, got {word!r}")
-        name, equals, value = word[2:].partition("=")
+        name, equals, text = word[2:].partition("=")
         if not equals:
             if not queue or queue[0].startswith("--"):
                 raise UsageError(f"--{name} needs a value, as in --{name} VALUE")
-            value = queue.pop(0)
-        pairs.append((name.replace("-", "_"), value))
-    return sorted(pairs, key=lambda pair: not pair[0].endswith(".kind"))
+            text = queue.pop(0)
+        try:
+            values[name.replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--{name} {text}: the value is not valid YAML") from error
+    return values
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -35,25 +35,32 @@ class Bar(tqdm):
 
 
 @contextmanager
-def progress(title: str, n_steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """One bar; the function that it yields takes each logged step and its values.
+def one_bar(title: str, n_steps: int) -> Iterator[Bar]:
+    """A bar on stderr; what is logged meanwhile stands above it.
 
-    A run that ends before its first line leaves nothing of the bar on a terminal.
+    Where it ends before its first step, nothing of it is left on a terminal.
     """
     with (
         logging_redirect_tqdm(),
         Bar(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit="step", delay=1e-3) as bar,
     ):
+        try:
+            yield bar
+        finally:
+            if bar.drawn and bar.n == 0:
+                bar.clear() if sys.stderr.isatty() else print(file=sys.stderr)
+
+
+@contextmanager
+def progress(title: str, n_steps: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """One bar; the function that it yields takes each logged step and its values."""
+    with one_bar(title, n_steps) as bar:
 
         def on_line(step: int, values: Mapping[str, float]) -> None:
             bar.set_postfix_str(postfix(values), refresh=False)
             bar.update(step - bar.n)
 
-        try:
-            yield on_line
-        finally:
-            if bar.drawn and bar.n == 0:
-                bar.clear() if sys.stderr.isatty() else print(file=sys.stderr)
+        yield on_line
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:

@@ -1,49 +1,187 @@
-"""Several SAEs trained on one stream of batches: the data are made once, and each member has a core to itself.
+"""Runs that are fed from one pass over the same batches: a single run, or the members of a sweep.
 
-The step of one small SAE does not fill several cores: after each stage its threads wait for each other. Members need
-not wait for each other at all, so that each runs its whole step on a thread of its own; outside the operations that
-hold no lock (products, kernels) little is left to wait for. A member's step is the same as when it trains alone.
+Each batch is drawn once and given to every run that has not seen it. A run's weights depend on its configuration and
+its batches alone, so that a member of many ends with the bits of a run by itself. Runs may be at different steps, as
+after a kill: the stream begins where the slowest stands, and the others wait for the batch that they need next. Those
+that are at the same step take it side by side (`sae.members`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from sae import checkpoint
+from sae.errors import Interrupted, UsageError
+from sae.evaluation import live_recovery
+from sae.log import RunLog
+from sae.members import Members
+from sae.sources import Batch, HeldOut, Source
 from sae.trainer import Trainer
+
+logger = logging.getLogger("sae")
+
+CHECKPOINTS = "checkpoints"
+OnLine = Callable[[int, Mapping[str, float]], None]
+Stop = Callable[[], int]
+"""The number of the signal that asked to stop, or 0."""
+
+
+class Diverged(UsageError):
+    """The loss became NaN or infinite."""
+
+
+class Run:
+    """One run between its first step and its last: a trainer, what is logged of it, and what is saved."""
+
+    def __init__(
+        self, trainer: Trainer, log: RunLog, source: Source, calibration: HeldOut, on_line: OnLine | None
+    ) -> None:
+        self.trainer, self.config, self.log, self.on_line = trainer, trainer.config, log, on_line
+        self.source, self.calibration = source, calibration
+        self.probe = source.held_out("calibration", 1024)
+        self.since, self.since_samples = time.perf_counter(), 0
+
+    @property
+    def n_steps_done(self) -> int:
+        return self.trainer.n_steps_done
+
+    @property
+    def ended(self) -> bool:
+        """No step is left."""
+        return self.n_steps_done >= self.config.n_steps
+
+    def look(self, n_rows: int) -> None:
+        """What follows a step on n_rows activations: a line of the log and a checkpoint, when it is time.
+
+        Raises:
+            Diverged: the loss or a weight is not finite.
+        """
+        config, step = self.config, self.n_steps_done
+        self.since_samples += n_rows
+        if step % config.log.every == 0 or step == config.n_steps:
+            self._line(step)
+        if step % config.checkpoint.every_steps == 0 and step < config.n_steps:
+            self.save()
+
+    def _line(self, step: int) -> None:
+        trainer = self.trainer
+        values, fired = trainer.take_window()
+        if not (math.isfinite(values["losses/overall_loss"]) and trainer.engine.finite()):
+            raise Diverged(f"the loss is not finite at step {step}; lower train.lr={self.config.lr:g} and --overwrite")
+        truth, units = self.source.truth, (trainer.unit, trainer.target_unit)
+        values |= live_recovery(trainer.sae, fired, truth, self.probe, *units)
+        now = time.perf_counter()
+        values["details/samples_per_second"] = self.since_samples / (now - self.since)
+        self.since, self.since_samples = now, 0
+        self.log.line(step, values)
+        if self.on_line is not None:
+            self.on_line(step, values)
+
+    def save(self) -> None:
+        """A checkpoint: everything that the next step depends on."""
+        tensors, values = self.trainer.state()
+        folder, keep = self.config.out / CHECKPOINTS, self.config.checkpoint.keep
+        checkpoint.save(folder, self.n_steps_done, tensors, values, keep)
 
 
 class Ensemble:
-    """Members that take each step together; a context manager, as it holds threads."""
+    """Runs on one stream: the same source, batch size and order of the data."""
 
-    def __init__(self, members: Sequence[Trainer]) -> None:
-        self.members = list(members)
-        cores = torch.get_num_threads()
-        on_cpu = all(member.sae.W_dec.device.type == "cpu" for member in members)
-        bf16 = {member.engine.kernels.precision == "bf16" for member in members}
-        self.pool: ThreadPoolExecutor | None = None
-        if on_cpu and cores > 1 and len(members) > 1 and len(bf16) == 1:
-            n = min(cores, len(members))
-            self.pool = ThreadPoolExecutor(n, "member", torch.set_num_threads, (cores // n,))
-            list(self.pool.map(lambda _: None, range(n)))
-            torch.set_num_threads(cores)  # a thread sets its own number, and that of threads to come
+    def __init__(self, runs: Sequence[Run], source: Source) -> None:
+        self.runs, self.source = list(runs), source
+        streams = {(run.config.train.batch_size, run.config.data_seed) for run in runs}
+        assert len(streams) == 1, streams
+        self.batch_size, self.data_seed = streams.pop()
 
-    def step(self, activations: Float[Tensor, "batch d_in"]) -> None:
-        """One batch for every member."""
-        if self.pool is None:
-            for member in self.members:
-                member.step(activations)
-        else:
-            list(self.pool.map(lambda member: member.step(activations), self.members))
+    def feed(self, stop: Stop) -> Iterator[tuple[Run, Exception | None]]:
+        """Feeds all runs, and yields each as it ends: with None after its last step, or with what ended it.
 
-    def __enter__(self) -> Ensemble:
-        return self
+        Raises:
+            Interrupted: a signal came; the runs that were left have been saved.
+            UsageError: the source gave bad data; the runs that were left have been saved.
+        """
+        try:
+            yield from self._finished(stop)
+            number = min((run.n_steps_done for run in self.runs), default=0)
+            batches = self.source.batches(self.batch_size, self.data_seed, start=number)
+            with Members([run.trainer for run in self.runs]) as members:
+                while self.runs:
+                    batch = next(batches, None)
+                    if batch is None:
+                        yield from self._leave([(run, _source_ended(run)) for run in self.runs])
+                        return
+                    yield from self._leave(self._step(members, batch, number))
+                    number += 1
+                    if stop():
+                        raise Interrupted(f"stopped at step {number}; continue with --resume", stop())
+                    yield from self._finished(stop)
+        except (UsageError, Interrupted):
+            for run in self.runs:
+                run.save()
+            raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.pool is not None:
-            self.pool.shutdown()
+    def _step(self, members: Members, batch: Batch, number: int) -> list[tuple[Run, Exception | None]]:
+        """Gives batch `number` to the runs that need it next; returns those that it was too much for."""
+        parts = batch if isinstance(batch, tuple) else (batch,)  # activations, and their targets
+        due = [run for run in self.runs if run.n_steps_done == number]
+        failed: list[tuple[Run, Exception | None]] = []
+        for device in dict.fromkeys(run.config.train.device for run in due):
+            on = [part.to(torch.device(device), non_blocking=True) for part in parts]
+            there = [run for run in due if run.config.train.device == device]
+            for run, error in zip(there, members.step([run.trainer for run in there], *on), strict=True):
+                try:
+                    if error is not None:
+                        raise error
+                    run.look(len(on[0]))
+                except Exception as ended:  # one run's end is not the end of the others
+                    if isinstance(ended, UsageError) and not isinstance(ended, Diverged):
+                        run.save()
+                    failed.append((run, ended))
+        return failed
+
+    def _finished(self, stop: Stop) -> Iterator[tuple[Run, Exception | None]]:
+        """Runs without a step left; measuring each takes time, so that the signal is asked for between them."""
+        for run in [run for run in self.runs if run.ended]:
+            if stop():
+                raise Interrupted(f"stopped at step {run.n_steps_done}; continue with --resume", stop())
+            yield from self._leave([(run, None)])
+
+    def _leave(self, ended: Sequence[tuple[Run, Exception | None]]) -> Iterator[tuple[Run, Exception | None]]:
+        for run, error in ended:
+            self.runs.remove(run)
+            yield run, error
+
+
+def _source_ended(run: Run) -> UsageError | None:
+    if run.n_steps_done == 0:
+        return UsageError(f"the source ended before its first batch of {run.config.train.batch_size} rows")
+    logger.warning("the source ended after %d of %d steps", run.n_steps_done, run.config.n_steps)
+    return None
+
+
+@contextmanager
+def stop_requested() -> Iterator[Stop]:
+    """SIGINT and SIGTERM are noted, and looked at between steps, so that what is saved is whole."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: noted[0] if noted else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

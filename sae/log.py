@@ -84,6 +84,7 @@ class WandbLog:
                 name=config.log.name or out.name,
                 group=config.log.group,
                 config=config.model_dump(mode="json"),
+                reinit="create_new",  # a sweep has several at once
                 settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, silent=True, console="off"),
             )
         )

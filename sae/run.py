@@ -7,14 +7,9 @@ import json
 import logging
 import math
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,8 +17,9 @@ from torch import Tensor
 
 from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
-from sae.errors import Interrupted, UsageError
-from sae.evaluation import Evaluation, chunk_rows, evaluate, live_recovery
+from sae.ensemble import CHECKPOINTS, Ensemble, OnLine, Run, stop_requested
+from sae.errors import UsageError
+from sae.evaluation import Evaluation, chunk_rows, evaluate
 from sae.initialise import cuts
 from sae.kernels import require_device, require_kernels
 from sae.log import LINES, RunLog, require_wandb
@@ -35,23 +31,14 @@ from toymodels.streams import generator
 
 logger = logging.getLogger("sae")
 
-CONFIG, RESULT, TABLES, REPORT, CHECKPOINTS = (
-    "config.yaml",
-    "result.json",
-    "evaluation.safetensors",
-    "report.html",
-    "checkpoints",
-)
+CONFIG, RESULT, TABLES, REPORT = ("config.yaml", "result.json", "evaluation.safetensors", "report.html")
+STATUS = "status.json"
+"""Of a member of a sweep that was given up: why."""
 # Rows, at most, that the centre, the scale and the thresholds are fitted on. An L0 fitted on all of them holds on
 # other data to about 1 %; sources that hold fewer rows back give fewer.
 N_CALIBRATION = 65_536
 # What a run writes into its directory, and --overwrite deletes.
-OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, "classes.json", "wandb")
-OnLine = Callable[[int, Mapping[str, float]], None]
-
-
-class Diverged(UsageError):
-    """The loss became NaN or infinite."""
+OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, STATUS, "classes.json", "wandb")
 
 
 @dataclass(frozen=True)
@@ -89,33 +76,48 @@ def train(
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
     check_out(config.out, resume, overwrite)
     if resume and (config.out / CONFIG).exists():
-        _require_same_run(config)
+        require_same_run(config)
         if (config.out / RESULT).exists():
             logger.info("%s is complete; nothing to resume", config.out)
             return Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
-    begun = _as_it_began(config) if resume else config
-    require_kernels(
-        torch.device(begun.train.device), torch.get_default_dtype(), begun.train.kernels, begun.train.precision
-    )
+    begun = as_it_begins(config, resume)
     activations = as_source(source if source is not None else config.source.open() if config.source else None)
 
+    run = open_run(config, begun, activations, resume, on_line)
+    try:
+        with stop_requested() as stop:
+            for _, error in Ensemble([run], activations).feed(stop):
+                if error is not None:
+                    raise error
+        return conclude(run, report)
+    finally:
+        run.log.close()
+
+
+def open_run(config: TrainConfig, begun: TrainConfig, source: Source, resume: bool, on_line: OnLine | None) -> Run:
+    """A run at its first step, or at its newest checkpoint; `config.out` becomes its directory.
+
+    `begun` is the configuration as `as_it_begins` gives it, `config` what is recorded.
+    """
     # Nothing is written, and no earlier run given up, before the data have been found good.
-    calibration = activations.held_out("calibration", N_CALIBRATION)
-    trainer = start(begun, activations, calibration)
+    calibration = source.held_out("calibration", N_CALIBRATION)
+    trainer = start(begun, source, calibration)
     state = claim_out(config, resume)
     if state is not None:
         trainer.load_state(*checkpoint.load(state))
     log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
-    try:
-        _loop(trainer, activations, log, on_line)
-        n_steps, sae = trainer.n_steps_done, finished(trainer, calibration)
-        del trainer  # Adam's moments take twice the memory of the weights
-        evaluation = evaluate(sae, activations.held_out("evaluation", config.evaluation.n_samples), activations.truth)
-        save_result(config.out, sae, evaluation)
-        page = write_report_if_installed(config.out) if report else None
-        log.finish(n_steps, evaluation.metrics, evaluation.tables["latent/frequency"], page)
-    finally:
-        log.close()
+    return Run(trainer, log, source, calibration, on_line)
+
+
+def conclude(run: Run, report: bool) -> Result:
+    """Calibrates, measures and saves what a run has learnt; its trainer is given up."""
+    config, source, trainer = run.config, run.source, run.trainer
+    n_steps, sae = trainer.n_steps_done, finished(trainer, run.calibration)
+    del run.trainer, trainer  # Adam's moments take twice the memory of the weights
+    evaluation = evaluate(sae, source.held_out("evaluation", config.evaluation.n_samples), source.truth)
+    save_result(config.out, sae, evaluation)
+    page = write_report_if_installed(config.out) if report else None
+    run.log.finish(n_steps, evaluation.metrics, evaluation.tables["latent/frequency"], page)
     return Result(sae, evaluation.metrics, config.out)
 
 
@@ -172,81 +174,6 @@ def finished(trainer: Trainer, calibration: HeldOut) -> SAE:
     return final
 
 
-def _loop(trainer: Trainer, source: Source, log: RunLog, on_line: OnLine | None) -> None:
-    config = trainer.config
-    device = torch.device(config.train.device)
-    probe = source.held_out("calibration", 1024)
-    batches = source.batches(config.train.batch_size, config.train.seed, start=trainer.n_steps_done)
-    since, since_samples = time.perf_counter(), 0
-    with _stop_requested() as stop:
-        try:
-            while trainer.n_steps_done < config.n_steps:
-                batch = next(batches, None)
-                if batch is None:
-                    if trainer.n_steps_done == 0:
-                        raise UsageError(f"the source ended before its first batch of {config.train.batch_size} rows")
-                    logger.warning("the source ended after %d of %d steps", trainer.n_steps_done, config.n_steps)
-                    break
-                parts = batch if isinstance(batch, tuple) else (batch,)  # activations, and their targets
-                trainer.step(*(part.to(device, non_blocking=True) for part in parts))
-                since_samples += len(parts[0])
-                step = trainer.n_steps_done
-                if step % config.log.every == 0 or step == config.n_steps:
-                    values, fired = trainer.take_window()
-                    if not (math.isfinite(values["losses/overall_loss"]) and trainer.engine.finite()):
-                        raise Diverged(
-                            f"the loss is not finite at step {step}; lower train.lr={config.lr:g} and --overwrite"
-                        )
-                    values |= live_recovery(trainer.sae, fired, source.truth, probe, trainer.unit, trainer.target_unit)
-                    now = time.perf_counter()
-                    values["details/samples_per_second"] = since_samples / (now - since)
-                    since, since_samples = now, 0
-                    log.line(step, values)
-                    if on_line is not None:
-                        on_line(step, values)
-                if step % config.checkpoint.every_steps == 0 and step < config.n_steps:
-                    save_checkpoint(trainer)
-                if stop:
-                    raise Interrupted(f"stopped at step {step}; continue with --resume", stop[0])
-        except Diverged:
-            raise  # such a state is not worth keeping
-        except (UsageError, Interrupted):
-            save_checkpoint(trainer)
-            raise
-
-
-def save_checkpoint(trainer: Trainer) -> None:
-    """Everything that the next step depends on."""
-    tensors, values = trainer.state()
-    config = trainer.config
-    checkpoint.save(
-        config.out / CHECKPOINTS,
-        trainer.n_steps_done,
-        tensors,
-        values,
-        config.checkpoint.keep,
-    )
-
-
-@contextmanager
-def _stop_requested() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted, and looked at between steps, so that what is saved is whole."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
     """Refuses a directory that holds a run, unless it is to be resumed or overwritten.
 
@@ -285,7 +212,8 @@ def claim_out(config: TrainConfig, resume: bool) -> Path | None:
     return None
 
 
-def _require_same_run(config: TrainConfig) -> None:
+def require_same_run(config: TrainConfig) -> None:
+    """Refuses to resume what was started with other values."""
     saved = parse_config(read_yaml(config.out / CONFIG), where=str(config.out / CONFIG))
     ours, theirs = (whole.model_dump(mode="json", include={"source", "sae", "train"}) for whole in (config, saved))
     differing = _differences(theirs, ours)
@@ -319,19 +247,21 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _as_it_began(config: TrainConfig) -> TrainConfig:
-    """With the kernels and the precision of the newest checkpoint, whatever `auto` would choose here.
+def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:
+    """On resuming with the kernels and the precision of the newest checkpoint, whatever `auto` would choose here.
 
     Raises:
-        UsageError: these cannot work on this machine.
+        UsageError: its kernels and precision cannot work on this machine.
     """
-    newest = checkpoint.latest(config.out / CHECKPOINTS)
+    device, dtype = torch.device(config.train.device), torch.get_default_dtype()
+    newest = checkpoint.latest(config.out / CHECKPOINTS) if resume else None
     if newest is None:
+        require_kernels(device, dtype, config.train.kernels, config.train.precision)
         return config
     values = checkpoint.load_values(newest)
     name, precision = values["kernels"], values["precision"]
     try:
-        require_kernels(torch.device(config.train.device), torch.get_default_dtype(), name, precision)
+        require_kernels(device, dtype, name, precision)
     except UsageError as error:
         raise UsageError(
             f"the run began with {name} kernels in {precision}, and must go on so: {error}, "

@@ -21,6 +21,7 @@ from test_architecture import PATHS, imports
 import sae
 from sae import SAEConfig, SourceConfig, TrainConfig, UsageError
 from sae.config import parse_config
+from sae.sweep.plan import SweepSection, parse_sweep
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -144,6 +145,21 @@ def test_every_field_has_its_row():
     page = read(DOCS / "configuration.md")
     missing = [row for row in dict.fromkeys(field_rows()) if row not in page]
     assert not missing, "docs/configuration.md lacks\n" + "\n".join(missing)
+
+
+def test_every_field_of_a_sweep_has_its_row():
+    page = read(DOCS / "sweeps.md")
+    fields = {field.alias or name: field for name, field in SweepSection.model_fields.items()}
+    rows = {f"sweep.{name}": field_row(f"sweep.{name}", field) for name, field in fields.items()}
+    assert [row for row in rows.values() if row not in page] == []
+    assert set(re.findall(r"^\| `(sweep\.\w+)` \|[^|\n]*\|[^|\n]*\|", page, flags=re.MULTILINE)) == rows.keys()
+
+
+def test_the_sweeps_shown_are_valid():
+    examples = blocks(DOCS / "sweeps.md", "yaml")
+    assert examples
+    for block in examples:
+        parse_sweep(yaml.safe_load(block))
 
 
 def test_no_row_without_a_field():

@@ -124,6 +124,22 @@ def test_commands_with_a_plugin(tmp_path, run_cli):
     assert "groupmax" in (out / "report.html").read_text()
 
 
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_sweep_with_a_plugin(tmp_path, run_cli, monkeypatch, n_jobs):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sections = {
+        "source": {"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 20},
+        "sae": {"kind": "groupmax", "d_sae": 24, "n_groups": 4},
+        "train": {"n_samples": 640, "batch_size": 64},
+        "evaluation": {"n_samples": 200},
+        "sweep": {"grid": {"sae.n_groups": [4, 6]}, "n_jobs": n_jobs},
+    }
+    path, out = write(tmp_path / "sweep.yaml", yaml.safe_dump(sections)), tmp_path / "sweep"
+    assert "--plugin FILE" in run_cli("sweep", path, "--out", out)[2]
+    assert run_cli("sweep", path, "--plugin", EXAMPLE, "--out", out)[0] == 0
+    assert [sae.load(out / name).config.n_groups for name in ("n_groups4", "n_groups6")] == [4, 6]
+
+
 def test_a_configuration_names_no_code(tmp_path, run_cli):
     config = {"sae": {"kind": "topk", "d_sae": 24, "k": 3}, "plugin": str(EXAMPLE)}
     code, _, err = run_cli("train", write(tmp_path / "run.yaml", yaml.safe_dump(config)))

@@ -13,11 +13,7 @@ from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 
 # glibc gives freed memory back at once, and a step of a few ms then pays for the pages again: let it keep them.
-CHILD_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-}
+CHILD_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 
 
 def n_cores() -> int:
@@ -26,19 +22,26 @@ def n_cores() -> int:
 
 
 @contextmanager
-def one_thread_each() -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes; an exception inside the context ends them at once."""
-    previous = {name: os.environ.get(name) for name in CHILD_ENVIRONMENT}
-    os.environ.update(CHILD_ENVIRONMENT)  # read by the children's libraries when these are loaded
+def child_environment(n_threads: int) -> Iterator[None]:
+    """Processes that start in this context use so many threads: their libraries read it when they are loaded."""
+    environment = {**CHILD_ENVIRONMENT, "OMP_NUM_THREADS": str(n_threads)}
+    previous = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
-        with ProcessPoolExecutor(n_cores(), get_context("spawn")) as pool:
-            try:
-                yield pool
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in active_children():
-                    child.terminate()
-                raise
+        yield
     finally:
         for name, value in previous.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes; an exception inside the context ends them at once."""
+    with child_environment(1), ProcessPoolExecutor(n_cores(), get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                child.terminate()
+            raise

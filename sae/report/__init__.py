@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sae.errors import UsageError
-from sae.report.data import collect
+from sae.report.data import SWEEP, collect
 from sae.report.html import page, plotly_js
 from sae.report.sections import contents, title
+from sae.report.sweep import read_sweep, sweep_contents
 
 NAME = "report.html"
 
 
 def write_report(runs: Sequence[Path], target: Path | None = None) -> Path:
-    """Writes the report of one run, or of several compared, and returns where it is.
+    """Writes the report of one run, of several compared, or of a sweep, and returns where it is.
 
     Only the run directories are read: configuration, log, results, weights; and `summary.json` with the runs
     that it names. `target` None: `report.html` in the first of them. The file needs no network.
@@ -23,10 +24,18 @@ def write_report(runs: Sequence[Path], target: Path | None = None) -> Path:
         UsageError: plotly is missing, no run is given, one is unfinished, or the target cannot be written.
     """
     plotly_js()
-    collection = collect([Path(run) for run in runs])
+    sweeps = [run for run in runs if (Path(run) / SWEEP).is_file()]
+    if sweeps and len(runs) > 1:
+        raise UsageError(f"{sweeps[0]} is a sweep, which has a page of its own; give it alone, or give its members")
+    if sweeps:
+        sweep = read_sweep(Path(sweeps[0]))
+        text = page(sweep.title, sweep_contents(sweep))
+    else:
+        collection = collect([Path(run) for run in runs])
+        text = page(title(collection), contents(collection))
     target = Path(runs[0]) / NAME if target is None else Path(target)
     try:
-        target.write_text(page(title(collection), contents(collection)), encoding="utf-8")
+        target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}; give another file as --out") from error
     return target

@@ -27,6 +27,7 @@ CONFIG, LINES, RESULT, TABLES, WEIGHTS = FILES = (
     "sae.safetensors",
 )
 SUMMARY = "summary.json"
+SWEEP = "sweep.json"
 CLASSES = "classes.json"
 # A feature is found when its own latent has a cosine above this.
 FOUND = 0.9

@@ -34,6 +34,12 @@ function draw() {
     const figure = JSON.parse(element.nextElementSibling.textContent, revive(css));
     if (touch) figure.layout.dragmode = false; // a finger scrolls the page
     Plotly.react(element, figure.data, figure.layout, options);
+    // A point that names a row of a table leads to it.
+    element.removeAllListeners("plotly_click");
+    element.on("plotly_click", ({ points: [point] }) => {
+      const row = point.customdata && document.getElementById(`member-${point.customdata}`);
+      if (row) location.hash = row.id;
+    });
   }
 }
 

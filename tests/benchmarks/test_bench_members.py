@@ -11,7 +11,7 @@ import torch
 
 from sae.bench.shapes import SHAPES
 from sae.config import TrainConfig
-from sae.ensemble import Ensemble
+from sae.members import Members
 from sae.run import start
 from sae.sources import as_source
 from sae.trainer import Trainer
@@ -68,12 +68,16 @@ def test_sixteen_members(against, say, other):
     x = SHAPE.activations()
     source, batches = as_source(x), cycle(x.split(SHAPE.batch))
     alone = [ByAutograd(seed) for seed in range(N_MEMBERS)] if other == "by autograd" else trainers(source)
-    with Ensemble(trainers(source)) as ensemble:
+    side_by_side = trainers(source)
+    with Members(side_by_side) as members:
 
         def loop() -> None:
             batch = next(batches)
             for member in alone:
                 member.step(batch)
 
-        together, apart = against(lambda: ensemble.step(next(batches)), loop, rounds=30)
+        def all_at_once() -> None:
+            assert not any(members.step(side_by_side, next(batches)))
+
+        together, apart = against(all_at_once, loop, rounds=30)
     say(f"16 SAEs, {1000 * together:.1f} ms a step together, {apart / together:.1f} x {other}")

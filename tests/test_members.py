@@ -1,11 +1,14 @@
-"""Members of an ensemble train as they would alone, whatever runs beside them."""
+"""Members that step side by side train as they would alone, whatever runs beside them."""
+
+import gc
+import weakref
 
 import pytest
 import torch
 
 from sae import SAE, TrainConfig
-from sae.ensemble import Ensemble
 from sae.kernels.precision import products
+from sae.members import Members
 from sae.trainer import Trainer
 
 BATCH, D_IN, D_SAE = 64, 13, 70
@@ -44,21 +47,38 @@ def test_together_is_alone(kernels):
     for batch in batches:
         for member in alone:
             member.step(batch)
-    with Ensemble(trainers(kernels, threads=2)) as ensemble:
-        assert ensemble.pool is not None
+    together = trainers(kernels, threads=2)
+    with Members(together) as members:
+        assert members.pool is not None
         assert torch.get_num_threads() == 2
         for batch in batches:
-            ensemble.step(batch)
-    for ours, theirs in zip(ensemble.members, alone, strict=True):
+            assert members.step(together, batch) == [None] * len(KINDS)
+    for ours, theirs in zip(together, alone, strict=True):
         for name, tensor in theirs.state()[0].items():
             assert torch.equal(ours.state()[0][name].nan_to_num(), tensor.nan_to_num()), name
 
 
-def test_a_members_error_is_raised():
-    with Ensemble(trainers("native", threads=2)) as ensemble:
-        ensemble.members[1].step = None
-        with pytest.raises(TypeError):
-            ensemble.step(torch.zeros(BATCH, D_IN))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_members_error_is_told_and_stops_no_other(threads):
+    made = trainers("native", threads)
+    made[1].step = None
+    with Members(made) as members:
+        assert (members.pool is not None) == (threads == 2)
+        errors = members.step(made, torch.zeros(BATCH, D_IN))
+    assert [type(error) for error in errors] == [type(None), TypeError, type(None), type(None), type(None)]
+    assert [made[number].n_steps_done for number in (0, 2, 3, 4)] == [1, 1, 1, 1]
+
+
+def test_some_of_the_members_step_and_those_given_up_are_free():
+    made = trainers("native", threads=2)
+    with Members(made) as members:
+        members.step(made, torch.zeros(BATCH, D_IN))
+        members.step(made[:3], torch.zeros(BATCH, D_IN))
+        members.step(made[:1], torch.zeros(BATCH, D_IN))
+        assert [trainer.n_steps_done for trainer in made] == [3, 2, 2, 1, 1]
+        gone = weakref.ref(made.pop())
+        gc.collect()
+        assert gone() is None
 
 
 def test_the_last_of_several_steps_restores_the_precision_of_products():

@@ -1,0 +1,157 @@
+"""The figures of a sweep: what sparsity costs, a point a member, and how members came to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, nan
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from sae.report.figures import _axis, _figure, _level, _log_axis, _note, _short, _spread, series
+from sae.report.html import Figure
+from sae.report.tables import L0
+
+# One shape of marker a group beside its colour: a reader who cannot tell the colours tells these.
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon2")
+# Points of all curves of a figure together.
+MAX_CURVE_POINTS = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """What the figures need of a member: `line` is the same for members that differ in sparsity and seed alone,
+    `setting` for those that differ in their seed alone."""
+
+    name: str
+    group: str
+    line: str
+    setting: str
+    done: bool
+    result: dict[str, float]
+    lines: list[dict[str, Any]]
+
+
+def groups(points: Sequence[Point]) -> list[str]:
+    """In order of appearance: the place decides colour and shape."""
+    return list(dict.fromkeys(point.group for point in points))
+
+
+def symbol(place: int) -> str:
+    """The marker of the group at a place."""
+    return SYMBOLS[place % len(SYMBOLS)]
+
+
+def pareto(points: Sequence[Point], key: str) -> set[str]:
+    """Names of the members that no other beats in both L0 and this (lower is better for both)."""
+    placed = [(point.result[L0], point.result[key], point.name) for point in points if point.done]
+    return {
+        name
+        for l0, value, name in placed
+        if not any((a <= l0 and b <= value) and (a < l0 or b < value) for a, b, _ in placed)
+    }
+
+
+def trade_off(
+    points: Sequence[Point], key: str, name: str, log: bool, chance: float | None = None, truth: float | None = None
+) -> Figure:
+    """L0 against a score. Lines join the means over seeds; `truth` is how many true features fire at a time."""
+    done = [point for point in points if point.done and isfinite(point.result.get(key, nan))]
+    traces: list[dict[str, Any]] = []
+    for place, group in enumerate(groups(points)):
+        own = [point for point in done if point.group == group]
+        colour, dash = series(place)
+        for line in dict.fromkeys(point.line for point in own):
+            traces.append(_means([point for point in own if point.line == line], key, colour, dash))
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": group,
+                "x": _short(np.array([point.result[L0] for point in own])),
+                "y": _short(np.array([point.result[key] for point in own])),
+                "marker": {"color": colour, "symbol": symbol(place), "size": 9, "opacity": 0.8},
+                "customdata": [point.name for point in own],
+                "hovertemplate": f"%{{customdata}}<br>L0 %{{x:.2f}}<br>{name} %{{y:.4f}}<extra></extra>",
+            }
+        )
+    best = pareto(done, key) if log else set()
+    if best:
+        traces.insert(0, _front([point for point in done if point.name in best], key))
+    across = {"tickvals": None, **_log_axis([{"y": [point.result[L0] for point in done]}])}
+    y = _log_axis([{"y": [point.result[key] for point in done]}]) if log else {"range": [-0.03, 1.04]}
+    layout: dict[str, Any] = {
+        "xaxis": _axis("L0: latents firing at a time", **across),
+        "yaxis": _axis(name, **y),
+        "shapes": [] if chance is None else [_level(chance)],
+        "annotations": [] if chance is None else [_note("chance", chance)],
+    }
+    if truth is not None and truth > 0:
+        layout["shapes"].append(
+            {**_level(0.0), "xref": "x", "yref": "paper", "x0": truth, "x1": truth, "y0": 0, "y1": 1}
+        )
+        layout["annotations"].append(
+            {
+                "text": f"the truth fires {truth:.2f}",
+                "showarrow": False,
+                **{"xref": "x", "x": float(np.log10(truth)), "xanchor": "left", "xshift": 3},
+                **{"yref": "paper", "y": 0, "yanchor": "bottom"},
+            }
+        )
+    return _figure(traces, **layout)
+
+
+def curves(points: Sequence[Point], key: str, name: str, log: bool) -> Figure:
+    """One line a member against the training step, in the colour of its group."""
+    traces = []
+    place_of = {group: place for place, group in enumerate(groups(points))}
+    most = max(MAX_CURVE_POINTS // max(len(points), 1), 20)
+    for point in points:
+        lines = [line for line in point.lines if isfinite(line.get(key, nan))]
+        colour, dash = series(place_of[point.group])
+        kept = [lines[i] for i in _spread(len(lines), most)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": point.name,
+                "x": [line["step"] for line in kept],
+                "y": _short(np.array([line[key] for line in kept])),
+                "line": {"color": colour, "dash": dash, "width": 1.4 if point.done else 3.5},
+                "opacity": 0.8,
+                "hovertemplate": f"{point.name}<br>step %{{x}}<br>{name} %{{y:.4g}}<extra></extra>",
+            }
+        )
+    axis = _log_axis(traces) if log else {"range": [-0.03, 1.04]}
+    return _figure(traces, xaxis=_axis("step", rangemode="tozero"), yaxis=_axis("", **axis))
+
+
+def _means(own: Sequence[Point], key: str, colour: str, dash: str) -> dict[str, Any]:
+    """Means over the seeds of each setting, joined in order of L0."""
+    settings = dict.fromkeys(point.setting for point in own)
+    same = [[point.result for point in own if point.setting == setting] for setting in settings]
+    places = sorted((fmean(r[L0] for r in results), fmean(r[key] for r in results)) for results in same)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": _short(np.array([x for x, _ in places])),
+        "y": _short(np.array([y for _, y in places])),
+        "line": {"color": colour, "dash": dash, "width": 1.6},
+        "hoverinfo": "skip",
+    }
+
+
+def _front(best: Sequence[Point], key: str) -> dict[str, Any]:
+    """The stairs below which no member lies."""
+    places = sorted((point.result[L0], point.result[key]) for point in best)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "front",
+        "x": _short(np.array([x for x, _ in places])),
+        "y": _short(np.array([y for _, y in places])),
+        "line": {"color": "var(--rule)", "width": 7, "shape": "hv"},
+        "hoverinfo": "skip",
+    }

@@ -1,0 +1,284 @@
+"""What the page of a sweep says: what sparsity costs each kind, and how every member ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from sae.config import read_yaml
+from sae.errors import UsageError
+from sae.report import pareto
+from sae.report.data import CONFIG, LINES, RESULT, SWEEP, TABLES
+from sae.report.figures import series
+from sae.report.html import plot
+from sae.report.pareto import Point, groups
+from sae.report.tables import DEAD, FVU, L0, MCC, method_name
+from toymodels.pages import Html, folded, grid, join, section, table, tag
+
+SEEDS = ("seed", "data_seed")
+F1 = "recovery/f1"
+_FREQUENCY = "feature/frequency"
+# Of markers as paths in a box of 10: what pareto.SYMBOLS are in plotly.
+SHAPES = {
+    "circle": "M9 5A4 4 0 1 1 1 5A4 4 0 1 1 9 5Z",
+    "square": "M1.3 1.3H8.7V8.7H1.3Z",
+    "diamond": "M5 .3L9.7 5L5 9.7L.3 5Z",
+    "triangle-up": "M5 .8L9.8 8.8H.2Z",
+    "cross": "M3.4 .6H6.6V3.4H9.4V6.6H6.6V9.4H3.4V6.6H.6V3.4H3.4Z",
+    "star": "M5 .2L6.3 3.6L9.9 3.8L7.1 6L8.1 9.6L5 7.5L1.9 9.6L2.9 6L.1 3.8L3.7 3.6Z",
+    "pentagon": "M5 .6L9.5 3.9L7.8 9.2H2.2L.5 3.9Z",
+    "hexagon2": "M2.6 .8H7.4L9.8 5L7.4 9.2H2.6L.2 5Z",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A row of the table."""
+
+    values: dict[str, Any]
+    status: str
+    reason: str
+    config: dict[str, Any]
+    point: Point
+
+    @property
+    def name(self) -> str:
+        return self.point.name
+
+
+@dataclass(frozen=True, eq=False)
+class SweepPage:
+    """All that the page is drawn from."""
+
+    name: str
+    varies: list[str]
+    members: list[Member]
+    truth_l0: float | None
+    """How many true features fire at a time, when known."""
+
+    @property
+    def title(self) -> str:
+        return f"Sweep {self.name}: {len(self.members):,} dictionaries"
+
+    @property
+    def points(self) -> list[Point]:
+        return [member.point for member in self.members]
+
+    @property
+    def done(self) -> list[Member]:
+        return [member for member in self.members if member.point.done]
+
+    @property
+    def knows_truth(self) -> bool:
+        return any(MCC in member.point.result for member in self.done)
+
+
+def read_sweep(path: Path) -> SweepPage:
+    """Reads sweep.json and what its members have written so far.
+
+    Raises:
+        UsageError: it is damaged, or no member has begun.
+    """
+    try:
+        summary = json.loads((path / SWEEP).read_text(encoding="utf-8"))
+        rows = [row for row in summary["members"] if (path / row["name"] / CONFIG).is_file()]
+        members = [_read_member(path / row["name"], row, summary["varies"]) for row in rows]
+        name = summary["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path / SWEEP} cannot be read ({error}); run the sweep again with --resume") from error
+    if not members:
+        raise UsageError(f"{path}: no member of this sweep has begun; run it with --resume")
+    return SweepPage(name, summary["varies"], members, _truth_l0(path, members))
+
+
+def _read_member(folder: Path, row: dict[str, Any], varies: Sequence[str]) -> Member:
+    config = read_yaml(folder / CONFIG)
+    values = row["values"]
+    done = row["status"] == "done" and (folder / RESULT).is_file()
+    lines = (folder / LINES).read_text(encoding="utf-8").splitlines(keepends=True) if (folder / LINES).is_file() else []
+    without_seed = {key: value for key, value in values.items() if key.rpartition(".")[2] not in SEEDS}
+    own_options = [key for key in without_seed if key.startswith("sae.") and key not in ("sae.kind", "sae.d_sae")]
+    point = Point(
+        name=row["name"],
+        group=f"{method_name(config['sae']['kind'])}, {config['sae']['d_sae']:,} latents",
+        line=json.dumps({key: value for key, value in without_seed.items() if key not in own_options}, sort_keys=True),
+        setting=json.dumps(without_seed, sort_keys=True),
+        done=done,
+        result=json.loads((folder / RESULT).read_text(encoding="utf-8")) if done else {},
+        lines=[json.loads(line) for line in lines if line.endswith("\n")],
+    )
+    return Member(values, row["status"], row["reason"], config, point)
+
+
+def _truth_l0(path: Path, members: Sequence[Member]) -> float | None:
+    """The sum of the true features' frequencies, where all members look at the same source."""
+    done = [member for member in members if member.point.done]
+    if not done or any(member.config["source"] != done[0].config["source"] for member in done):
+        return None
+    with safe_open(path / done[0].name / TABLES, "np") as tables:
+        return float(tables.get_tensor(_FREQUENCY).sum()) if _FREQUENCY in set(tables.keys()) else None
+
+
+def sweep_contents(sweep: SweepPage) -> Html:
+    """Every section of the page."""
+    parts = [_headline(sweep)]
+    if sweep.done:
+        parts.append(_trade_offs(sweep))
+    parts += [_members(sweep), _training(sweep), _configuration(sweep)]
+    return join(parts)
+
+
+def _headline(sweep: SweepPage) -> Html:
+    n, done = len(sweep.members), len(sweep.done)
+    fields = join_words([f"{key} ({_range(sweep, key)})" for key in sweep.varies])
+    first = f"Members differ in {fields}." if sweep.varies else "Nothing varies."
+    ends = [status for status in ("stopped", "diverged", "failed", "interrupted", "unfinished") if _n(sweep, status)]
+    others = join_words([f"{_n(sweep, status)} {status}" for status in ends])
+    verdict: list[object] = [tag("strong", f"{done:,} of {n:,} members are done"), f", {others}." if others else "."]
+    if sweep.knows_truth:
+        best = max(sweep.done, key=lambda member: member.point.result.get(MCC, -1.0))
+        result = best.point.result
+        verdict.append(
+            f" The best recovery is that of {best.name}: MCC {result[MCC]:.3f} at L0 {result[L0]:.2f}, where a random "
+            f"dictionary scores {result[f'{MCC}_chance']:.3f}."
+        )
+        lowest = min(sweep.done, key=lambda member: member.point.result[FVU])
+        if lowest is not best:
+            said = lowest.point.result
+            verdict.append(f" The lowest error is that of {lowest.name}: FVU {said[FVU]:.3f}, MCC {said[MCC]:.3f}.")
+    heading = tag("h1", sweep.title)
+    return tag("header", heading, tag("p", first, class_="reading"), tag("p", *verdict, class_="verdict"))
+
+
+def _trade_offs(sweep: SweepPage) -> Html:
+    reading = (
+        "Each point is a member, and leads to its row below; lines join means over seeds. Fewer latents explain "
+        "less, so dictionaries are compared at the same L0."
+    )
+    fvu = pareto.trade_off(sweep.points, FVU, "FVU", log=True, truth=sweep.truth_l0)
+    pictures = [plot(fvu, "Error: FVU, lower is better", "FVU against L0")]
+    note = (
+        "Of the errors, down and to the left is better; no member lies below the broad grey stairs, the Pareto front."
+    )
+    if sweep.knows_truth:
+        chance = next(m.point.result.get(f"{MCC}_chance") for m in sweep.done if MCC in m.point.result)
+        same = len({member.config["sae"]["d_sae"] for member in sweep.done}) == 1
+        mcc = pareto.trade_off(
+            sweep.points, MCC, "MCC", log=False, chance=chance if same else None, truth=sweep.truth_l0
+        )
+        pictures.append(plot(mcc, "Recovery of the truth: MCC, higher is better", "MCC against L0"))
+    words = tag("p", note, class_="note")
+    return section("What sparsity costs", reading, _key(sweep), grid(*pictures, columns=len(pictures)), words)
+
+
+def _members(sweep: SweepPage) -> Html:
+    scores = [(L0, "L0", ".2f"), (FVU, "FVU", ".4f"), (MCC, "MCC", ".3f"), (F1, "F1", ".3f"), (DEAD, "dead", ".1%")]
+    scores = [score for score in scores if any(score[0] in member.point.result for member in sweep.done)]
+    best: dict[str, float] = {}
+    for key, pick in ((FVU, min), (MCC, max), (F1, max)):
+        values = [member.point.result[key] for member in sweep.done if key in member.point.result]
+        best |= {key: pick(values)} if values else {}
+    front = pareto.pareto(sweep.points, FVU)
+    place = {group: number for number, group in enumerate(groups(sweep.points))}
+    rows: list[list[object]] = []
+    for member in sweep.members:
+        result = member.point.result
+        cells: list[object] = [tag("span", _dot(place[member.point.group]), member.name, id=f"member-{member.name}")]
+        cells += [_varying(_value(member.values.get(key))) for key in sweep.varies]
+        for key, _, form in scores:
+            value = f"{result[key]:{form}}" if key in result else ""
+            cells.append(tag("strong", value) if key in result and result[key] == best.get(key) else value)
+        status = tag("span", member.status, class_="status bad" if member.reason else "status")
+        cells += ["front" if member.name in front else "", status]
+        rows.append(cells)
+    header = [
+        "",
+        *(_varying(key.partition(".")[2]) for key in sweep.varies),
+        *(name for _, name, _ in scores),
+        "Pareto",
+        "status",
+    ]
+    reading = "Measured on held-out activations; the best of a column is bold."
+    if len(sweep.done) < len(sweep.members):
+        reading += " Members that are not done have no final metrics."
+    return section("Members", reading, _reasons(sweep), table(header, rows, "Members"))
+
+
+def _training(sweep: SweepPage) -> Html:
+    begun = [point for point in sweep.points if point.lines]
+    reading = "One line a member, over the steps of training, in the colour of its group."
+    if len(sweep.done) < len(sweep.members):
+        reading += " Those of members that are not done are thick."
+    pictures = [
+        plot(pareto.curves(begun, FVU, "FVU", log=True), "FVU", "FVU over training"),
+        plot(pareto.curves(begun, L0, "L0", log=True), "L0: latents firing at a time", "L0 over training"),
+    ]
+    if any(MCC in line for point in begun for line in point.lines[-1:]):
+        mcc = pareto.curves(begun, MCC, "MCC", log=False)
+        pictures.append(plot(mcc, "MCC: recovery of the truth", "MCC over training"))
+    return section("Training", reading, _key(sweep), grid(*pictures, columns=len(pictures)))
+
+
+def _configuration(sweep: SweepPage) -> Html:
+    first = sweep.members[0]
+    command = tag("code", "sae report DIRECTORY")
+    reading = join(["Each member's own folder has its resolved config.yaml;", command, "draws it by itself."])
+    words = json.dumps(first.config, indent=1, ensure_ascii=False)
+    return section("Configuration", reading, folded(f"{first.name}, with all defaults", tag("pre", words)))
+
+
+def _key(sweep: SweepPage) -> Html:
+    entries = [tag("li", _dot(place), group) for place, group in enumerate(groups(sweep.points))]
+    return tag("ul", *entries, class_="key")
+
+
+def _dot(place: int) -> Html:
+    """The marker of a group, as the figures draw it."""
+    path = tag("path", d=SHAPES[pareto.symbol(place)], style=f"fill:{series(place)[0]}")
+    return tag("svg", path, viewBox="0 0 10 10", class_="dot", aria_hidden="true")
+
+
+def _reasons(sweep: SweepPage) -> Html:
+    """Why members ended before their last step."""
+    entries = [
+        tag("li", tag("strong", member.name), f" {member.status}: {member.reason}")
+        for member in sweep.members
+        if member.reason
+    ]
+    return tag("ul", *entries, class_="reasons") if entries else Html("")
+
+
+def _varying(words: str) -> Html:
+    """A cell that the member's name repeats: left out where there is little room."""
+    return tag("span", words, class_="varying")
+
+
+def _n(sweep: SweepPage, status: str) -> int:
+    return sum(member.status == status for member in sweep.members)
+
+
+def _range(sweep: SweepPage, key: str) -> str:
+    values = list(dict.fromkeys(_value(m.values[key]) for m in sweep.members if key in m.values))
+    return ", ".join(values) if len(values) <= 6 else f"{values[0]}, ..., {values[-1]}"
+
+
+def _value(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)
+
+
+def join_words(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

@@ -1,0 +1,157 @@
+"""Trains the members of one stream together, in this process, and tells how each ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from sae.ensemble import Diverged, Ensemble, Run, Stop
+from sae.errors import Interrupted, UsageError
+from sae.run import STATUS, as_it_begins, conclude, open_run
+from sae.sources import Batch, HeldOut, Purpose, Source
+from sae.sweep.plan import Member, SweepSection
+from sae.sweep.rules import Line, Stopped, read_lines, verdict
+from toymodels.files import write_text
+
+logger = logging.getLogger("sae")
+
+Status = Literal["done", "stopped", "diverged", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A member wrote a line of its log."""
+
+    name: str
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A member ended; `reason` is empty when it is done."""
+
+    name: str
+    status: Status
+    reason: str = ""
+
+
+Tell = Callable[[Logged | Ended], None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members on one stream, to be trained by one process at once."""
+
+    members: tuple[Member, ...]
+    section: SweepSection
+    resume: bool
+
+    def run(self, open_source: OpenSource, tell: Tell, stop: Stop) -> None:
+        """Trains all members; tells each one's lines, and its end exactly once."""
+        left = {member.name: member for member in self.members}
+        runs: list[Run] = []
+
+        def end(name: str, status: Status, reason: str = "") -> None:
+            del left[name]
+            tell(Ended(name, status, reason))
+
+        try:
+            source = SharedSource(open_source(self.members[0]))
+            for member in self.members:
+                runs += self._open(member, source, tell, end)
+            for run, error in Ensemble(runs, source).feed(stop):
+                end(run.config.out.name, *self._close(run, error))
+        except Interrupted:
+            for name in list(left):
+                end(name, "interrupted")
+        except Exception as error:
+            reason = _explain(error)
+            for name in list(left):
+                end(name, "failed", reason)
+        finally:
+            for run in runs:
+                run.log.close()
+
+    def _open(self, member: Member, source: Source, tell: Tell, end: Callable[..., None]) -> list[Run]:
+        """The member's run, in a list of one; of none when it cannot begin."""
+        (member.config.out / STATUS).unlink(missing_ok=True)
+        lines: list[Line] = []
+
+        def on_line(step: int, values: Mapping[str, float]) -> None:
+            tell(Logged(member.name, step, dict(values)))
+            lines.append({"step": step, **values})
+            reason = verdict(lines, member.config, self.section)
+            if reason is not None:
+                raise Stopped(reason)
+
+        try:
+            begun = as_it_begins(member.config, self.resume)
+            run = open_run(member.config, begun, source, self.resume, on_line)
+        except Exception as error:
+            end(member.name, "failed", _explain(error))
+            return []
+        lines += read_lines(member.config.out)
+        return [run]
+
+    def _close(self, run: Run, error: Exception | None) -> tuple[Status, str]:
+        """Measures and saves a run that took its last step; writes down why another one ended."""
+        try:
+            if error is not None:
+                raise error
+            conclude(run, report=False)
+        except (Stopped, Diverged) as reason:
+            status: Status = "diverged" if isinstance(reason, Diverged) else "stopped"
+            words = {"status": status, "reason": str(reason), "step": run.n_steps_done}
+            write_text(run.config.out / STATUS, json.dumps(words, indent=2) + "\n")
+            return status, str(reason)
+        except Exception as reason:
+            return "failed", _explain(reason)
+        finally:
+            run.log.close()
+        return "done", ""
+
+
+OpenSource = Callable[[Member], Source]
+
+
+def opener() -> OpenSource:
+    """Opens each source once: a toy model is trained once for all members that look at it."""
+    kept: dict[str, Source] = {}
+
+    def open_source(member: Member) -> Source:
+        config = member.config.source
+        assert config is not None
+        key = config.model_dump_json()
+        if key not in kept:
+            kept[key] = config.open()
+        return kept[key]
+
+    return open_source
+
+
+class SharedSource(Source):
+    """A source whose held-out rows are drawn once, and shared by all that ask for them."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.truth = source, source.truth
+        self.d_in, self.d_out = source.d_in, source.d_out
+        self._held_out: Callable[[Purpose, int], HeldOut] = cache(source.held_out)
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        return self.source.batches(batch_size, seed, start)
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        return self._held_out(purpose, n)
+
+
+def _explain(error: Exception) -> str:
+    """A user's mistake in its own words; anything else with its kind, and its traceback in the log."""
+    if isinstance(error, UsageError):
+        return str(error)
+    logger.error("unexpected end of a member", exc_info=error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

@@ -1,0 +1,232 @@
+"""A sweep from its plan to its table: directories, who trains what, and how each member ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae.ensemble import Stop, stop_requested
+from sae.errors import UsageError
+from sae.kernels import require_device
+from sae.log import require_wandb
+from sae.report.data import SWEEP
+from sae.run import (
+    CONFIG,
+    OWN,
+    REPORT,
+    RESULT,
+    STATUS,
+    as_it_begins,
+    check_out,
+    require_same_run,
+    write_report_if_installed,
+)
+from sae.sweep.group import Ended, Group, Logged, OpenSource, Tell, opener
+from sae.sweep.machines import connect, on_machines, require_ray
+from sae.sweep.plan import Member, Plan
+from sae.sweep.rules import read_lines, verdict
+from sae.sweep.workers import in_processes
+from toymodels.files import write_text
+
+logger = logging.getLogger("sae")
+
+UNFINISHED = "unfinished"
+OnEvent = Callable[[Logged | Ended], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended: a row for each member, and the page if there is one."""
+
+    rows: list[dict[str, Any]]
+    report: Path | None
+    signal_number: int = 0
+    """Of the signal that stopped it, or 0."""
+
+    @property
+    def not_done(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["status"] != "done"]
+
+
+def run_sweep(plan: Plan, *, resume: bool = False, overwrite: bool = False, on_event: OnEvent | None = None) -> Outcome:
+    """Trains every member into its own directory, and writes sweep.json and report.html beside them.
+
+    A member that diverges, is stopped by a rule or fails does not stop the others. `on_event` hears of each logged
+    line and each end. With `resume` members that ended are left as they are, and others go on from their checkpoints.
+
+    Raises:
+        UsageError: the sweep cannot begin; nothing was trained or written.
+    """
+    _check(plan, resume, overwrite)
+    table = {member.name: _row(member, _ended_before(plan, member, resume)) for member in plan.members}
+    left = [member for member in plan.members if table[member.name]["status"] == UNFINISHED]
+    open_source = opener()
+    if plan.section.n_jobs == 1 and not plan.section.ray:
+        for member in left:
+            open_source(member)  # bad data are told before an earlier sweep is given up
+    if plan.section.ray and left:
+        connect()
+    _claim(plan, resume)
+    members = {member.name: member for member in plan.members}
+
+    def tell(message: Logged | Ended) -> None:
+        if isinstance(message, Ended):
+            if message.reason:
+                logger.warning("%s: %s: %s", message.name, message.status, message.reason)
+            table[message.name] = _row(members[message.name], message)
+            _write(plan, table)
+        if on_event is not None:
+            on_event(message)
+
+    _write(plan, table)
+    with stop_requested() as stop:
+        _train(plan, [Group(part, plan.section, resume) for part in _parts(plan, left)], open_source, tell, stop)
+        rows = list(table.values())
+        signal_number = stop() if any(row["status"] == "interrupted" for row in rows) else 0
+        begun = any((member.config.out / CONFIG).exists() for member in plan.members)
+        return Outcome(rows, write_report_if_installed(plan.out) if begun else None, signal_number)
+
+
+def _train(plan: Plan, groups: list[Group], open_source: OpenSource, tell: Tell, stop: Stop) -> None:
+    if plan.section.ray:
+        on_machines(groups, tell, stop)
+    elif plan.section.n_jobs > 1:
+        in_processes(groups, plan.section.n_jobs, tell, stop)
+    else:
+        with _quiet():
+            for group in groups:
+                if stop():
+                    for member in group.members:
+                        tell(Ended(member.name, "interrupted"))
+                else:
+                    group.run(open_source, tell, stop)
+
+
+def _parts(plan: Plan, members: list[Member]) -> Iterator[tuple[Member, ...]]:
+    """Members of one stream, at most as many as are held at once; several parts of a stream where processes wait."""
+    streams: dict[str, list[Member]] = {}
+    for member in members:
+        streams.setdefault(member.stream, []).append(member)
+    section = plan.section
+    most = -(-len(members) // section.n_jobs) if section.n_jobs > 1 else len(members)
+    size = max(1, min(section.together or most, most))
+    for same in streams.values():
+        # Parts of equal size, so that no process is left with a long last one.
+        n_parts = -(-len(same) // size)
+        for number in range(n_parts):
+            yield tuple(same[len(same) * number // n_parts : len(same) * (number + 1) // n_parts])
+
+
+def _check(plan: Plan, resume: bool, overwrite: bool) -> None:
+    """What can be told before anything runs."""
+    out = plan.out
+    for member in plan.members:
+        try:
+            if member.config.source is None:
+                raise UsageError("the configuration has no source; add one")
+            require_wandb(member.config)
+            require_device(member.config.train.device, "train.device")
+        except UsageError as error:
+            raise UsageError(f"member {member.name}: {error}") from error
+    if plan.section.ray:
+        require_ray()
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a directory as --out")
+    if resume and overwrite:
+        raise UsageError("--resume continues a sweep and --overwrite discards it; give one of them")
+    if (out / CONFIG).exists():
+        raise UsageError(f"{out} holds a single run; give another --out")
+    before = _names_before(out)
+    if before and not (resume or overwrite):
+        raise UsageError(f"{out} already holds a sweep; continue it with --resume, discard it with --overwrite")
+    gone = [name for name in before if name not in {member.name for member in plan.members}]
+    if gone and resume:
+        raise UsageError(f"{out} has members that this sweep does not have, {gone[0]} for one; give another --out")
+    for member in plan.members:
+        _check_member(plan, member, resume, overwrite)
+
+
+def _check_member(plan: Plan, member: Member, resume: bool, overwrite: bool) -> None:
+    """Its directory, and what computes its steps, as `sae.train` checks them."""
+    check_out(member.config.out, resume, overwrite)
+    if resume and (member.config.out / CONFIG).exists():
+        require_same_run(member.config)
+    if _ended_before(plan, member, resume) is None:
+        try:
+            as_it_begins(member.config, resume)
+        except UsageError as error:
+            raise UsageError(f"member {member.name}: {error}") from error
+
+
+def _names_before(out: Path) -> list[str]:
+    """Of the members of an earlier sweep in this directory."""
+    if not (out / SWEEP).is_file():
+        return []
+    try:
+        return [str(row["name"]) for row in json.loads((out / SWEEP).read_text(encoding="utf-8"))["members"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{out / SWEEP} is no list of a sweep's members; delete it to go on with --resume") from error
+
+
+def _ended_before(plan: Plan, member: Member, resume: bool) -> Ended | None:
+    """How a member ended in an earlier attempt, if it needs no further step."""
+    out = member.config.out
+    if not resume:
+        return None
+    if (out / RESULT).exists():
+        return Ended(member.name, "done")
+    if not (out / STATUS).exists():
+        return None
+    before = json.loads((out / STATUS).read_text(encoding="utf-8"))
+    if before["status"] == "stopped" and verdict(read_lines(out), member.config, plan.section) is None:
+        return None  # by rules that have been changed since
+    return Ended(member.name, before["status"], before["reason"])
+
+
+def _claim(plan: Plan, resume: bool) -> None:
+    """Makes `plan.out` this sweep's directory; what an earlier one left is deleted unless it is to be resumed."""
+    try:
+        if not resume:
+            for folder in {*_names_before(plan.out), *(member.name for member in plan.members)}:
+                for name in OWN:
+                    path = plan.out / folder / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if (plan.out / folder).is_dir() and not any((plan.out / folder).iterdir()):
+                    (plan.out / folder).rmdir()
+            (plan.out / REPORT).unlink(missing_ok=True)
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {plan.out}: {error.strerror}") from error
+
+
+def _row(member: Member, end: Ended | None) -> dict[str, Any]:
+    """How a member stands: its final metrics when it is done, else the last line of its log."""
+    status, reason = (end.status, end.reason) if end else (UNFINISHED, "")
+    if status == "done":
+        metrics = json.loads((member.config.out / RESULT).read_text(encoding="utf-8"))
+    else:
+        metrics = next(iter(read_lines(member.config.out)[-1:]), {})
+    return {"name": member.name, "values": member.values, "status": status, "reason": reason, "metrics": metrics}
+
+
+def _write(plan: Plan, table: dict[str, dict[str, Any]]) -> None:
+    """The table of members as it stands, into sweep.json."""
+    words = {"name": plan.out.name, "varies": plan.varies, "members": list(table.values())}
+    write_text(plan.out / SWEEP, json.dumps(words, indent=1) + "\n")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What each of many runs would say of itself is left out; warnings are told."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
