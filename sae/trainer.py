@@ -42,7 +42,6 @@ class Trainer:
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.window = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self.window_steps = 0
-        self.annealed: dict[str, float] = {}
         self.n_resampled = 0
 
     def step(
@@ -87,10 +86,7 @@ class Trainer:
         self.engine.refresh(self.n_steps_done)
         self.sae.sparsifier.look_(self.n_steps_done, self.n_steps_done + REFRESH_STEPS, self.config.n_steps)
         self.clock.wind(self.n_steps_done)
-        self._anneal(self.n_steps_done)
-
-    def _anneal(self, step: int) -> None:
-        self.annealed = self.sae.sparsifier.anneal_(step / self.config.n_steps)
+        self.sae.sparsifier.anneal_(self.n_steps_done / self.config.n_steps)
 
     def resample(self, activations: Float[Tensor, "batch d_in"]) -> None:
         """Starts dead latents anew on this batch, if it was time for that since the last look."""
@@ -121,7 +117,6 @@ class Trainer:
             "details/current_learning_rate": self.learning_rate(max(self.n_steps_done - 1, 0)),
             "details/n_training_samples": self.n_steps_done * self.config.train.batch_size,
         }
-        values |= {f"details/{name}": value for name, value in self.annealed.items()}
         values |= {f"details/{name}": float(value) for name, value in self.sae.sparsifier.details().items()}
         if self.sae.config.resample_every is not None:
             values["sparsity/resampled"] = self.n_resampled
@@ -152,4 +147,5 @@ class Trainer:
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
         self.n_resampled = values["n_resampled"]
         self.clock.wind(self.n_steps_done)
-        self._anneal(self.n_steps_done // REFRESH_STEPS * REFRESH_STEPS)  # as at the last look
+        last_look = self.n_steps_done // REFRESH_STEPS * REFRESH_STEPS
+        self.sae.sparsifier.anneal_(last_look / self.config.n_steps)

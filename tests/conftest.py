@@ -1,4 +1,44 @@
+import sys
+from typing import NamedTuple
+
+import pytest
 import torch
+
+from sae import cli
 
 # The tensors of the tests are small: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+class Outcome(NamedTuple):
+    """How the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def assert_refused(self, *parts: str) -> None:
+        """One line that says what is wrong, and exit code 2."""
+        assert self.code == 2
+        assert self.err.startswith("sae: error: ")
+        assert len(self.err.splitlines()) == 1
+        assert "Traceback" not in self.err
+        for part in parts:
+            assert part in self.err
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """The console script, in this process."""
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sae", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return run

@@ -33,11 +33,8 @@ def lines(out, name: str) -> list[tuple[int, float]]:
 def test_a_sparsifier_hears_of_the_run_at_each_look_and_at_its_end(tmp_path, monkeypatch):
     heard = []
 
-    def anneal_(self, done):
-        heard.append(done)
-        return {"progress": done}
-
-    monkeypatch.setattr(TopK, "anneal_", anneal_)
+    monkeypatch.setattr(TopK, "anneal_", lambda self, done: heard.append(done))
+    monkeypatch.setattr(TopK, "details", lambda self: {"progress": heard[-1]})
     monkeypatch.setattr(TopK, "calibrate_", lambda self, batches, n_samples: heard.append("calibrate_"))
     sae.train(config(tmp_path / "run"), report=False)
     assert heard == [0, 10 / 35, 20 / 35, 30 / 35, 1, "calibrate_"]
@@ -48,7 +45,7 @@ def test_a_sparsifier_hears_of_the_run_at_each_look_and_at_its_end(tmp_path, mon
 @pytest.mark.parametrize("stop", [10, 13])
 def test_a_resumed_run_hears_what_the_last_look_told(stop, tmp_path, monkeypatch):
     heard = []
-    monkeypatch.setattr(TopK, "anneal_", lambda self, done: heard.append(done) or {})
+    monkeypatch.setattr(TopK, "anneal_", lambda self, done: heard.append(done))
     first = config(tmp_path)
     trainers = [Trainer(sae.SAE(6, first.sae), first, 1.0) for _ in range(2)]
     for x in torch.randn(stop, 64, 6):

@@ -1,5 +1,6 @@
 """`sae bench`: turns and ratios on a made-up clock, rivals that are fake, missing or broken, what the user sees."""
 
+import functools
 import json
 import logging
 import re
@@ -10,7 +11,6 @@ import pytest
 import torch
 from test_architecture import PATHS, imports
 
-from sae import cli
 from sae.bench import ceiling, memory, ours
 from sae.bench.ceiling import Ceiling
 from sae.bench.contenders import contenders
@@ -180,9 +180,10 @@ def test_activations_are_reproducible_and_of_unit_mean_squared_norm():
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu", "gated", "jumprelu", "matryoshka", "transcoder"])
 def test_our_step_trains(kind):
-    step = ours.advance(kind, SMALL, SMALL.activations(), 1e-3, "cpu")
-    step()
-    step()
+    begun, batch = ours.trainer(kind, SMALL, SMALL.activations(), 1e-3, "cpu")
+    before = begun.sae.W_dec.clone()
+    begun.step(*batch())
+    assert not torch.equal(begun.sae.W_dec, before)
 
 
 def test_import_sae_leaves_bench_alone():
@@ -336,20 +337,8 @@ def test_a_process_that_fails_is_one_line(monkeypatch):
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys):
-    """`sae bench` in this process: exit code, output, errors."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["sae", "bench", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+def bench(run_cli):
+    return functools.partial(run_cli, "bench")
 
 
 def test_bench_prints_and_writes_every_sample(bench, tmp_path, only):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import sae
-from sae import SAEConfig, UsageError, cli, plugins
+from sae import SAEConfig, UsageError, plugins
 from sae.bench import memory, ours
 from sae.bench.shapes import Shape, parse_kinds
 from sae.config import parse_config
@@ -26,23 +26,6 @@ def _forget(monkeypatch):
     yield
     for name in [name for name in sys.modules if name.startswith("plugin ")]:
         del sys.modules[name]
-
-
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    """The console script, in this process: exit code, output, errors."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["sae", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def write(path: Path, text: str) -> Path:

@@ -111,8 +111,7 @@ def test_a_threshold_meets_the_l0_from_both_sides(shift):
 
 def test_a_threshold_counts_no_more_than_there_are():
     scores = torch.tensor([[3.0, 1.0, -1.0, -2.0]])
-    assert threshold_of([scores], 3.0, 1) == (0.0, 2.0)
-    assert threshold_of([scores], 3.0, 1, -torch.inf) == (-1.5, 2.0)
+    assert threshold_of([scores], 3.0, 1) == (-1.5, 2.0)
     assert threshold_of([scores], 1.0, 1) == (2.0, 2.0)
 
 

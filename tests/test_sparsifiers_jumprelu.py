@@ -42,7 +42,7 @@ def close(ours: Tensor, theirs: Tensor, name: str = "") -> None:
 
 def test_the_estimators_are_those_published():
     """d z / d theta = -(theta / eps) K((pre - theta) / eps) and d 1[pre > theta] / d theta = -(1 / eps) K(...)."""
-    pre, theta, eps = normal(200, 9), normal(9, seed=1).abs(), 0.3
+    pre, theta, eps = normal(200, 9), normal(9, seed=1).abs(), torch.tensor(0.3, dtype=torch.float64)
     for of, factor, values, through in ((Jump, theta, pre, 1.0), (Step, torch.ones(9), torch.ones(200, 9), 0.0)):
         own_pre, own_theta = pre.clone().requires_grad_(), theta.clone().requires_grad_()
         out, weight = of.apply(own_pre, own_theta, eps), normal(200, 9, seed=2)
@@ -204,12 +204,12 @@ def test_biases_start_so_low_that_thresholds_can_start_small():
         sparsifier.start_(torch.tensor([-1.0, 1.0, 2.0]), b_enc)
         torch.testing.assert_close(b_enc, torch.tensor([1.0, 0.1, -0.8]))
         torch.testing.assert_close(sparsifier.threshold.detach(), torch.tensor([0.0, 0.1, 0.2]))
-        assert sparsifier.epsilon == pytest.approx(expected)
+        assert float(sparsifier.bandwidth) == pytest.approx(expected)
 
 
 def test_a_bandwidth_is_given_or_comes_from_the_start():
     with pytest.raises(AssertionError, match="start_ comes first"):
-        JumpReLU(3, None, 1.0)(torch.ones(2, 3))
+        JumpReLU(3, None, 1.0).look_(0, 10, 100)
 
 
 def test_a_target_is_approached_over_the_whole_run():

@@ -1120,7 +1120,17 @@ API void relu_(real *pre, const real *bias, const real *norms, long batch, long 
         for (long j = 0; j < n_latents; j++) firing[j] += counts[t * n_latents + j];
 }
 
-/* gradient = (gradient + cost * norms) where h > 0 and 0 elsewhere, in place; and its sum over samples. `blocks` is
+/* g = (g + cost * norms) where z > 0 and 0 elsewhere, in one row; added to `sum`. */
+static inline void mask_row(real *restrict g, const real *restrict z, const real *restrict norms, real cost, long n,
+                            real *restrict sum) {
+#pragma omp simd
+    for (long j = 0; j < n; j++) {
+        g[j] = z[j] > 0 ? g[j] + cost * (norms ? norms[j] : 1) : 0;
+        sum[j] += g[j];
+    }
+}
+
+/* `mask_row` of every row, in place; and the sum over samples. `blocks` is
    scratch, [ceil(batch / 64), n_latents]. */
 API void relu_backward_(real *gradient, const real *h, const real *norms, real cost, long batch, long n_latents,
                         real *blocks, real *bias_gradient, long threads) {
@@ -1129,15 +1139,8 @@ API void relu_backward_(real *gradient, const real *h, const real *norms, real c
     for (long c = 0; c < n_blocks; c++) {
         real *restrict sum = blocks + c * n_latents;
         memset(sum, 0, (size_t)n_latents * sizeof(real));
-        for (long b = c * 64; b < MIN((c + 1) * 64, batch); b++) {
-            real *restrict g = gradient + b * n_latents;
-            const real *restrict z = h + b * n_latents;
-#pragma omp simd
-            for (long j = 0; j < n_latents; j++) {
-                g[j] = z[j] > 0 ? g[j] + cost * (norms ? norms[j] : 1) : 0;
-                sum[j] += g[j];
-            }
-        }
+        for (long b = c * 64; b < MIN((c + 1) * 64, batch); b++)
+            mask_row(gradient + b * n_latents, h + b * n_latents, norms, cost, n_latents, sum);
     }
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (long j = 0; j < n_latents; j++) {
@@ -1220,15 +1223,7 @@ API void relu_step(const real *x, const real *start, const real *encoder, const 
                     }
                 }
                 product(g, d, 1, through_panels, m, n, d, through, ld, 0);
-                for (long b = 0; b < m; b++) {
-                    real *restrict row = through + b * ld;
-                    const real *restrict own_z = z + b * ld;
-#pragma omp simd
-                    for (long j = 0; j < n; j++) {
-                        row[j] = own_z[j] > 0 ? row[j] + cost * (norms ? norms[j] : 1) : 0;
-                        sum_bias[j] += row[j];
-                    }
-                }
+                for (long b = 0; b < m; b++) mask_row(through + b * ld, z + b * ld, norms, cost, n, sum_bias);
                 pack(own_x, d, m, d, 1, x_panels);
                 product(through, 1, ld, x_panels, n, d, m, sum_encoder, d, add);
                 pack(g, d, m, d, 1, gradient_panels);

@@ -133,7 +133,7 @@ class Sparsifier(nn.Module, ABC):
         """Hears of each step's mean L0. As in all of a step, the host must not wait for the device here."""
 
     def look_(self, step: int, next_look: int, n_steps: int) -> None:
-        """Called every few steps, before the step of this number: what changes over a run changes here."""
+        """Called every few steps, before the step of this number, for what also depends on the steps so far."""
 
     def details(self) -> dict[str, Scalar]:
         """What the log shows of it beside the losses, by name."""
@@ -149,13 +149,12 @@ class Sparsifier(nn.Module, ABC):
     def constrain_(self) -> None:
         """Puts own parameters back to where they must lie, after each step."""
 
-    def anneal_(self, done: float) -> dict[str, float]:
-        """Sets what changes over a run, once the share `done` of it lies behind; returns what is logged as details/.
+    def anneal_(self, done: float) -> None:
+        """Sets what changes over a run as a function of the share `done` of it that lies behind.
 
         The trainer calls it at its looks, every ten steps, so that the steps between are alike. It must depend on
         `done` alone, since a resumed run calls it again; 1 comes last, before `calibrate_`, and is what is built.
         """
-        return {}
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         """Fits what inference needs on the pre-latents of n_samples held-out activations, once training is over."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from sae.config import SAEConfig
+from sae.kernels import Scalar
 from sae.sparsifiers.base import Sparsifier
 
 
@@ -45,12 +46,13 @@ class Budget(Sparsifier):
         self.k = self.k_end = k
         self.k_start, self.k_anneal_fraction = k_start, k_anneal_fraction
 
-    def anneal_(self, done: float) -> dict[str, float]:
-        if self.k_start is None:
-            return {}
-        left = max(1 - done / self.k_anneal_fraction, 0.0)
-        self.k = self.allowed(self.k_end + left * (self.k_start - self.k_end))
-        return {"k": float(self.k)}
+    def anneal_(self, done: float) -> None:
+        if self.k_start is not None:
+            left = max(1 - done / self.k_anneal_fraction, 0.0)
+            self.k = self.allowed(self.k_end + left * (self.k_start - self.k_end))
+
+    def details(self) -> dict[str, Scalar]:
+        return {} if self.k_start is None else {"k": float(self.k)}
 
     def allowed(self, k: float) -> float:
         """The nearest k that can be asked for."""

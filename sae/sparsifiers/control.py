@@ -130,7 +130,7 @@ class Penalised(Sparsifier):
         if self.control is None or self.threshold is None:
             return
         l0 = self.control.l0
-        threshold, trained = threshold_of(map(self.scores, batches), l0, n_samples, -torch.inf)
+        threshold, trained = threshold_of(map(self.scores, batches), l0, n_samples)
         self.threshold.fill_(threshold)
         if abs(math.log(max(trained, 1e-9) / l0)) > FAR:
             logger.warning(
@@ -146,18 +146,15 @@ class Penalised(Sparsifier):
             self.threshold.mul_(scale)
 
 
-def threshold_of(
-    batches: Iterable[Float[Tensor, "batch d_sae"]], l0: float, n_samples: int, floor: float = 0.0
-) -> tuple[float, float]:
-    """The threshold that round(l0 n_samples) of the scores exceed, or all above `floor` where these are fewer; and the
-    mean number of scores above 0."""
+def threshold_of(batches: Iterable[Float[Tensor, "batch d_sae"]], l0: float, n_samples: int) -> tuple[float, float]:
+    """The threshold that round(l0 n_samples) of the scores exceed, and the mean number of scores above 0."""
     n_positive = 0
 
     def counted() -> Iterator[Tensor]:
         nonlocal n_positive
         for scores in batches:
             n_positive += int((scores > 0).sum())
-            yield scores[scores > floor]
+            yield scores.flatten()
 
-    threshold = cut_between(counted(), max(round(l0 * n_samples), 1), floor)
+    threshold = cut_between(counted(), max(round(l0 * n_samples), 1), -torch.inf)
     return threshold, n_positive / n_samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -79,6 +80,8 @@ class JumpReLU(Sparsifier):
     for a sparse first step (likewise Anthropic): AuxK can bring back what dies, which a high theta would keep silent.
     """
 
+    bandwidth: Float[Tensor, ""]
+
     def __init__(
         self,
         d_sae: int,
@@ -89,25 +92,24 @@ class JumpReLU(Sparsifier):
         initial_l0: float | None = None,
     ) -> None:
         super().__init__()
-        self.bandwidth, self.weight, self.l0, self.tanh_scale = bandwidth, coefficient, l0, tanh_scale
+        self.weight, self.l0, self.tanh_scale = coefficient, l0, tanh_scale
         self.initial_l0 = initial_l0
         self.threshold = nn.Parameter(torch.zeros(d_sae))
+        # epsilon; where none is given it comes from `start_`.
+        self.register_buffer("bandwidth", torch.tensor(math.nan if bandwidth is None else bandwidth))
 
-    @property
-    def epsilon(self) -> float:
-        """The bandwidth, which may come from the start."""
-        assert self.bandwidth is not None, "start_ comes first, as no bandwidth was given"
-        return self.bandwidth
+    def look_(self, step: int, next_look: int, n_steps: int) -> None:
+        assert not self.bandwidth.isnan(), "start_ comes first, as no bandwidth was given"
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
         """All slots that theta has a gradient from: those that fire, and the silent ones just below."""
         threshold = self.threshold.detach()
-        bias = scores.bias - threshold + self.epsilon / 2
+        bias = scores.bias - threshold + self.bandwidth / 2
         found = kernels.positive(dataclasses.replace(scores, bias=bias), capacity(*scores.shape, kernels.precision))
         if found is None:
             return None
         own = threshold.index_select(0, found.latents)
-        pre_latents = (found.values + own).sub_(self.epsilon / 2)
+        pre_latents = (found.values + own).sub_(self.bandwidth / 2)
         return found._replace(values=pre_latents.where(pre_latents > own, 0), pre_latents=pre_latents)
 
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
@@ -129,18 +131,18 @@ class JumpReLU(Sparsifier):
                 pull = torch.zeros_like(decode.norms).index_add_(0, latents, steepness * codes.values)
         threshold = self.threshold.detach()
         own = threshold.index_select(0, latents)
-        near = codes.pre_latents - own < self.epsilon / 2  # all lie above the other end
+        near = codes.pre_latents - own < self.bandwidth / 2  # all lie above the other end
         jumps = own.mul_(through).add_(price).where(near, 0)
-        self.threshold.grad = torch.zeros_like(threshold).index_add_(0, latents, jumps, alpha=-1 / self.epsilon)
+        self.threshold.grad = torch.zeros_like(threshold).index_add_(0, latents, jumps).div_(-self.bandwidth)
         return Flow(decoded, through.where(fires, 0), decoded.losses.mean(), penalty, pull=pull)
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        return SparseCodes(Jump.apply(pre_latents, self.threshold, self.epsilon), None, pre_latents.shape[1])
+        return SparseCodes(Jump.apply(pre_latents, self.threshold, self.bandwidth), None, pre_latents.shape[1])
 
     def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
         codes = self(pre_latents)
         if self.tanh_scale is None:
-            fires = Step.apply(pre_latents, self.threshold, self.epsilon)
+            fires = Step.apply(pre_latents, self.threshold, self.bandwidth)
             penalty, _ = self._penalty(fires.sum(dim=1).mean())
         else:
             tanh = (self.tanh_scale * codes.values * W_dec.norm(dim=1)).tanh()
@@ -162,8 +164,8 @@ class JumpReLU(Sparsifier):
         cuts = cuts.clamp_min(0)
         self.threshold.copy_(START * cuts)
         b_enc -= (1 - START) * cuts
-        if self.bandwidth is None:
-            self.bandwidth = max(BANDWIDTH * float(cuts.mean()), torch.finfo(cuts.dtype).tiny)
+        if self.bandwidth.isnan():
+            self.bandwidth.copy_((BANDWIDTH * cuts.mean()).clamp_min(torch.finfo(cuts.dtype).tiny))
 
     @torch.no_grad()
     def renew_(self, latents: Int[Tensor, " n"]) -> None:
@@ -185,36 +187,35 @@ class JumpReLU(Sparsifier):
     @torch.no_grad()
     def rescale_(self, scale: float) -> None:
         self.threshold.mul_(scale)
+        self.bandwidth.mul_(scale)
 
 
 class Step(torch.autograd.Function):
     """1[pre > theta]; in theta -(1/eps) K((pre - theta) / eps), with K(u) = 1[|u| < 1/2]; in pre 0."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold, bandwidth)
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold).abs() < ctx.bandwidth / 2
-        return None, (gradients[0] * near).sum(dim=0) / -ctx.bandwidth, None
+        pre, threshold, bandwidth = ctx.saved_tensors
+        near = (pre - threshold).abs() < bandwidth / 2
+        return None, (gradients[0] * near).sum(dim=0) / -bandwidth, None
 
 
 class Jump(torch.autograd.Function):
     """pre * 1[pre > theta]; in theta -(theta/eps) K((pre - theta) / eps), with K as above; in pre 1[pre > theta]."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold, bandwidth)
         return pre * (pre > threshold)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold).abs() < ctx.bandwidth / 2
-        own = threshold * (gradients[0] * near).sum(dim=0) / -ctx.bandwidth
+        pre, threshold, bandwidth = ctx.saved_tensors
+        near = (pre - threshold).abs() < bandwidth / 2
+        own = threshold * (gradients[0] * near).sum(dim=0) / -bandwidth
         return gradients[0] * (pre > threshold), own, None
