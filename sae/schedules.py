@@ -28,21 +28,15 @@ def warmup(step: int, n_steps: int, fraction: float) -> float:
 
 class Clock:
     """Tells each step its learning rate on the device: the host writes the rows of the next steps from time to time,
-    and a step takes the next of them, so that recorded steps can be played again without the host.
+    and a step takes the next of them, so that recorded steps can be played again without the host."""
 
-    `at(step)` gives the rate and the share of the penalty of a step, counted from 0.
-    """
-
-    def __init__(
-        self, at: Callable[[int], tuple[float, float]], n_rows: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.at = at
+    def __init__(self, n_rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = torch.zeros(n_rows, len(Now._fields), dtype=dtype, device=device)
         self.next = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def wind(self, step: int) -> None:
-        """Makes `step` the next one."""
-        rows = [row(number + 1, *self.at(number)) for number in range(step, step + len(self.rows))]
+    def wind(self, step: int, at: Callable[[int], tuple[float, float]]) -> None:
+        """Makes `step` the next one; `at` gives the rate and the share of the penalty of a step, counted from 0."""
+        rows = [row(number + 1, *at(number)) for number in range(step, step + len(self.rows))]
         self.rows.copy_(torch.tensor(rows, dtype=torch.float64))
         self.next.zero_()
 

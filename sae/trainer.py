@@ -38,7 +38,7 @@ class Trainer:
         self.engine = Engine(sae, config.train.kernels, config.train.precision)
         self.n_steps_done = 0
         device = sae.W_dec.device
-        self.clock = schedules.Clock(self._at, REFRESH_STEPS, sae.W_dec.dtype, device)
+        self.clock = schedules.Clock(REFRESH_STEPS, sae.W_dec.dtype, device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.window = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self.window_steps = 0
@@ -85,7 +85,7 @@ class Trainer:
         self.dead = padded((silent >= self.config.dead_after_samples).nonzero().squeeze(1))
         self.engine.refresh(self.n_steps_done)
         self.sae.sparsifier.look_(self.n_steps_done, self.n_steps_done + REFRESH_STEPS, self.config.n_steps)
-        self.clock.wind(self.n_steps_done)
+        self.clock.wind(self.n_steps_done, self._at)
         self.sae.sparsifier.anneal_(self.n_steps_done / self.config.n_steps)
 
     def resample(self, activations: Float[Tensor, "batch d_in"]) -> None:
@@ -146,6 +146,6 @@ class Trainer:
         self.unit, self.target_unit = values["unit"], values["target_unit"]
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
         self.n_resampled = values["n_resampled"]
-        self.clock.wind(self.n_steps_done)
+        self.clock.wind(self.n_steps_done, self._at)
         last_look = self.n_steps_done // REFRESH_STEPS * REFRESH_STEPS
         self.sae.sparsifier.anneal_(last_look / self.config.n_steps)

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -197,6 +199,31 @@ def test_dead_latents_are_found_and_revived(tmp_path):
     assert dead[1.0] < 0.5 * dead[0.0]
 
 
+def test_moments_are_given_up_before_the_evaluation(tmp_path, monkeypatch):
+    """They take twice the memory of the weights: nothing may hold the trainer in a circle."""
+    trainers, alive = [], []
+    begin = run.start
+
+    def start(*given):
+        trainer = begin(*given)
+        trainers.append(weakref.ref(trainer.engine))
+        return trainer
+
+    def evaluate(*given):
+        alive.extend(trainer() for trainer in trainers)
+        return measure(*given)
+
+    measure = run.evaluate
+    monkeypatch.setattr(run, "start", start)
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    gc.disable()
+    try:
+        sae.train(config(tmp_path / "run"), report=False)
+    finally:
+        gc.enable()
+    assert alive == [None]
+
+
 def test_schedules():
     rates = [learning_rate(step, 100, 2.0, 10, 0.3) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
@@ -208,12 +235,13 @@ def test_schedules():
 
 
 def test_the_clock_tells_each_step_its_own_rate():
-    clock = Clock(
-        lambda step: (learning_rate(step, 100, 3e-3, 10, 0.3), warmup(step, 100, 0.05)), 10, torch.float32, CPU
-    )
+    def at(step: int) -> tuple[float, float]:
+        return learning_rate(step, 100, 3e-3, 10, 0.3), warmup(step, 100, 0.05)
+
+    clock = Clock(10, torch.float32, CPU)
     for step in range(43):
         if step % 10 == 0 or step == 37:  # resumed there
-            clock.wind(step)
+            clock.wind(step, at)
         now = clock.tick()
         expected = learning_rate(step, 100, 3e-3, 10, 0.3), 1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)
         torch.testing.assert_close(torch.stack(now[:3]), torch.tensor(expected), rtol=1e-6, atol=0)
