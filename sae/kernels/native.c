@@ -239,10 +239,12 @@ static void score_rows(Scores *scores, long first, long stride, long m, real *bl
     scores->pre = block;
 }
 
-/* Latents are dealt to `n` groups in turn: latent j belongs to group j mod n. */
+enum { LANES = 32 / sizeof(real), WIDTH = 2 * LANES };
+
+/* Latents are dealt to `n` groups, `width` groups at a time: group g has every width-th latent of a run of them. */
 typedef struct {
     real *maxima;
-    long n, n_latents, number;
+    long n, width, n_latents, number;
     const Scores *scores;
 } Row;
 
@@ -250,6 +252,11 @@ static long n_groups(long n_latents, long k) {
     long groups = MAX(n_latents / 16, 1);
     while (groups < 4 * k && groups < n_latents) groups *= 2;
     return MAX(MIN(groups, n_latents), 1);
+}
+
+static Row row_of(real *maxima, long groups, long n_latents, const Scores *scores) {
+    int in_strips = !scores->rounded && groups % WIDTH == 0 && n_latents % groups == 0;
+    return (Row){maxima, groups, in_strips ? WIDTH : groups, n_latents, 0, scores};
 }
 
 /* The pre-latent of latent j, bias and slack included. */
@@ -267,7 +274,6 @@ static inline real pre_latent(const Row *row, long j) {
 #define SMALLEST 1.4012985e-45f
 #endif
 
-enum { LANES = 32 / sizeof(real) };
 typedef real lanes __attribute__((vector_size(LANES * sizeof(real))));
 #if REAL_IS_DOUBLE
 typedef int64_t lane_bits __attribute__((vector_size(LANES * sizeof(real))));
@@ -292,11 +298,13 @@ static inline lanes larger(lanes a, lanes b) { /* b where a is NaN */
 #endif
 }
 
-/* The maxima of 2 * LANES groups from group g on, which never leave the registers. */
+/* The maxima of WIDTH groups from group g on, which never leave the registers; their latents lie side by side, so that
+   a row is read from its start to its end. */
 static inline void maxima_of_strip(const Row *row, const real *from, long g) {
     const real *bias = row->scores->bias;
+    long members = row->n_latents / row->n;
     lanes first = {0}, second = {0};
-    for (long j = g; j < row->n_latents; j += row->n) {
+    for (long j = g * members; j < (g + WIDTH) * members; j += WIDTH) {
         first = larger(load(from + j) + load(bias + j), first);
         second = larger(load(from + j + LANES) + load(bias + j + LANES), second);
     }
@@ -342,8 +350,8 @@ static void load_row(Row *row, long b) {
     row->number = b;
     if (row->scores->rounded && row->scores->slack_row) load_row_as(row, 1, 1);
     else if (row->scores->rounded) load_row_as(row, 1, 0);
-    else if (row->n % (2 * LANES) == 0 && row->n_latents % row->n == 0)
-        for (long g = 0; g < row->n; g += 2 * LANES)
+    else if (row->width == WIDTH)
+        for (long g = 0; g < row->n; g += WIDTH)
             maxima_of_strip(row, (const real *)row->scores->pre + b * row->n_latents, g);
     else load_row_as(row, 0, 0);
 }
@@ -383,7 +391,11 @@ static real bound(const Row *row, long k) {
     if (k <= FEW) return bound_of_few(row, k);
     const real *restrict maxima = row->maxima;
     real low = 0, high = 0;
-    for (long g = 0; g < row->n; g++) high = maxima[g] > high ? maxima[g] : high;
+    long g = 0;
+    lanes highest = {0};
+    for (; g + LANES <= row->n; g += LANES) highest = larger(load(maxima + g), highest);
+    for (; g < row->n; g++) high = MAX(maxima[g], high);
+    for (long i = 0; i < LANES; i++) high = MAX(highest[i], high);
     for (int halving = 0; halving < 24; halving++) {
         real middle = (low + high) / 2;
         if (!(middle > low && middle < high)) break;
@@ -404,9 +416,11 @@ static inline __attribute__((always_inline)) long collect_as(const Row *row, rea
     const real *from = (const real *)scores->pre + at, *bias = scores->bias, *per_latent = scores->slack_latent;
     const bf16 *from_rounded = (const bf16 *)scores->pre + at;
     real slack = widened ? scores->sign * scores->slack_row[row->number] : 0;
+    long run = row->width < n_groups ? row->width * (n_latents / n_groups) : n_latents;
     for (long g = 0; g < n_groups; g++) {
         if (!(row->maxima[g] >= least && row->maxima[g] > 0)) continue;
-        for (long j = g; j < n_latents; j += n_groups) {
+        long start = g / row->width * run;
+        for (long j = start + g % row->width; j < start + run; j += row->width) {
             real value = (rounded ? (real)from_bf16(from_rounded[j]) : from[j]) + bias[j];
             if (widened) value += slack * per_latent[j];
             if (value >= least && value > 0) {
@@ -523,7 +537,7 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
         Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign, x, panels, d};
         size_t reals = (size_t)(room + groups + 2 * n_latents);
         real *block = own_memory(reals * sizeof(real) + (size_t)n_latents * sizeof(int32_t)), *memory = block + room;
-        Row row = {memory, groups, n_latents, 0, &scores};
+        Row row = row_of(memory, groups, n_latents, &scores);
         real *candidates = memory + groups, *work = candidates + n_latents;
         int32_t *who = (int32_t *)(work + n_latents);
 #pragma omp for schedule(static)
@@ -566,7 +580,7 @@ API long at_least(const void *pre, long rounded, const real *bias, const real *s
         Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign, x, panels, d};
         size_t reals = (size_t)(room + groups + n_latents);
         real *block = own_memory(reals * sizeof(real) + (size_t)n_latents * sizeof(int32_t)), *memory = block + room;
-        Row row = {memory, groups, n_latents, 0, &scores};
+        Row row = row_of(memory, groups, n_latents, &scores);
         real *found = memory + groups;
         int32_t *who = (int32_t *)(found + n_latents);
 #pragma omp for schedule(static)
