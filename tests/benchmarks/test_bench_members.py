@@ -1,23 +1,21 @@
-"""Sixteen SAEs (d_in 64, d_sae 512, k 8, batch 1024): trained together, one after the other, by autograd in a loop.
+"""Sixteen SAEs at S and eight at M, shapes of `sae bench`: trained together, one by one, by autograd in a loop.
 
-On all cores, as members share them.
+On all cores, as members share them; one after the other each step has all of them.
 """
 
 import os
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
 
-from sae.bench.shapes import SHAPES
+from sae.bench.shapes import SHAPES, Shape
 from sae.config import TrainConfig
 from sae.members import Members
 from sae.run import start
-from sae.sources import as_source
+from sae.sources import Source, as_source
 from sae.trainer import Trainer
-
-N_MEMBERS = 16
-SHAPE = SHAPES["S"]
 
 
 @pytest.fixture
@@ -31,19 +29,20 @@ def all_cores():
 class ByAutograd:
     """The same SAE as anybody would write it: TopK, dense decoding, fused Adam, unit rows."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, shape: Shape, seed: int) -> None:
+        self.k = shape.k
         stream = torch.Generator().manual_seed(seed)
-        rows = torch.nn.functional.normalize(torch.randn(SHAPE.d_sae, SHAPE.d_in, generator=stream), dim=1)
+        rows = torch.nn.functional.normalize(torch.randn(shape.d_sae, shape.d_in, generator=stream), dim=1)
         self.W_dec = rows.clone().requires_grad_()
         self.W_enc = rows.T.clone().contiguous().requires_grad_()
-        self.b_enc = torch.zeros(SHAPE.d_sae, requires_grad=True)
-        self.b_dec = torch.zeros(SHAPE.d_in, requires_grad=True)
+        self.b_enc = torch.zeros(shape.d_sae, requires_grad=True)
+        self.b_dec = torch.zeros(shape.d_in, requires_grad=True)
         weights = [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
         self.optimizer = torch.optim.Adam(weights, lr=1e-3, fused=True)
 
     def step(self, x: torch.Tensor) -> None:
         pre = (x - self.b_dec) @ self.W_enc + self.b_enc
-        values, latents = pre.topk(SHAPE.k, dim=1)
+        values, latents = pre.topk(self.k, dim=1)
         z = torch.zeros_like(pre).scatter(1, latents, values.relu())
         (x - z @ self.W_dec - self.b_dec).square().sum(dim=1).mean().backward()
         self.optimizer.step()
@@ -52,23 +51,34 @@ class ByAutograd:
             self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
 
 
-def trainers(source) -> list[Trainer]:
+def trainers(shape: Shape, n: int, source: Source) -> list[Trainer]:
     made = []
-    for seed in range(N_MEMBERS):
-        options = {"kind": "topk", "k": SHAPE.k, "d_sae": SHAPE.d_sae, "aux_coefficient": 0.0}
-        train = {"batch_size": SHAPE.batch, "lr": 1e-3, "seed": seed}
+    for seed in range(n):
+        options = {"kind": "topk", "k": shape.k, "d_sae": shape.d_sae, "aux_coefficient": 0.0}
+        train = {"batch_size": shape.batch, "lr": 1e-3, "seed": seed}
         config = TrainConfig.model_validate({"sae": options, "train": train})
         made.append(start(config, source, source.held_out("calibration", 4096)))
     return made
 
 
 @pytest.mark.usefixtures("all_cores")
-@pytest.mark.parametrize("other", ["by autograd", "one after the other"])
-def test_sixteen_members(against, say, other):
-    x = SHAPE.activations()
-    source, batches = as_source(x), cycle(x.split(SHAPE.batch))
-    alone = [ByAutograd(seed) for seed in range(N_MEMBERS)] if other == "by autograd" else trainers(source)
-    side_by_side = trainers(source)
+@pytest.mark.parametrize(
+    ("name", "n", "other", "rounds"),
+    [
+        ("S", 16, "by autograd", 30),
+        ("S", 16, "one after the other", 30),
+        ("M", 8, "one after the other", 5),
+    ],
+)
+def test_members(against, say, name, n, other, rounds):
+    shape = SHAPES[name]
+    x = shape.activations()
+    source, batches = as_source(x), cycle(x.split(shape.batch))
+    if other == "by autograd":
+        alone: list[Any] = [ByAutograd(shape, seed) for seed in range(n)]
+    else:
+        alone = trainers(shape, n, source)
+    side_by_side = trainers(shape, n, source)
     with Members(side_by_side) as members:
 
         def loop() -> None:
@@ -79,5 +89,5 @@ def test_sixteen_members(against, say, other):
         def all_at_once() -> None:
             assert not any(members.step(side_by_side, next(batches)))
 
-        together, apart = against(all_at_once, loop, rounds=30)
-    say(f"16 SAEs, {1000 * together:.1f} ms a step together, {apart / together:.1f} x {other}")
+        together, apart = against(all_at_once, loop, rounds=rounds)
+    say(f"{n} SAEs at {name}, {1000 * together:.1f} ms a step together, {apart / together:.1f} x {other}")
