@@ -7,7 +7,7 @@ import torch
 
 from sae import UsageError
 from sae.config import parse_config
-from sae.sources import ToySourceConfig
+from sae.sources import ToySourceConfig, WorldSource
 from toymodels.co_firing import Together
 from toymodels.experiments import NAMES, experiment
 from toymodels.features import Features
@@ -125,3 +125,17 @@ def test_importance_falls_alike_at_every_size():
     make = falling_importance(0.7, 20)
     assert make(20, 0.1).importances.tolist() == pytest.approx([0.7**i for i in range(20)])
     assert make(80, 0.1).importances[::4].tolist() == pytest.approx([0.7**i for i in range(20)])
+
+
+def test_held_out_rows_come_in_pieces_and_the_first_stay_the_same(monkeypatch):
+    monkeypatch.setattr("sae.held_out.ROWS_AT_ONCE", 64)
+    source = WorldSource(ToyRecipe(n_features=12, d_hidden=5, n_steps=2).build(0))
+    whole = source.held_out("evaluation", 300)
+    assert len(whole.x) == len(whole.acts) == 300
+    for n, rows in ((300, 100), (300, 7), (300, 64), (300, 1000), (64, 64), (10, 3), (1, 1)):
+        pieces = list(source.held_out_stream("evaluation", n).pieces(rows))
+        assert [len(piece.x) for piece in pieces] == [min(rows, n - start) for start in range(0, n, rows)]
+        assert torch.cat([piece.x for piece in pieces]).equal(whole.x[:n])
+        assert torch.cat([piece.acts.dense() for piece in pieces]).equal(whole.acts[:n].dense())
+    assert source.held_out("evaluation", 20).x.equal(whole.x[:20])
+    assert not source.held_out("calibration", 20).x.equal(whole.x[:20])

@@ -9,18 +9,23 @@ toymodels.geometry.norms(model.W)
 from toymodels import geometry
 from toymodels.features import FeatureBatch, Features
 from toymodels.models import ToyModel
+from toymodels.saelens import load_world
 from toymodels.sparse_coding import best_threshold, select_penalty, sparse_code
 from toymodels.streams import generator
+from toymodels.synthetic import SyntheticWorld, WorldDescription
 from toymodels.training import ToyTraining, train, weighted_error
 
 __all__ = [
     "FeatureBatch",
     "Features",
+    "SyntheticWorld",
     "ToyModel",
     "ToyTraining",
+    "WorldDescription",
     "best_threshold",
     "generator",
     "geometry",
+    "load_world",
     "select_penalty",
     "sparse_code",
     "train",

@@ -112,6 +112,13 @@ class FeatureBatch:
         return embedded.view(*self.shape[:-1], W.shape[-1])
 
     @classmethod
+    def cat(cls, parts: Sequence[FeatureBatch]) -> FeatureBatch:
+        """Batches [batch, n_features] one after the other."""
+        counts = torch.cat([parts[0].offsets[:1], *(part.offsets.diff() for part in parts)])
+        indices, values = (torch.cat([getattr(part, name) for part in parts]) for name in ("indices", "values"))
+        return cls(indices, values, counts.cumsum(0), (len(counts) - 1, parts[0].n_features))
+
+    @classmethod
     def from_dense(cls, x: Float[Tensor, "*leading n_features"]) -> FeatureBatch:
         """The non-zero entries of x."""
         flat = x.flatten()
