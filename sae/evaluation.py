@@ -5,9 +5,10 @@ SAEs and baselines are measured by the same function: it needs a dictionary, a w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from math import isfinite
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from sae import metrics
 from sae.codes import SparseCodes
+from sae.errors import UsageError
+from sae.held_out import HeldOut, HeldOutStream
 from sae.metrics.dictionary_recovery import coverage
 from sae.metrics.dimensionality import dimensionality_against_truth
 from sae.model import SAE
-from sae.sources import HeldOut
 from toymodels.features import FeatureBatch
 
 CHUNK_ROWS = 4096
@@ -53,74 +55,134 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(coder: Coder, held_out: HeldOut, truth: Float[Tensor, "n_features d_out"] | None = None) -> Evaluation:
+def evaluate(
+    coder: Coder, held_out: HeldOut | HeldOutStream, truth: Float[Tensor, "n_features d_out"] | None = None
+) -> Evaluation:
     """Reconstruction and sparsity of any method; recovery, polysemanticity and geometry where the truth is known.
 
-    All but the encoder sees the target, where that is not the input.
+    All but the encoder sees the target, where that is not the input. The evaluation set is read in windows, and may
+    be larger than memory.
+
+    Raises:
+        UsageError: an empty evaluation set, a truth of another width, or codes that are not finite.
     """
-    acts, target = held_out.acts, held_out.wanted
     W_dec = coder.W_dec.detach()
-    threshold = metrics.scale_threshold(target)
-    size = chunk_rows(len(W_dec))
-    chunks = held_out.x.split(size)
-    reconstruction, parts = metrics.Reconstruction(W_dec, threshold), []
+    size = metrics.window_rows(W_dec.shape[1], len(W_dec))
+    first = next(iter(held_out.pieces(size)), None)
+    if first is None or not len(first.x):
+        raise UsageError("the evaluation set holds no sample; raise evaluation.n_samples, or pass rows")
+    if truth is not None:
+        _check_widths(W_dec, truth, first)
+    threshold = metrics.scale_threshold(first.wanted)
+    if not isfinite(threshold):
+        raise UsageError("activations must be finite, the evaluation set holds nan or inf; drop those rows")
+    if truth is None or first.acts is None:
+        density, values = _reconstruct(coder, held_out.pieces(size), threshold)
+        values |= _geometry(W_dec, truth, density > 0)
+        tables = {"latent/frequency": density}
+        if truth is not None:
+            tables["truth"] = truth
+            matching = metrics.match_dictionary(W_dec, truth, density > 0)
+            values |= _group("recovery", metrics.dictionary_beside_chance(matching, truth))
+        return Evaluation(values, tables)
+    n_units = first.wanted.shape[1]
+    del first
+    with metrics.Samples(len(W_dec), len(truth)) as samples:
+        neurons = metrics.Neurons(n_units, len(truth))
+        density, values = _reconstruct(coder, held_out.pieces(size), threshold, samples, neurons)
+        values |= _geometry(W_dec, truth, density > 0)
+        values |= _group("polysemanticity/neuron", neurons.beside_chance(metrics.truth_as_units(samples)))
+        del neurons
+        latents, units = metrics.latents_beside_chance(samples)
+        values |= _group("polysemanticity/latent", latents)
+        matching = metrics.match_dictionary(W_dec, truth, density > 0)
+        values |= _group("recovery", metrics.dictionary_beside_chance(matching, truth))
+        pairs = metrics.related_features(samples)
+        values |= _group("recovery", metrics.failures_beside_chance(samples, pairs, matching, W_dec, truth))
+        ranking = _rank(coder, held_out, metrics.Ranking(matching, samples.n_samples), size)
+        judged = metrics.judge_codes(samples, ranking, matching, truth, threshold)
+        values |= _group("recovery", metrics.codes_beside_chance(judged, samples, truth, threshold))
+    features = metrics.table_of_features(judged[0], truth)
+    features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
+    tables = {"latent/frequency": density, "truth": truth}
+    tables |= {f"feature/{name}": column for name, column in features.items()}
+    tables |= {f"latent/{name}": units[name] for name in ("purity", "features_per_unit", "selectivity")}
+    return Evaluation(values, tables)
+
+
+def _reconstruct(
+    coder: Coder,
+    pieces: Iterator[HeldOut],
+    threshold: float,
+    samples: metrics.Samples | None = None,
+    neurons: metrics.Neurons | None = None,
+) -> tuple[Float[Tensor, " d_sae"], dict[str, float]]:
+    """How often each latent fires, and the metrics that need no truth; fills what the truth's metrics need."""
+    W_dec = coder.W_dec.detach()
+    norms = metrics.row_norms(W_dec).to(W_dec.dtype)
+    whole = metrics.Reconstruction(W_dec, threshold)
     inner = coder.config.widths[:-1] if isinstance(coder, SAE) else ()
     by_prefix = {width: metrics.Reconstruction(W_dec, threshold) for width in inner}
-    for chunk, wanted in zip(chunks, target.split(size), strict=True):
-        z = coder.encode(chunk)
-        reconstruction.update(wanted, coder.decode(z, chunk), z)
-        for width, of_prefix in by_prefix.items():
-            first = z.scaled((torch.arange(len(W_dec), device=W_dec.device) < width).to(W_dec.dtype))
-            of_prefix.update(wanted, coder.decode(first, chunk), first)
-        if truth is not None and acts is not None:
-            parts.append(z)
-    density = reconstruction.density()
-    alive = density > 0
-    values = _group("metrics", reconstruction.compute())
+    for piece in pieces:
+        size, codes = chunk_rows(len(W_dec)), []
+        for chunk, wanted in zip(piece.x.split(size), piece.wanted.split(size), strict=True):
+            z = coder.encode(chunk)
+            if not bool(z.values.isfinite().all()):
+                row = whole.n_samples + int((~z.values.isfinite()).any(dim=1).nonzero()[0])
+                raise UsageError(f"codes must be finite, those of sample {row} are not; check weights and activations")
+            whole.update(wanted, coder.decode(z, chunk), z)
+            for width, of_prefix in by_prefix.items():
+                first = z.scaled((torch.arange(len(W_dec), device=W_dec.device) < width).to(W_dec.dtype))
+                of_prefix.update(wanted, coder.decode(first, chunk), first)
+            if samples is not None:
+                codes.append(metrics.compressed(z.scaled(norms).to("cpu"), threshold))
+        if samples is not None and neurons is not None and piece.acts is not None:
+            acts = piece.acts.to("cpu")
+            samples.append(FeatureBatch.cat(codes), acts)
+            neurons.update(piece.wanted.cpu(), acts)
+    density = whole.density()
+    values = _group("metrics", whole.compute())
     values |= {f"metrics/fvu_prefix_{width}": part.compute()["fvu"] for width, part in by_prefix.items()}
-    values["sparsity/dead_features"] = float((~alive).sum())
-    tables = {"latent/frequency": density}
+    values["sparsity/dead_features"] = float((density == 0).sum())
+    return density, values
+
+
+def _rank(coder: Coder, held_out: HeldOut | HeldOutStream, ranking: metrics.Ranking, size: int) -> metrics.Ranking:
+    """Fills in the pre-latents of the first samples."""
+    for piece in held_out.pieces(size):
+        assert piece.acts is not None
+        rows = chunk_rows(coder.W_dec.shape[0])
+        for start in range(0, len(piece.x), rows):
+            if ranking.complete:
+                return ranking
+            chunk = slice(start, start + rows)
+            ranking.update(coder.pre_latents(piece.x[chunk]), piece.acts[chunk].to("cpu"))
+    return ranking
+
+
+def _geometry(W_dec: Tensor, truth: Tensor | None, alive: Tensor) -> dict[str, float]:
+    """Dimensionality of the alive rows, beside the truth's where it is known."""
     if truth is None:
-        values |= _group("dimensionality", metrics.dimensionality(W_dec[alive]))
-        return Evaluation(values, tables)
+        return _group("dimensionality", metrics.dimensionality(W_dec[alive]))
+    return _group("dimensionality", dimensionality_against_truth(W_dec, truth, alive=alive))
 
-    tables["truth"] = truth
-    values |= _group("dimensionality", dimensionality_against_truth(W_dec, truth, alive=alive))
-    if acts is None:
-        values |= _group("recovery", metrics.recovery(W_dec, truth, alive=alive))
-        return Evaluation(values, tables)
 
-    codes, scores = SparseCodes.cat(parts), torch.cat([coder.pre_latents(chunk) for chunk in chunks])
-    judged: dict[str, Any] = {
-        "codes": codes,
-        "acts": acts,
-        "alive": alive,
-        "pre_latents": scores,
-        "firing_threshold": threshold,
-    }
-    values |= _group("recovery", metrics.recovery(W_dec, truth, **judged))
-    scaled = codes.scaled(W_dec.norm(dim=1))
-    values |= _group("polysemanticity/latent", metrics.polysemanticity(scaled, acts, firing_threshold=threshold))
-    values |= _group("polysemanticity/neuron", metrics.polysemanticity(target, acts))
-    features = metrics.feature_table(W_dec, truth, **judged)
-    features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
-    tables |= {f"feature/{name}": column for name, column in features.items()}
-    tables |= {f"latent/{name}": column for name, column in unit_table(scaled, acts, threshold).items()}
-    return Evaluation(values, tables)
+def _check_widths(W_dec: Tensor, truth: Tensor, first: HeldOut) -> None:
+    if truth.shape[1] != W_dec.shape[1]:
+        raise UsageError(
+            f"the true features have {truth.shape[1]} dimensions, the dictionary has {W_dec.shape[1]}; pass the truth "
+            "of the activations that it was trained on"
+        )
+    if first.acts is not None and first.acts.n_features != len(truth):
+        raise UsageError(
+            f"the true activations are of {first.acts.n_features} features, the truth has {len(truth)}; pass those of "
+            "one world"
+        )
 
 
 def chunk_rows(d_sae: int) -> int:
     """Rows that are encoded together."""
     return min(CHUNK_ROWS, max(1, CHUNK_ENTRIES // d_sae))
-
-
-def unit_table(units: SparseCodes, acts: FeatureBatch, threshold: float) -> dict[str, Tensor]:
-    """Polysemanticity latent by latent: purity, features_per_unit, selectivity."""
-    sums = metrics.CoStatistics(acts.n_features, units.d_sae, threshold)
-    for start in range(0, len(units), CHUNK_ROWS):
-        sums.update(units[start : start + CHUNK_ROWS], acts[start : start + CHUNK_ROWS])
-    scores = metrics.unit_scores(sums)
-    return {name: scores[name] for name in ("purity", "features_per_unit", "selectivity")}
 
 
 @torch.no_grad()

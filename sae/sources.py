@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -24,12 +24,10 @@ from torch import Tensor
 from sae.arrays import Pairs, Rows, open_rows, table
 from sae.config import SourceConfig
 from sae.errors import UsageError
+from sae.held_out import HeldOut, HeldOutStream, Purpose, WorldStream
 from toymodels.experiments import NAMES, experiment
-from toymodels.features import FeatureBatch
 from toymodels.streams import generator
 from toymodels.worlds import Recipe, ToyRecipe, World
-
-Purpose = Literal["calibration", "evaluation"]
 
 # Up to this size a set is shuffled row by row; above it, in windows made of random blocks.
 EXACT_SHUFFLE_BYTES = 2**30
@@ -41,20 +39,6 @@ HELD_OUT_ROWS = 40_000
 
 Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Activations [batch, d_in]; with their targets [batch, d_out] from a source that has targets."""
-
-
-class HeldOut(NamedTuple):
-    """Rows that training does not see, the true features' activations in them when these are known, and what they are
-    to be transcoded into, where that is something else."""
-
-    x: Float[Tensor, "rows d_in"]
-    acts: FeatureBatch | None = None
-    target: Float[Tensor, "rows d_out"] | None = None
-
-    @property
-    def wanted(self) -> Float[Tensor, "rows d_out"]:
-        """What is to be reconstructed."""
-        return self.x if self.target is None else self.target
 
 
 class Source(ABC):
@@ -73,6 +57,10 @@ class Source(ABC):
     @abstractmethod
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
         """Up to n rows for one purpose: always the same ones, disjoint from training and from the other purpose."""
+
+    def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
+        """The rows of `held_out` as a stream: all at once, unless a source can give them piece by piece."""
+        return self.held_out(purpose, n)
 
 
 # A world's batches are drawn by the handful: for one batch of sparse features, calls cost more than draws.
@@ -94,7 +82,11 @@ class WorldSource(Source):
             number, skip = number + 1, 0
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
-        return HeldOut(*self.world.sample(n, generator(self.seed, purpose)))
+        (whole,) = self.held_out_stream(purpose, n).pieces(n)
+        return whole
+
+    def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
+        return WorldStream(self.world, self.seed, purpose, n)
 
 
 class ArraySource(Source):

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from sae.codes import SparseCodes
 from sae.metrics import (
-    CodeRecovery,
-    ScoreColumns,
+    Ranking,
     feature_table,
     firing,
     frequency_deciles,
     match_dictionary,
     recovery,
 )
-from sae.metrics.code_recovery import auroc, best_threshold
-from sae.metrics.inputs import packed, permuted, true_codes
+from sae.metrics.code_recovery import auroc, best_threshold, code_recovery
+from sae.metrics.inputs import compressed, permuted
+from sae.metrics.samples import Samples, Window, columns
 from toymodels.features import FeatureBatch, Features
 from toymodels.streams import generator
 
@@ -271,20 +271,48 @@ def test_scores_do_not_depend_on_the_batch_size(layout: str, monkeypatch: pytest
     options = {"pre_latents": WORLD.pre_latents, "firing_threshold": 0.05}
     scores = run(WORLD, codes, **options)
     monkeypatch.setattr("sae.metrics.inputs.SAMPLES_AT_ONCE", 137)
+    monkeypatch.setattr("sae.metrics.code_recovery.TABLE_ENTRIES", 100)
+    monkeypatch.setattr("sae.metrics.ranking.SORTED_ENTRIES", 1200)
     assert run(WORLD, codes, **options) == pytest.approx(scores, abs=1e-9)
+
+
+def test_scores_do_not_depend_on_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"pre_latents": WORLD.pre_latents, "firing_threshold": 0.05}
+    scores = run(WORLD, **options)
+    monkeypatch.setattr("sae.metrics.samples.MAX_WINDOW_ROWS", 83)
+    monkeypatch.setattr("sae.metrics.samples.MIN_WINDOW_ROWS", 83)
+    monkeypatch.setattr("sae.metrics.samples.MEMORY_BYTES", 2**10)
+    windowed = run(WORLD, **options)
+    chance = [name for name in SCORES if windowed[f"{name}_chance"] != scores[f"{name}_chance"]]
+    assert set(chance) == set(SCORES) - {"auroc"}, "shuffles within windows of 83 rows are other shuffles"
+    for name in SCORES:
+        assert windowed[name] == pytest.approx(scores[name], abs=1e-9)
+        assert windowed[f"{name}_truth"] == pytest.approx(scores[f"{name}_truth"], abs=1e-9)
+        spread = scores[f"{name}_chance_sd"] + windowed[f"{name}_chance_sd"]
+        assert abs(windowed[f"{name}_chance"] - scores[f"{name}_chance"]) <= 4 * spread, name
 
 
 def test_streaming_by_hand_equals_recovery() -> None:
     scores = run(WORLD, firing_threshold=0.05)
     matching = match_dictionary(WORLD.W_dec, WORLD.truth, WORLD.z.any(dim=0))
-    columns = ScoreColumns(matching)
-    seen = CodeRecovery(WORLD.W_dec, WORLD.truth, matching, columns, firing_threshold=0.05)
-    bounds = [0, 1, 5, 300, 301, N]
-    for start, stop in pairwise(bounds):
-        columns.update(WORLD.z[start:stop])
-        seen.update(padded(WORLD.z)[start:stop], WORLD.acts[start:stop])
-    streamed = seen.compute()
+    ranking, windows = Ranking(matching, N), []
+    for start, stop in pairwise([0, 1, 5, 300, 301, N]):
+        ranking.update(WORLD.z[start:stop], WORLD.acts[start:stop])
+        z = padded(WORLD.z * WORLD.W_dec.norm(dim=1))[start:stop]
+        windows.append(Window(start, compressed(z, 0.05), WORLD.acts[start:stop]))
+    seen = code_recovery(lambda: windows, matching, WORLD.truth, 0.05)
+    streamed = seen.compute(ranking.areas(N_FEATURES, 0, 0)[0])
     assert streamed == pytest.approx({name: scores[name] for name in streamed}, abs=1e-9)
+
+
+def test_auroc_of_very_many_samples_looks_at_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.metrics.ranking.KEPT_ENTRIES", 200 * (D_SAE - 1))
+    scores = run(WORLD, pre_latents=WORLD.pre_latents, firing_threshold=0.05)
+    matching = match_dictionary(WORLD.W_dec, WORLD.truth, WORLD.z.any(dim=0))
+    ranking = Ranking(matching, 200)
+    ranking.update(WORLD.pre_latents, WORLD.acts)
+    on = (WORLD.acts.dense() > 0).any(dim=0)
+    assert scores["auroc"] == pytest.approx(float(ranking.areas(N_FEATURES, 0, 0)[0][on].mean()))
 
 
 def test_shuffles_follow_the_seed() -> None:
@@ -298,13 +326,26 @@ def test_permuting_and_repacking_keep_every_entry() -> None:
     dense = WORLD.acts.dense()
     order = torch.randperm(N, generator=generator(2, "order"))
     assert permuted(WORLD.acts, order).dense().equal(dense[order])
-    assert true_codes(WORLD.acts, N_FEATURES).dense().equal(dense)
-    assert true_codes(WORLD.acts, 5).dense().equal(dense[:, :5])
-    few = WORLD.z * (torch.arange(D_SAE) % 5 == 0)
-    small = packed(SparseCodes(few, None, D_SAE))
-    assert small.indices is not None
-    assert small.dense().equal(few)
-    assert packed(SparseCodes(WORLD.z, None, D_SAE)).indices is None
+    assert columns(WORLD.acts, 3, 9).dense().equal(dense[:, 3:9])
+    assert columns(WORLD.acts, 0, 99) is WORLD.acts
+    for codes in (SparseCodes(WORLD.z, None, D_SAE), padded(WORLD.z)):
+        parts = [compressed(codes[:7], 0.1), compressed(codes[7:], 0.1)]
+        assert FeatureBatch.cat(parts).dense().equal(WORLD.z * (WORLD.z > 0.1))
+
+
+def test_samples_come_back_as_they_went_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.metrics.samples.MEMORY_BYTES", 2**10)
+    codes = compressed(SparseCodes(WORLD.z, None, D_SAE), 0.0)
+    with Samples(D_SAE, N_FEATURES) as samples:
+        for rows in (slice(0, 300), slice(300, N)):
+            samples.append(codes[rows], WORLD.acts[rows])
+        for draw in (None, 0, 1):
+            windows = list(samples.windows(draw))
+            assert [window.start for window in windows] == [0, 300]
+            assert torch.cat([window.codes.dense() for window in windows]).equal(WORLD.z)
+            acts = torch.cat([window.acts.dense() for window in windows])
+            assert acts.equal(WORLD.acts.dense()) == (draw is None)
+            assert acts[:300].sum(dim=0).allclose(WORLD.acts[:300].dense().sum(dim=0)), "shuffled within a window"
 
 
 def test_feature_table_says_what_became_of_each_feature() -> None:
@@ -383,7 +424,7 @@ def test_deciles_split_the_table_by_frequency() -> None:
             FeatureBatch.from_dense(torch.ones(2, 250, N_FEATURES)),
             r"must be \[samples, n_features\]",
         ),
-        (WORLD.z, WORLD.acts.dense()[:, :6], "6 features in sums over 17 latents and 24 features"),
+        (WORLD.z, WORLD.acts.dense()[:, :6], "true activations of 6 features do not fit a truth of 24"),
     ],
 )
 def test_errors_name_the_value(codes: Tensor | None, acts: object, message: str) -> None:

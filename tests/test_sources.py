@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import sae
 from sae import UsageError, sources
 from sae.arrays import Rows
 from sae.sources import ArraySource, IterableSource, ToySourceConfig, as_source, rebatch
@@ -147,3 +148,17 @@ def test_what_cannot_be_a_source():
         as_source(np.zeros((40, 3), dtype=np.int64))
     with pytest.raises(UsageError, match="true features have d_in=4"):
         ArraySource(Rows([numbered(50)], ["x"]), torch.zeros(6, 4))
+
+
+def test_thresholds_are_fitted_on_more_rows_than_the_scale(tmp_path):
+    source, asked = ToySourceConfig(n_features=12, d_hidden=5, feature_prob=0.1, n_steps=50).open(), []
+    drawn = source.held_out
+    source.held_out = lambda purpose, n: asked.append((purpose, n)) or drawn(purpose, n)
+    config = sae.TrainConfig(
+        sae={"kind": "batchtopk", "d_sae": 16, "k": 1.2}, train={"n_samples": 4096}, out=tmp_path / "run"
+    )
+    model = sae.train(config, source, report=False).sae
+    assert asked[0] == ("calibration", 65_536)
+    assert asked[-1] == ("calibration", 262_144)
+    codes = model.encode(drawn("calibration", 262_144).x)
+    assert codes.counts.double().mean() == pytest.approx(1.2, rel=1e-3)

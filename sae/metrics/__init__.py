@@ -12,7 +12,7 @@ Functions return bare names (`mcc`); files and logs add the group (`recovery/mcc
 """
 
 from sae.metrics.co_statistics import CoStatistics
-from sae.metrics.code_recovery import CodeRecovery, ScoreColumns
+from sae.metrics.code_recovery import CodeRecovery
 from sae.metrics.dictionary_recovery import (
     Matching,
     dictionary_chance,
@@ -21,28 +21,60 @@ from sae.metrics.dictionary_recovery import (
     match_dictionary,
 )
 from sae.metrics.dimensionality import dimensionality, dimensionality_against_truth
-from sae.metrics.ground_truth import feature_table, firing, frequency_deciles, recovery
-from sae.metrics.inputs import scale_threshold
-from sae.metrics.polysemanticity import polysemanticity, unit_scores
+from sae.metrics.failures import failures_beside_chance
+from sae.metrics.ground_truth import (
+    codes_beside_chance,
+    dictionary_beside_chance,
+    feature_table,
+    firing,
+    frequency_deciles,
+    judge_codes,
+    recovery,
+    table_of_features,
+)
+from sae.metrics.inputs import compressed, row_norms, scale_threshold
+from sae.metrics.polysemanticity import (
+    Neurons,
+    latents_beside_chance,
+    polysemanticity,
+    related_features,
+    truth_as_units,
+    unit_scores,
+)
+from sae.metrics.ranking import Ranking
 from sae.metrics.reconstruction import Reconstruction
+from sae.metrics.samples import Samples, window_rows
 
 __all__ = [
     "CoStatistics",
     "CodeRecovery",
     "Matching",
+    "Neurons",
+    "Ranking",
     "Reconstruction",
-    "ScoreColumns",
+    "Samples",
+    "codes_beside_chance",
+    "compressed",
+    "dictionary_beside_chance",
     "dictionary_chance",
     "dictionary_limit",
     "dictionary_recovery",
     "dimensionality",
     "dimensionality_against_truth",
+    "failures_beside_chance",
     "feature_table",
     "firing",
     "frequency_deciles",
+    "judge_codes",
+    "latents_beside_chance",
     "match_dictionary",
     "polysemanticity",
     "recovery",
+    "related_features",
+    "row_norms",
     "scale_threshold",
+    "table_of_features",
+    "truth_as_units",
     "unit_scores",
+    "window_rows",
 ]

@@ -10,11 +10,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.metrics.inputs import Mask, Matrix, directions
+from sae.metrics.matching import best_match
+from sae.metrics.once import fingerprint, once
 from toymodels.streams import generator
 
 COVERAGE_THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+# Latents closer than this to one feature share it.
+SPLIT = 0.8
 # Random dictionaries behind a chance value: their sd is ~.003 at 256 x 64, so that the mean is good to .001.
 N_RANDOM_DICTIONARIES = 8
+# Above so many pairs cosines are in float32, and fewer random dictionaries do: their sd is below .001.
+PRECISE_PAIRS = 2**24
+N_LARGE_RANDOM_DICTIONARIES = 3
+LATENTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,13 @@ class Matching:
     best_feature: Int[Tensor, " d_sae"]
     alive: Bool[Tensor, " d_sae"]
     usable_C: Float[Tensor, "n_features n_alive"]
-    """C of the alive latents."""
+    """C of the alive latents, in float32 where there are very many pairs."""
 
     @cached_property
     def unsigned_mean(self) -> float:
         """Mean |C| over the match that maximises the sum of |C| (`mcc_saelens`), found when first asked for."""
         size = self.usable_C.abs()
-        return float(size[_assign(size)].mean()) if size.numel() else 0.0
+        return float(size[best_match(size)].double().mean()) if size.numel() else 0.0
 
     @property
     def has_latent(self) -> Bool[Tensor, " n_features"]:
@@ -70,17 +78,20 @@ def match_dictionary(W_dec: Matrix, truth: Matrix, alive: Mask | None = None) ->
     usable = norms > 0
     alive = usable if alive is None else torch.as_tensor(alive, device=norms.device) & usable
 
+    if len(features) * len(learned) > PRECISE_PAIRS:
+        features, learned = features.float(), learned.float()
     C = features @ learned.T
     latents = alive.nonzero().squeeze(1)
     latent = torch.full((len(C),), -1, device=C.device)
-    cosine = C.new_zeros(len(C))
-    nearest_latent, nearest_cosine, usable_C = latent.clone(), cosine.clone(), C[:, latents]
+    cosine = norms.new_zeros(len(C))
+    nearest_latent, nearest_cosine = latent.clone(), cosine.clone()
+    usable_C = C if len(latents) == len(learned) else C[:, latents]
     if len(latents):
-        rows, columns = _assign(usable_C)
-        latent[rows], cosine[rows] = latents[columns], usable_C[rows, columns]
+        rows, columns = best_match(usable_C)
+        latent[rows], cosine[rows] = latents[columns], usable_C[rows, columns].double()
         nearest_cosine, nearest = usable_C.max(dim=1)
-        nearest_latent = latents[nearest]
-    best_feature = C.abs().argmax(dim=0)
+        nearest_cosine, nearest_latent = nearest_cosine.double(), latents[nearest]
+    best_feature = torch.cat([part.abs().argmax(dim=0) for part in C.split(LATENTS_AT_ONCE, dim=1)])
     return Matching(latent, cosine, nearest_latent, nearest_cosine, best_feature, alive, usable_C)
 
 
@@ -92,6 +103,7 @@ def dictionary_recovery(W_dec: Matrix, truth: Matrix, alive: Mask | None = None)
         mcc                sum of C over the match that maximises it, / n; unmatched features count 0
         coverage_t         share of features with matched C > t, t = .7, .8, .9, .95
         uniqueness         number of distinct argmax_i |C_ij| / n_alive
+        splitting          mean_i max(0, number of j with C_ij > .8, less 1)
         mcc_saelens        mean |C| over the min(n, n_alive) pairs that maximise its sum
         uniqueness_saelens the same number of distinct features / d_sae
         n_alive            alive latents with a nonzero row
@@ -109,11 +121,17 @@ def dictionary_scores(matching: Matching) -> dict[str, float]:
         "mmcs": float(matching.nearest_cosine.mean()),
         "mcc": float(matching.cosine.mean()),
         "uniqueness": n_distinct / n_alive if n_alive else 0.0,
+        "splitting": splitting(matching),
         "mcc_saelens": matching.unsigned_mean,
         "uniqueness_saelens": n_distinct / len(matching.alive) if n_alive else 0.0,
         "n_alive": float(n_alive),
     }
     return scores | {f"coverage_{t}": coverage(matching, t) for t in COVERAGE_THRESHOLDS}
+
+
+def splitting(matching: Matching) -> float:
+    """How many latents beyond the first lie within a cosine of .8 of a feature, mean over features."""
+    return float(((matching.usable_C > SPLIT).sum(dim=1) - 1).clamp(min=0).double().mean())
 
 
 def coverage(matching: Matching, threshold: float) -> float:
@@ -127,10 +145,16 @@ def dictionary_chance(truth: Matrix, n_alive: int, d_sae: int | None = None, see
     Chance grows with the number of latents, hence `n_alive`; `d_sae` (default n_alive) is what
     uniqueness_saelens divides by. Training changes only n_alive: a log may keep the result between its lines.
     """
-    d_sae = n_alive if d_sae is None else d_sae
+    size = n_alive if d_sae is None else d_sae
+    key = ("random dictionaries", fingerprint(truth), n_alive, size, seed)
+    return once(key, lambda: _random_scores(truth, n_alive, size, seed))
+
+
+def _random_scores(truth: Matrix, n_alive: int, d_sae: int, seed: int) -> list[dict[str, float]]:
     rows, alive = torch.zeros(d_sae, truth.shape[1], dtype=torch.float64), torch.arange(d_sae) < n_alive
     scores = []
-    for draw in range(N_RANDOM_DICTIONARIES):
+    large = len(truth) * d_sae > PRECISE_PAIRS
+    for draw in range(N_LARGE_RANDOM_DICTIONARIES if large else N_RANDOM_DICTIONARIES):
         stream = generator(seed, "metrics", "random dictionary", draw)
         rows[:n_alive] = torch.randn(n_alive, truth.shape[1], generator=stream, dtype=torch.float64)
         scores.append(dictionary_recovery(rows, truth, alive))
@@ -139,12 +163,5 @@ def dictionary_chance(truth: Matrix, n_alive: int, d_sae: int | None = None, see
 
 def dictionary_limit(truth: Matrix, d_sae: int) -> dict[str, float]:
     """The scores of the true dictionary: 1, or those of its first d_sae features if fewer than n fit."""
-    return dictionary_recovery(truth[:d_sae], truth)
-
-
-def _assign(value: Float[Tensor, "rows columns"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """The one-to-one pairs (row, column) with the largest sum of values (Hungarian method)."""
-    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
-
-    rows, columns = linear_sum_assignment(value.cpu().numpy(), maximize=True)
-    return torch.from_numpy(rows).to(value.device), torch.from_numpy(columns).to(value.device)
+    key = ("true dictionary", fingerprint(truth), d_sae)
+    return once(key, lambda: dictionary_recovery(truth[:d_sae], truth))

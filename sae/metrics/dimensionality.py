@@ -12,13 +12,14 @@ from torch import Tensor
 
 from sae.metrics.chance import beside_chance
 from sae.metrics.inputs import Mask, Matrix, as_tensor, directions
+from sae.metrics.once import fingerprint, once
 from toymodels import geometry
 from toymodels.streams import generator
 
 N_RANDOM_MATRICES = 4
 FLOAT64_ENTRIES = 2**20
 # So many directions all touch one another in some chain: there are no polytopes to count.
-POLYTOPE_ROWS = 4096
+POLYTOPE_ROWS = 2048
 
 
 def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
@@ -32,7 +33,7 @@ def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
         participation_ratio      (Σλ)² / Σλ² of the squared singular values
         coherence_over_welch     max_{i≠j} |Ŵ_i · Ŵ_j| / √((n − m) / (m (n − 1)))
         rms_over_welch           the root mean square of the same cosines over the same bound
-        polytope_<kind>          how many connected components of |Ŵ_i · Ŵ_j| > .1 have that shape, n <= 4096
+        polytope_<kind>          how many connected components of |Ŵ_i · Ŵ_j| > .1 have that shape, n <= 2048
 
     Beside each stand `<name>_chance` and `<name>_chance_sd`, of random directions with these norms.
     What is undefined (the Welch ratios for n <= m, D* of zeros) is left out. `seed` drives chance alone.
@@ -52,8 +53,11 @@ def dimensionality_against_truth(
     learned, norms = directions(W_dec)
     usable = norms > 0
     learned = _precise(learned[usable if alive is None else torch.as_tensor(alive, device=usable.device) & usable])
-    scores, true = _geometry(learned), _geometry(directions(truth)[0])
-    draws = [_geometry(random) for random in _random_directions(learned, seed)]
+    scores = _geometry(learned)
+    true = once(("geometry", fingerprint(truth)), lambda: _geometry(directions(truth)[0]))
+    # Of unit rows, random directions know nothing but the shape.
+    key = ("random geometry", learned.shape, learned.dtype, seed)
+    draws = once(key, lambda: [_geometry(random) for random in _random_directions(learned, seed)])
     both = {name: scores[name] - true[name] for name in scores if name in true}
     return beside_chance(scores, draws, true) | {f"{name}_difference": value for name, value in both.items()}
 

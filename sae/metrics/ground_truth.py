@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.codes import SparseCodes
-from sae.metrics.chance import beside_chance, shuffles
+from sae.metrics.chance import N_SHUFFLES, beside_chance
 from sae.metrics.co_statistics import mean
-from sae.metrics.code_recovery import MACRO, CodeRecovery, ScoreColumns
+from sae.metrics.code_recovery import MACRO, CodeRecovery, code_recovery
 from sae.metrics.dictionary_recovery import (
     COVERAGE_THRESHOLDS,
     Matching,
@@ -26,18 +30,20 @@ from sae.metrics.inputs import (
     as_acts,
     as_codes,
     as_tensor,
+    compressed,
     directions,
     firing_counts,
-    packed,
-    permuted,
     scale_threshold,
     slices,
-    true_codes,
 )
+from sae.metrics.once import fingerprint, once
+from sae.metrics.ranking import Ranking
+from sae.metrics.samples import Samples, window_rows
 from toymodels.features import FeatureBatch
 
 FOUND = 0.9
 N_DECILES = 10
+NEIGHBOURS_AT_ONCE = 2**23
 
 
 def recovery(
@@ -72,29 +78,18 @@ def recovery(
     """
     if acts is not None and codes is None:
         raise ValueError("acts were given without codes; pass both to score the codes, or neither")
-    z, a = None if codes is None else as_codes(codes), None if acts is None else as_acts(acts)
+    z, a = None if codes is None else as_codes(codes).to("cpu"), None if acts is None else as_acts(acts)
     if z is not None:
         firing_threshold = _threshold(firing_threshold, W_dec, truth, z, a)
         alive = firing(W_dec, z, firing_threshold) if alive is None else alive
     matching = match_dictionary(W_dec, truth, alive)
-    scores = dictionary_scores(matching)
-    draws = dictionary_chance(truth, int(scores["n_alive"]), len(W_dec), seed)
-    limit = dictionary_limit(truth, len(W_dec))
-    chance = fmean(draw["mcc"] for draw in draws)
-    for each in (scores, *draws, limit):
-        each["mcc_adjusted"] = (each["mcc"] - chance) / (1 - chance) if chance < 1 else 0.0
-    result = beside_chance(scores, draws, limit)
+    result = dictionary_beside_chance(matching, truth, seed)
     if z is None or a is None or firing_threshold is None:
         return result
-
-    columns, z = _score_columns(matching, z, pre_latents), packed(z)
-
-    def against(acts: FeatureBatch) -> dict[str, float]:
-        seen = CodeRecovery(W_dec, truth, matching, columns, firing_threshold=firing_threshold)
-        return _streamed(seen, z, acts).compute()
-
-    draws = [against(permuted(a, order)) for order in shuffles(len(a), seed)]
-    return result | beside_chance(against(a), draws, _limit(truth, len(W_dec), a, firing_threshold))
+    with as_samples(W_dec, truth, z, a, firing_threshold) as samples:
+        ranking = _ranking(matching, z, a, pre_latents)
+        judged = judge_codes(samples, ranking, matching, truth, firing_threshold, seed)
+        return result | codes_beside_chance(judged, samples, truth, firing_threshold)
 
 
 def feature_table(
@@ -118,28 +113,82 @@ def feature_table(
 
     Arguments as for `recovery`. All columns are [n]; the missed features are the rows with `found` false.
     """
-    z, a = as_codes(codes), as_acts(acts)
+    z, a = as_codes(codes).to("cpu"), as_acts(acts)
     threshold = _threshold(firing_threshold, W_dec, truth, z, a)
     matching = match_dictionary(W_dec, truth, firing(W_dec, z, threshold) if alive is None else alive)
-    columns = _score_columns(matching, z, pre_latents)
-    seen = CodeRecovery(W_dec, truth, matching, columns, firing_threshold=threshold)
-    per_feature = _streamed(seen, packed(z), a).per_feature()
-    unit, norms = directions(truth)
-    nearest_cosine, nearest = (unit @ unit.T).fill_diagonal_(-torch.inf).max(dim=1)
-    alone = len(unit) == 1
-    count, device = seen.sums.feature_count, matching.latent.device
+    with as_samples(W_dec, truth, z, a, threshold) as samples:
+        ranking = _ranking(matching, z, a, pre_latents)
+        return table_of_features(judge_codes(samples, ranking, matching, truth, threshold, n_draws=0)[0], truth)
+
+
+class Judged(NamedTuple):
+    """Codes that went through a match, and the auroc of each feature."""
+
+    seen: CodeRecovery
+    area: Float[Tensor, " n_features"]
+
+    def scores(self) -> dict[str, float]:
+        """The means."""
+        return self.seen.compute(self.area)
+
+
+def dictionary_beside_chance(matching: Matching, truth: Matrix, seed: int = 0) -> dict[str, float]:
+    """The part of `recovery` that needs no codes."""
+    scores = dictionary_scores(matching)
+    d_sae = len(matching.best_feature)
+    draws = dictionary_chance(truth, int(scores["n_alive"]), d_sae, seed)
+    limit = dictionary_limit(truth, d_sae)
+    chance = fmean(draw["mcc"] for draw in draws)
+    for each in (scores, *draws, limit):
+        each["mcc_adjusted"] = (each["mcc"] - chance) / (1 - chance) if chance < 1 else 0.0
+    return beside_chance(scores, draws, limit)
+
+
+def judge_codes(
+    samples: Samples,
+    ranking: Ranking,
+    matching: Matching,
+    truth: Matrix,
+    firing_threshold: float,
+    seed: int = 0,
+    n_draws: int = N_SHUFFLES,
+) -> list[Judged]:
+    """The codes against the true activations of their own samples, and then of shuffled ones."""
+    areas = ranking.areas(samples.n_features, n_draws, seed)
+    judged = []
+    for draw, area in zip([None, *range(n_draws)], areas, strict=True):
+        windows = partial(samples.windows, draw, seed)
+        judged.append(Judged(code_recovery(windows, matching, truth, firing_threshold), area))
+    return judged
+
+
+def codes_beside_chance(
+    judged: list[Judged], samples: Samples, truth: Matrix, firing_threshold: float
+) -> dict[str, float]:
+    """The part of `recovery` that needs codes."""
+    scores, *draws = (each.scores() for each in judged)
+    key = ("codes", fingerprint(truth), samples.acts_key, samples.n_latents, firing_threshold)
+    limit = once(key, lambda: _limit(truth, samples, firing_threshold))
+    return beside_chance(scores, draws, limit)
+
+
+def table_of_features(judged: Judged, truth: Matrix) -> dict[str, Tensor]:
+    """`feature_table` of codes that were judged."""
+    seen, matching = judged.seen, judged.seen.matching
+    nearest, nearest_cosine = once(("neighbours", fingerprint(truth)), lambda: _neighbours(truth))
+    cosine = matching.cosine.cpu()
     return {
-        "feature": torch.arange(len(unit), device=device),
-        "frequency": count / max(len(a), 1),
-        "magnitude": seen.sums.feature_sum / count.clamp(min=1) * norms.to(device),
-        "latent": matching.latent,
-        "cosine": matching.cosine,
-        "found": matching.cosine > FOUND,
-        **per_feature,
-        "nearest_feature": (nearest.fill_(-1) if alone else nearest).to(device),
-        "nearest_feature_cosine": (nearest_cosine.fill_(0.0) if alone else nearest_cosine).to(device),
-        "nearest_latent": matching.nearest_latent,
-        "nearest_latent_cosine": matching.nearest_cosine,
+        "feature": torch.arange(len(cosine)),
+        "frequency": seen.on / max(seen.n_samples, 1),
+        "magnitude": seen.feature_sum / seen.on.clamp(min=1) * seen.feature_norms,
+        "latent": matching.latent.cpu(),
+        "cosine": cosine,
+        "found": cosine > FOUND,
+        **seen.per_feature(judged.area),
+        "nearest_feature": nearest,
+        "nearest_feature_cosine": nearest_cosine,
+        "nearest_latent": matching.nearest_latent.cpu(),
+        "nearest_latent_cosine": matching.nearest_cosine.cpu(),
     }
 
 
@@ -176,6 +225,29 @@ def firing(W_dec: Matrix, codes: SparseCodes | Matrix, firing_threshold: float) 
     return firing_counts(z.scaled(directions(W_dec)[1].to(z.values)), firing_threshold) > 0
 
 
+@contextmanager
+def as_samples(
+    W_dec: Matrix, truth: Matrix, codes: SparseCodes, acts: FeatureBatch, firing_threshold: float
+) -> Iterator[Samples]:
+    """Codes and true activations that are at hand, as unit rows have them."""
+    if len(codes) != len(acts):
+        raise ValueError(
+            f"codes of {len(codes)} samples do not fit acts of {len(acts)}; pass those of one evaluation set"
+        )
+    if acts.n_features != len(truth):
+        raise ValueError(
+            f"true activations of {acts.n_features} features do not fit a truth of {len(truth)}; pass those of one "
+            "world"
+        )
+    norms = directions(W_dec)[1].cpu().to(codes.values.dtype)
+    with Samples(len(W_dec), len(truth)) as samples:
+        size = window_rows(W_dec.shape[1], len(W_dec))
+        for start in range(0, len(acts), size):
+            part = codes[start : start + size].scaled(norms)
+            samples.append(compressed(part, firing_threshold), acts[start : start + size])
+        yield samples
+
+
 def _threshold(
     given: float | None, W_dec: Matrix, truth: Matrix, codes: SparseCodes, acts: FeatureBatch | None
 ) -> float:
@@ -193,29 +265,38 @@ def _threshold(
     return scale_threshold(acts.embed(as_tensor(truth).to(acts.values)))
 
 
-def _score_columns(matching: Matching, codes: SparseCodes, pre_latents: Matrix | None) -> ScoreColumns:
+def _ranking(matching: Matching, codes: SparseCodes, acts: FeatureBatch, pre_latents: Matrix | None) -> Ranking:
     """What auroc ranks: the pre-latents of an evaluation set, or its codes."""
-    columns, scores = ScoreColumns(matching), None if pre_latents is None else as_tensor(pre_latents)
-    for rows in slices(len(codes)):
-        columns.update(codes[rows].dense() if scores is None else scores[rows])
-    return columns
+    ranking, scores = Ranking(matching, len(acts)), None if pre_latents is None else as_tensor(pre_latents)
+    for rows in slices(ranking.n_wanted):
+        ranking.update(codes[rows].dense() if scores is None else scores[rows], acts[rows])
+    return ranking
 
 
-def _streamed(seen: CodeRecovery, codes: SparseCodes, acts: FeatureBatch) -> CodeRecovery:
-    """The same, after it has seen a whole evaluation set."""
-    if len(codes) != len(acts):
-        raise ValueError(
-            f"codes of {len(codes)} samples do not fit acts of {len(acts)}; pass those of one evaluation set"
-        )
-    for rows in slices(len(acts)):
-        seen.update(codes[rows], acts[rows])
-    return seen
-
-
-def _limit(truth: Matrix, d_sae: int, acts: FeatureBatch, firing_threshold: float) -> dict[str, float]:
+def _limit(truth: Matrix, samples: Samples, firing_threshold: float) -> dict[str, float]:
     """What the first d_sae true features score with the true activations as their codes."""
-    true = truth[:d_sae]
-    matching, codes = match_dictionary(true, truth), true_codes(acts, len(true))
-    columns = _score_columns(matching, codes, None)
-    seen = CodeRecovery(true, truth, matching, columns, firing_threshold=firing_threshold)
-    return _streamed(seen, codes, acts).compute()
+    d_sae = min(samples.n_latents, samples.n_features)
+    norms = directions(truth)[1].cpu()[:d_sae]
+    matching = match_dictionary(as_tensor(truth)[:d_sae], truth)
+    seen = code_recovery(lambda: samples.true_windows(norms, firing_threshold), matching, truth, firing_threshold)
+    ranking = Ranking(matching, samples.n_samples)
+    for window in samples.true_windows(norms, 0.0):
+        for rows in slices(len(window.acts)):
+            if not ranking.complete:
+                ranking.update(window.codes[rows].dense(), window.acts[rows])
+    return Judged(seen, ranking.areas(samples.n_features, 0, 0)[0]).scores()
+
+
+def _neighbours(truth: Matrix) -> tuple[Tensor, Tensor]:
+    """The other feature with the largest cosine, and that cosine; -1 and 0 for a feature that is alone."""
+    unit = directions(truth)[0].cpu()
+    index, cosine = torch.full((len(unit),), -1), unit.new_zeros(len(unit))
+    at_once = max(1, NEIGHBOURS_AT_ONCE // len(unit))
+    unit = unit if len(unit) <= at_once else unit.float()  # of very many pairs
+    for start in range(0, len(unit) if len(unit) > 1 else 0, at_once):
+        block = unit[start : start + at_once] @ unit.T
+        own = torch.arange(len(block))
+        block[own, start + own] = -torch.inf
+        found = block.max(dim=1)
+        cosine[start + own], index[start + own] = found.values.double(), found.indices
+    return index, cosine

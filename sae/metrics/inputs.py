@@ -75,10 +75,10 @@ def as_acts(acts: FeatureBatch | Matrix) -> FeatureBatch:
         ValueError: a batch with more leading axes than one.
     """
     if not isinstance(acts, FeatureBatch):
-        return FeatureBatch.from_dense(as_tensor(acts))
+        return FeatureBatch.from_dense(as_tensor(acts).cpu())
     if len(acts.shape) != 2:
         raise ValueError(f"true activations must be [samples, n_features], got {list(acts.shape)}; pass one instance")
-    return acts
+    return acts.to("cpu")
 
 
 def rows_of(acts: FeatureBatch) -> Int[Tensor, " nnz"]:
@@ -108,41 +108,13 @@ def as_codes(z: SparseCodes | Matrix) -> SparseCodes:
     return SparseCodes(z, None, z.shape[1])
 
 
-def true_codes(acts: FeatureBatch, n_latents: int) -> SparseCodes:
-    """The true activations as codes: latent j is feature j, for the first `n_latents` features."""
-    kept = acts.indices < n_latents
-    return padded(rows_of(acts)[kept], acts.indices[kept], acts.values[kept], (len(acts), n_latents))
-
-
-def entries(
-    z: SparseCodes, threshold: float
-) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"], Float[Tensor, " entries"]]:
-    """Sample, latent and value of each z above the threshold, in order of samples."""
-    row, slot = (z.values > threshold).nonzero().unbind(dim=1)
-    return row, slot if z.indices is None else z.indices[row, slot], z.values[row, slot]
-
-
-def padded(
-    row: Int[Tensor, " entries"],
-    latent: Int[Tensor, " entries"],
-    z: Float[Tensor, " entries"],
-    shape: tuple[int, int],
-) -> SparseCodes:
-    """Codes [samples, d_sae] in the padded layout, from entries in order of samples."""
-    counts = row.bincount(minlength=shape[0])
-    slot = torch.arange(len(row), device=row.device) - F.pad(counts.cumsum(0), (1, 0))[row]
-    k_cap = max(int(counts.max()), 1) if len(counts) else 1
-    values, indices = z.new_zeros(shape[0], k_cap), latent.new_zeros(shape[0], k_cap)
-    values[row, slot], indices[row, slot] = z, latent
-    return SparseCodes(values, indices, shape[1])
-
-
-def packed(z: SparseCodes) -> SparseCodes:
-    """The same codes z >= 0, in the padded layout where that is the smaller one."""
-    if z.indices is not None:
-        return z
-    small = padded(*entries(z, 0.0), (len(z), z.d_sae))
-    return small if small.values.shape[1] <= z.d_sae // 4 else z
+def compressed(z: SparseCodes, threshold: float) -> FeatureBatch:
+    """The entries |z| > threshold of codes on the host, in compressed rows."""
+    fires = z.values.abs() > threshold
+    offsets = F.pad(fires.sum(dim=1).cumsum(0), (1, 0))
+    place = torch.from_numpy(np.flatnonzero(fires.numpy()))
+    indices = place % z.d_sae if z.indices is None else z.indices.flatten()[place]
+    return FeatureBatch(indices, z.values.flatten()[place], offsets, (len(z), z.d_sae))
 
 
 def column_sums(z: SparseCodes) -> Float[Tensor, " d_sae"]:

@@ -1,0 +1,161 @@
+"""An evaluation set as the metrics read it again and again: sparse codes beside sparse true activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from tempfile import SpooledTemporaryFile
+from types import TracebackType
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.metrics.inputs import permuted
+from toymodels.features import FeatureBatch
+from toymodels.streams import generator
+
+# A window is what is held at once and shuffled within: as many rows as keep its dense matrices this small.
+WINDOW_ENTRIES = 2**27
+MIN_WINDOW_ROWS, MAX_WINDOW_ROWS = 2**12, 2**17
+# What is larger than this lies on disk.
+MEMORY_BYTES = 2**28
+
+
+def window_rows(d_out: int, d_sae: int) -> int:
+    """Rows of a window for activations and codes of these widths, the same for every evaluation set."""
+    return max(MIN_WINDOW_ROWS, min(MAX_WINDOW_ROWS, WINDOW_ENTRIES // max(4 * d_out, d_sae)))
+
+
+def shuffled(acts: FeatureBatch, window: int, draw: int, seed: int) -> FeatureBatch:
+    """The true activations of a window with its samples in an order that `draw` decides."""
+    names = ("shuffle", draw) if window == 0 else ("shuffle", draw, window)
+    return permuted(acts, torch.randperm(len(acts), generator=generator(seed, "metrics", *names)))
+
+
+class Window(NamedTuple):
+    """Consecutive samples from number `start`: what the latents do, z_j |w_j|, and what the features do."""
+
+    start: int
+    codes: FeatureBatch
+    acts: FeatureBatch
+
+
+class Samples:
+    """The codes and true activations of an evaluation set, kept entry by entry, window after window.
+
+    Beyond MEMORY_BYTES they lie in a temporary file, so that memory does not grow with their number. To be used
+    in a `with` statement.
+    """
+
+    def __init__(self, n_latents: int, n_features: int) -> None:
+        self.n_latents, self.n_features, self.n_samples = n_latents, n_features, 0
+        self._file = SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115 - closed in __exit__
+        self._windows: list[int] = []
+        self._at_hand: dict[tuple[int | None, int], Window] = {}
+        self._digest = blake2b(digest_size=16)
+
+    def __enter__(self) -> Samples:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, codes: FeatureBatch, acts: FeatureBatch) -> None:
+        """Adds a window.
+
+        Raises:
+            ValueError: the two have different numbers of samples.
+        """
+        if len(codes) != len(acts):
+            raise ValueError(
+                f"codes of {len(codes)} samples do not fit acts of {len(acts)}; pass those of one evaluation set"
+            )
+        self._at_hand.clear()
+        self._file.seek(0, 2)
+        self._windows.append(self._file.tell())
+        _write(self._file, codes)
+        before = self._file.tell()
+        _write(self._file, acts)
+        self._file.seek(before)
+        self._digest.update(self._file.read())
+        self.n_samples += len(acts)
+
+    @property
+    def acts_key(self) -> bytes:
+        """What tells these true activations from others."""
+        return self._digest.digest()
+
+    def windows(self, draw: int | None = None, seed: int = 0) -> Iterator[Window]:
+        """The windows in order; for a draw each with its true activations shuffled: what is left is luck."""
+        start = 0
+        for number in range(len(self._windows)):
+            window = self._window(number, start, draw, seed)
+            yield window
+            start += len(window.acts)
+
+    def _window(self, number: int, start: int, draw: int | None, seed: int) -> Window:
+        """One window, shuffled for a draw. Where it is the only one, it stays at hand."""
+        key = (draw, seed)
+        if number == 0 and key in self._at_hand:
+            return self._at_hand[key]
+        if draw is None:
+            self._file.seek(self._windows[number])
+            codes = _read(self._file, self.n_latents)
+            window = Window(start, codes, _read(self._file, self.n_features))
+        else:
+            plain = self._window(number, start, None, seed)
+            window = plain._replace(acts=shuffled(plain.acts, number, draw, seed))
+        if len(self._windows) == 1:
+            self._at_hand[key] = window
+        return window
+
+    def true_windows(self, norms: Float[Tensor, " n_latents"], threshold: float) -> Iterator[Window]:
+        """The same samples with the first true features as latents, whose directions have these norms."""
+        for window in self.windows():
+            first = columns(window.acts, 0, len(norms))
+            values = first.values * norms.to(first.values.dtype)[first.indices]
+            codes = FeatureBatch(first.indices, values, first.offsets, first.shape)
+            yield Window(window.start, above(codes, threshold), window.acts)
+
+
+def above(batch: FeatureBatch, threshold: float) -> FeatureBatch:
+    """The entries with |value| > threshold."""
+    return _kept(batch, batch.values.abs() > threshold, batch.n_features)
+
+
+def columns(batch: FeatureBatch, start: int, stop: int) -> FeatureBatch:
+    """The entries of columns start..stop - 1, renumbered from 0."""
+    if start == 0 and stop >= batch.n_features:
+        return batch
+    inside = _kept(batch, (batch.indices >= start) & (batch.indices < stop), stop - start)
+    return FeatureBatch(inside.indices - start, inside.values, inside.offsets, inside.shape)
+
+
+def _kept(batch: FeatureBatch, kept: Bool[Tensor, " entries"], width: int) -> FeatureBatch:
+    """Some of the entries."""
+    before = torch.cat([batch.offsets.new_zeros(1), kept.cumsum(0)])
+    return FeatureBatch(batch.indices[kept], batch.values[kept], before[batch.offsets], (len(batch), width))
+
+
+def _write(file: IO[bytes], batch: FeatureBatch) -> None:
+    """Indices in 32 bits, values as they are."""
+    values = batch.values.numpy()
+    file.write(np.array([len(batch), len(values), values.itemsize], dtype=np.int64).tobytes())
+    for array in (batch.offsets.numpy(), batch.indices.to(torch.int32).numpy(), values):
+        file.write(np.ascontiguousarray(array).data)
+
+
+def _read(file: IO[bytes], width: int) -> FeatureBatch:
+    n_rows, n_entries, itemsize = np.frombuffer(file.read(24), dtype=np.int64).tolist()
+
+    def array(n: int, dtype: type) -> Tensor:
+        return torch.from_numpy(np.frombuffer(bytearray(file.read(n * np.dtype(dtype).itemsize)), dtype=dtype))
+
+    offsets, indices = array(n_rows + 1, np.int64), array(n_entries, np.int32)
+    values = array(n_entries, np.float32 if itemsize == 4 else np.float64)
+    return FeatureBatch(indices.long(), values, offsets, (n_rows, width))

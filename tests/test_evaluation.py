@@ -1,0 +1,61 @@
+"""Evaluation in windows, and what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae import HeldOut, UsageError
+from sae.baselines import Baseline
+from sae.evaluation import evaluate
+from sae.sources import WorldSource
+from toymodels.features import FeatureBatch
+from toymodels.worlds import ToyRecipe
+
+
+@pytest.fixture(scope="module")
+def source() -> WorldSource:
+    return WorldSource(ToyRecipe(n_features=16, d_hidden=6, feature_prob=0.1, n_steps=50).build(0))
+
+
+def coder(rows: Tensor) -> Baseline:
+    return Baseline(rows, torch.zeros(rows.shape[1]), lambda x: (x @ rows.T - 0.2).relu())
+
+
+def test_a_stream_gives_the_numbers_of_the_whole_set(source: WorldSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluate(coder(source.truth), source.held_out("evaluation", 900), source.truth)
+    stream = evaluate(coder(source.truth), source.held_out_stream("evaluation", 900), source.truth)
+    assert stream.metrics == whole.metrics
+    monkeypatch.setattr("sae.metrics.samples.MAX_WINDOW_ROWS", 250)
+    monkeypatch.setattr("sae.metrics.samples.MIN_WINDOW_ROWS", 250)
+    windowed = evaluate(coder(source.truth), source.held_out_stream("evaluation", 900), source.truth)
+    for name, value in whole.metrics.items():
+        if not name.endswith(("_chance", "_chance_sd")) or name.startswith("dimensionality"):
+            assert windowed.metrics[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+    assert windowed.metrics["recovery/f1_chance"] != whole.metrics["recovery/f1_chance"]
+    for name, column in whole.tables.items():
+        torch.testing.assert_close(windowed.tables[name], column, rtol=1e-6, atol=1e-6)
+
+
+def test_bad_input_is_refused_in_one_line(source: WorldSource) -> None:
+    held_out, truth = source.held_out("evaluation", 50), source.truth
+    huge = torch.zeros_like(held_out.x)
+    huge[7, 0] = 1e38
+    cases = {
+        "the evaluation set holds no sample": (coder(truth), HeldOut(held_out.x[:0]), None),
+        "the true features have 5 dimensions, the dictionary has 6": (coder(truth), held_out, truth[:, :5]),
+        "the true activations are of 16 features, the truth has 9": (coder(truth), held_out, truth[:9]),
+        "codes must be finite, those of sample 7 are not": (coder(1e3 * truth), HeldOut(huge, held_out.acts), truth),
+        "activations must be finite": (coder(truth), HeldOut(huge * 1e3, held_out.acts), truth),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(UsageError, match=message) as refused:
+            evaluate(*arguments)
+        assert "\n" not in str(refused.value)
+
+
+def test_features_of_a_world_without_known_activations(source: WorldSource) -> None:
+    held_out = source.held_out("evaluation", 300)
+    values = evaluate(coder(source.truth), HeldOut(held_out.x), source.truth).metrics
+    assert values["recovery/mcc"] > values["recovery/mcc_chance"]
+    assert "recovery/f1" not in values
+    assert isinstance(held_out.acts, FeatureBatch)
