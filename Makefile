@@ -7,7 +7,7 @@ demo: .venv/installed
 	$(BIN)/sae demo --out runs/demo --overwrite
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 check: .venv/installed
 	$(BIN)/ruff check .

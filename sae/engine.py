@@ -27,7 +27,6 @@ from sae.codes import SparseCodes
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
 from sae.kernels import (
-    SPARSE_SHARE,
     WEIGHTS,
     Buffers,
     Codes,
@@ -40,6 +39,7 @@ from sae.kernels import (
     choose,
     host_sees,
     products,
+    sparse_share,
 )
 from sae.model import SAE
 from sae.optim import Now, adam_
@@ -61,6 +61,14 @@ class Terms(NamedTuple):
     auxiliary: Tensor
     sparsity: Tensor
     l0: Tensor
+
+
+class Begun(NamedTuple):
+    """A step up to its codes: centred activations, what is to be reconstructed, and the codes where they are sparse."""
+
+    x: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"]
+    codes: Codes | None
 
 
 class Engine:
@@ -86,6 +94,7 @@ class Engine:
         kind = type(sae.sparsifier)
         own_penalty = kind.penalty is not Sparsifier.penalty or kind.objective is not Sparsifier.objective
         self.by_autograd = own_penalty and kind.differentiate is Sparsifier.differentiate
+        self.error_is_mse = kind.differentiate is Sparsifier.differentiate  # of codes that are read once
         self.prefixes, self.weights = sae.config.widths, sae.config.shares
         ends = torch.tensor(self.prefixes, device=sae.W_dec.device)
         self.level_of = torch.bucketize(torch.arange(sae.d_sae, device=ends.device), ends, right=True, out_int32=True)
@@ -104,22 +113,41 @@ class Engine:
     ) -> Terms:
         """One batch. `dead` are the latents that AuxK trains, as `padded` leaves them. `target` is what to reconstruct,
         in the trainer's units already, where that is not the activations themselves."""
-        with torch.no_grad(), products(self.kernels.precision):
-            state = self.state
-            x = self.kernels.centre(activations, unit, state.b_dec if self.sae.centre is None else self.sae.centre)
-            if target is None and state.tied:
-                return self._step(x, x, now, dead)
-            wanted = (activations.to(x.dtype) / unit if target is None else target.to(x.dtype)) - state.b_dec
-            if self.sae.W_skip is not None:
-                wanted -= x @ self.sae.W_skip.detach()
-            return self._step(x, wanted, now, dead)
+        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
+            return self._finish(self._begin(activations, unit, target), now, dead)
 
-    def _step(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
-        codes = None
-        if self.sae.sparsifier.pursuit_steps:
-            codes = self.kernels.pursue(x, self.state.W_dec, self.sae.sparsifier.pursuit_steps)
-        elif not (self.dense or self.by_autograd):
-            codes = self.sae.sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
+    def begin(
+        self, activations: Float[Tensor, "batch d_in"], unit: float, target: Float[Tensor, "batch d_out"] | None = None
+    ) -> Begun:
+        """A step up to its codes. Nothing that is saved has changed by then."""
+        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
+            return self._begin(activations, unit, target)
+
+    def finish(self, begun: Begun, now: Now, dead: Int[Tensor, " n"]) -> Terms:
+        """The rest of it."""
+        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
+            return self._finish(begun, now, dead)
+
+    def _begin(self, activations: Tensor, unit: float, target: Tensor | None) -> Begun:
+        state = self.state
+        x = self.kernels.centre(activations, unit, state.b_dec if self.sae.centre is None else self.sae.centre)
+        if target is None and state.tied:
+            return Begun(x, x, self._choose(x))
+        wanted = (activations.to(x.dtype) / unit if target is None else target.to(x.dtype)) - state.b_dec
+        if self.sae.W_skip is not None:
+            wanted -= x @ self.sae.W_skip.detach()
+        return Begun(x, wanted, self._choose(x))
+
+    def _choose(self, x: Tensor) -> Codes | None:
+        sparsifier = self.sae.sparsifier
+        if sparsifier.pursuit_steps:
+            return self.kernels.pursue(x, self.state.W_dec, sparsifier.pursuit_steps)
+        if self.dense or self.by_autograd:
+            return None
+        return sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
+
+    def _finish(self, begun: Begun, now: Now, dead: Tensor) -> Terms:
+        (x, target, codes), sparsifier = begun, self.sae.sparsifier
         if codes is not None:
             terms = self._sparse(x, target, codes, now, dead)
         elif self.dense_products and not self.by_autograd:
@@ -127,12 +155,12 @@ class Engine:
         else:
             terms = self._by_autograd(x, target, now, dead)
         self.l0.copy_(terms.l0)
-        self.sae.sparsifier.observe_(terms.l0, now.sparsity)
+        sparsifier.observe_(terms.l0, now.sparsity)
         for weight, first, second in self.own.values():
             if weight.grad is not None:
                 adam_(weight.detach(), weight.grad, first, second, now)
                 weight.grad = None
-        self.sae.sparsifier.constrain_()
+        sparsifier.constrain_()
         return terms
 
     def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> Terms:
@@ -155,10 +183,11 @@ class Engine:
             fires = ((codes.values > 0) & (codes.levels <= codes.reading)).long()
             firing = torch.zeros_like(state.window_firing).index_add_(0, codes.latents, fires)
             n_codes = fires.sum()
-        l0 = n_codes / len(x)
+        l0 = n_codes / x.shape[0]
         cost = cost if state.weighted else 0.0
         kernels.update_(state, now, x, gradient, plan=plan, extra=extra, firing=firing, cost=cost, pull=pull)
-        return Terms(error, decoded.squares.mean(), auxiliary, penalty, l0)
+        mse = error if self.error_is_mse and len(codes.weights) == 1 else decoded.squares.mean()
+        return Terms(error, mse, auxiliary, penalty, l0)
 
     def _skip(self, x: Tensor, gradient: Tensor) -> None:
         """The gradient of x W_skip, which is part of x_hat."""
@@ -239,21 +268,24 @@ class Engine:
             return x.new_zeros(()), None
         if codes is not None and len(codes.weights) > 1:
             gradient = _of_reading(gradient, codes)
-        bias = state.b_enc[dead].masked_fill_(dead < 0, -torch.inf)  # the latent -1 never fires
+        latents, bias = dead, state.b_enc[dead]
+        if not host_sees(dead):  # filled up by `padded`: the latent -1 never fires
+            latents, bias = dead.remainder(self.sae.d_sae), bias.masked_fill_(dead < 0, -torch.inf)
         pursues = bool(self.sae.sparsifier.pursuit_steps)
         if pursues:  # its dead latents read what is left, as they would in its steps
             x = gradient * (-len(gradient) / 2)
-        value, rows = self.kernels.aux_k(gradient, x, state.encoder[dead], bias, state.W_dec[dead], self.aux_k)
+        own = state.encoder.index_select(0, latents), bias, state.W_dec.index_select(0, latents)
+        value, rows = self.kernels.aux_k(gradient, x, *own, self.aux_k)
         if pursues:  # both gradients belong to the one row
             rows = (torch.zeros_like(rows[0]), rows[0] + rows[1], torch.zeros_like(rows[2]))
-        return value, Rows(dead.remainder(self.sae.d_sae), *(alpha * row for row in rows))
+        return value, Rows(latents, *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:
         """Decides from the last step's L0 whether a ReLU's next steps are dense. Here the host waits for the device."""
         if not (self.sae.sparsifier.passes_positive and step):
             return
         share = float(self.l0) / self.sae.d_sae
-        dense = share >= SPARSE_SHARE[self.kernels.precision]
+        dense = share >= sparse_share(self.state.encoder, self.kernels.precision)
         if dense != self.dense:
             logger.info(
                 "step %d: %.1f %% of latents fire, steps go %s", step, 100 * share, "dense" if dense else "sparse"

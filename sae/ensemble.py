@@ -24,7 +24,7 @@ from sae.errors import Interrupted, UsageError
 from sae.evaluation import live_recovery
 from sae.log import RunLog
 from sae.members import Members
-from sae.sources import Batch, HeldOut, Source
+from sae.sources import Batch, Source
 from sae.trainer import Trainer
 
 logger = logging.getLogger("sae")
@@ -42,11 +42,9 @@ class Diverged(UsageError):
 class Run:
     """One run between its first step and its last: a trainer, what is logged of it, and what is saved."""
 
-    def __init__(
-        self, trainer: Trainer, log: RunLog, source: Source, calibration: HeldOut, on_line: OnLine | None
-    ) -> None:
+    def __init__(self, trainer: Trainer, log: RunLog, source: Source, on_line: OnLine | None) -> None:
         self.trainer, self.config, self.log, self.on_line = trainer, trainer.config, log, on_line
-        self.source, self.calibration = source, calibration
+        self.source = source
         self.probe = source.held_out("calibration", 1024)
         self.since, self.since_samples = time.perf_counter(), 0
 
@@ -112,7 +110,7 @@ class Ensemble:
         try:
             yield from self._finished(stop)
             number = min((run.n_steps_done for run in self.runs), default=0)
-            batches = self.source.batches(self.batch_size, self.data_seed, start=number)
+            batches = self._batches(number)
             with Members([run.trainer for run in self.runs]) as members:
                 while self.runs:
                     batch = next(batches, None)
@@ -128,6 +126,15 @@ class Ensemble:
             for run in self.runs:
                 run.save()
             raise
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        devices = {torch.device(run.config.train.device) for run in self.runs}
+        given = (self.batch_size, self.data_seed, start)
+        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+            return self.source.batches(*given)
+        from sae.prefetch import batches  # noqa: PLC0415 - where there is no CUDA it is not imported
+
+        return batches(self.source, *given, devices.pop())
 
     def _step(self, members: Members, batch: Batch, number: int) -> list[tuple[Run, Exception | None]]:
         """Gives batch `number` to the runs that need it next; returns those that it was too much for."""

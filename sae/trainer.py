@@ -8,6 +8,7 @@ the data at the end (`SAE.rescale_`). A target other than the activations is div
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from sae import schedules
 from sae.config import TrainConfig
-from sae.engine import Engine, padded
+from sae.engine import Begun, Engine, Terms, padded
+from sae.errors import UsageError
 from sae.model import SAE
 from sae.resampling import resample_
 from toymodels.streams import generator
@@ -43,6 +45,7 @@ class Trainer:
         self.window = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self.window_steps = 0
         self.n_resampled = 0
+        self.recorder = self._recorder()
 
     def step(
         self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
@@ -51,7 +54,13 @@ class Trainer:
         if self.n_steps_done % REFRESH_STEPS == 0:
             self.look()
             self.resample(activations)
-        self.advance(activations, target)
+        try:
+            if self.recorder is None:
+                self.advance(activations, target)
+            else:
+                self.recorder.play(activations, target)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(self._too_large(len(activations))) from error
         self.window_steps += 1
         self.n_steps_done += 1
 
@@ -59,12 +68,45 @@ class Trainer:
         self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
     ) -> None:
         """What a step does on the device. Between two looks of the host each step does the same, to the address."""
-        now = self.clock.tick()
-        if target is not None:
-            target = target.to(self.sae.W_dec.dtype) / self.target_unit
-        error, mse, auxiliary, penalty, l0 = self.engine.step(activations, self.unit, now, self.dead, target)
+        self._note(self.engine.step(activations, self.unit, self.clock.tick(), self.dead, self._scaled(target)))
+
+    def begin(
+        self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
+    ) -> Begun:
+        """The first part of `advance`, which changes nothing that is saved."""
+        return self.engine.begin(activations, self.unit, self._scaled(target))
+
+    def finish(self, begun: Begun) -> None:
+        """The second part."""
+        self._note(self.engine.finish(begun, self.clock.tick(), self.dead))
+
+    def _scaled(self, target: Tensor | None) -> Tensor | None:
+        return None if target is None else target.to(self.sae.W_dec.dtype) / self.target_unit
+
+    def _note(self, terms: Terms) -> None:
+        """Adds a step's terms to the window."""
+        error, mse, auxiliary, penalty, l0 = terms
         loss = error + self.sae.config.aux_coefficient * auxiliary + penalty
         self.window += torch.stack([loss, mse, auxiliary, penalty, l0])
+
+    def _recorder(self) -> Any:
+        """What takes steps in place of `advance`, with Triton's kernels on CUDA: it records and replays them."""
+        if self.window.device.type != "cuda" or self.engine.kernels.name != "triton":
+            return None
+        from sae.capture import Recorder  # noqa: PLC0415 - where there is no CUDA it is not imported
+
+        return Recorder(weakref.proxy(self))  # in a circle, memory would outlive the trainer
+
+    def _too_large(self, batch: int) -> str:
+        """What to do about a batch that did not fit: each sample takes its pre-latents and a few rows."""
+        free, whole = torch.cuda.mem_get_info(self.window.device) if self.window.device.type == "cuda" else (0, 0)
+        weights = 3 * sum(weight.numel() for _, weight in self.engine.state.weights()) * 4  # with their moments
+        sample = 4 * (4 * self.sae.d_sae + 8 * (self.sae.d_in + self.sae.d_out))
+        fits = min(max(whole - int(1.2 * weights), 0) // sample, batch // 2)
+        rule = f"a batch of {batch} at d_sae={self.sae.d_sae} does not fit on {self.window.device}"
+        if fits < 1:
+            return f"{rule}, nor would a smaller one; lower sae.d_sae={self.sae.d_sae}"
+        return f"{rule} ({free / 2**30:.1f} of {whole / 2**30:.1f} GiB free); lower train.batch_size to {fits}"
 
     def _at(self, step: int) -> tuple[float, float]:
         config = self.config
@@ -144,6 +186,7 @@ class Trainer:
         device = self.window.device
         self.dead, self.window = tensors["dead"].to(device), tensors["window"].to(device)
         self.unit, self.target_unit = values["unit"], values["target_unit"]
+        self.recorder = self._recorder()  # what was recorded knows neither these tensors nor, perhaps, these kernels
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
         self.n_resampled = values["n_resampled"]
         self.clock.wind(self.n_steps_done, self._at)

@@ -1,3 +1,4 @@
+import os
 import sys
 from typing import NamedTuple
 
@@ -5,6 +6,10 @@ import pytest
 import torch
 
 from sae import cli
+
+# Without a GPU, Triton's kernels run in its interpreter; it reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The tensors of the tests are small: more threads only wait for each other.
 torch.set_num_threads(1)

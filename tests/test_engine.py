@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sae import SAE, SAEConfig, SparseCodes, Sparsifier, TrainConfig, checkpoint
 from sae.engine import Engine, Terms
 from sae.errors import UsageError
-from sae.kernels import SPARSE_SHARE, blocks, capacity
+from sae.kernels import blocks, sparse_share
 from sae.kernels.base import WEIGHTS
 from sae.kernels.build import CannotBuild
 from sae.optim import BETA1, BETA2, Now
@@ -171,7 +171,8 @@ def test_one_step(case, unit_norm, kernels, precision, dead):
     if case == "topk":
         assert (judge.z > 0).sum(dim=1).min() < sae.config.k, "some rows must have fewer than k positives"
     if case == "relu sparse":
-        assert 0 < (judge.z > 0).sum() < 0.5 * capacity(BATCH, D_SAE, "fp32"), "this must be a sparse step"
+        share = (judge.z > 0).double().mean()
+        assert 0 < share < sparse_share(sae.W_dec, "exact"), "this must be a sparse step"
     assert (expected.auxiliary > 0) == bool(len(dead))
     same_terms(terms, expected)
     same_gradients(engine, judge)
@@ -377,7 +378,7 @@ def test_a_relu_with_too_many_codes_takes_a_dense_step(unit_norm, kernels, preci
     engines[0].dense = False
     for number, x in enumerate(batches(3)):
         ours, theirs = (e.step(x, UNIT, Now.at(number + 1, RATE, 1.0), NO_ONE) for e in engines)
-        assert ours.l0 > capacity(BATCH, D_SAE, "fp32") / BATCH
+        assert ours.l0 > 2 * sparse_share(engines[0].state.encoder, "fp32") * D_SAE
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for (_, weight), (_, expected) in zip(*(e.state.weights() for e in engines), strict=True):
         assert torch.equal(weight, expected)
@@ -450,7 +451,7 @@ def test_a_relu_turns_sparse_and_dense_by_its_l0_alone(kernels, caplog):
     assert [text.split()[-1] for text in switches] == ["sparse", "dense"]
     assert f"{l0[9] / 2:.1f} % of latents fire" in switches[0]
     for number in range(10, 50):
-        assert dense[number] == (l0[number // 10 * 10 - 1] >= 200 * SPARSE_SHARE["fp32"])
+        assert dense[number] == (l0[number // 10 * 10 - 1] >= 200 * sparse_share(trainer.engine.state.encoder, "fp32"))
     assert dense == [True] * 10 + [False] * 30 + [True] * 10
 
 

@@ -1,6 +1,7 @@
 """Every stage of all kernels against the reference in float64, at odd sizes; bf16 within its bound; the build."""
 
 import copy
+import ctypes
 import logging
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae import UsageError
-from sae.kernels import Codes, Rows, Scores, State, build, choose, products
+from sae.kernels import Codes, Rows, Scores, State, build, capacity, choose, products, sparse_share
 from sae.kernels.native import Native
 from sae.kernels.plain import Plain
 from sae.kernels.precision import slack
@@ -158,6 +159,7 @@ def test_centre_and_scores(name, d_in):
 @given(k_share=st.floats(0, 1), **sizes)
 @example(k_share=1.0, batch=5, d_in=7, d_sae=257, data="spread", seed=0)
 @example(k_share=0.0, batch=5, d_in=7, d_sae=1, data="none", seed=0)
+@example(k_share=0.0625, batch=5, d_in=1, d_sae=19, data="spread", seed=0)  # as many groups as lie in a strip
 def test_top_k(name, k_share, batch, d_in, d_sae, data, seed):
     k = 1 + int(k_share * (d_sae - 1))
     x, state = case(data, batch, d_in, d_sae, seed)
@@ -283,7 +285,8 @@ def fired(data: str, batch: int, d_in: int, d_sae: int, k: int, unit_norm: bool)
 @pytest.mark.parametrize("cost", [0.0, 0.3])
 @pytest.mark.parametrize("data", ["spread", "few", "none"])
 @pytest.mark.parametrize(
-    ("batch", "d_in", "d_sae", "k"), [(1, 1, 1, 1), (5, 7, 3, 3), (37, 65, 61, 6), (5, 70, 257, 31)]
+    ("batch", "d_in", "d_sae", "k"),
+    [(1, 1, 1, 1), (5, 7, 3, 3), (37, 65, 61, 6), (37, 64, 61, 6), (5, 70, 257, 31)],
 )
 def test_decode(name, unit_norm, cost, data, batch, d_in, d_sae, k):
     x, state, codes = fired(data, batch, d_in, d_sae, k, unit_norm)
@@ -591,14 +594,17 @@ def test_the_rounded_encoder_follows_the_encoder(precision, unit_norm):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "exact"])
 def test_products_puts_the_setting_back(precision):
-    settings = torch.backends.mkldnn.matmul
+    settings, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = settings.fp32_precision
+    cuda_before, cuda.fp32_precision = cuda.fp32_precision, "tf32"
     with products(precision):
         assert settings.fp32_precision == ("bf16" if precision == "bf16" else "ieee")
-    assert settings.fp32_precision == before
+        assert cuda.fp32_precision == "ieee"  # TF32 would round in silence
+    assert (settings.fp32_precision, cuda.fp32_precision) == (before, "tf32")
     with pytest.raises(KeyError), products(precision):
         raise KeyError
-    assert settings.fp32_precision == before
+    assert (settings.fp32_precision, cuda.fp32_precision) == (before, "tf32")
+    cuda.fp32_precision = cuda_before
 
 
 # The choice
@@ -745,6 +751,29 @@ def test_where_nothing_can_be_written_at_all(fresh_cache, monkeypatch):
     monkeypatch.setattr(build.tempfile, "tempdir", str(fresh_cache / "file"))
     with pytest.raises(UsageError, match=r"cannot write to the temporary directory: Not a directory"):
         choose(CPU, torch.float32, "native")
+
+
+def test_native_functions_have_the_types_of_their_heads():
+    for real, ctype in (("float", ctypes.c_float), ("double", ctypes.c_double)):
+        loaded = build.library(real)
+        assert (loaded.centre.restype, loaded.at_least.restype, loaded.nth_largest.restype) == (
+            None,
+            ctypes.c_long,
+            ctype,
+        )
+        pointer, number = ctypes.c_void_p, ctypes.c_long
+        assert loaded.centre.argtypes == [pointer, ctype, *[pointer] * 3, *[number] * 3]
+    kernels, vector = make("native"), torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(ctypes.ArgumentError):  # the address alone would not tell how its rows lie
+        kernels._call("centre", torch.zeros(4, 4).double().T, 1.0, vector, torch.zeros(4, 4).double(), None, 4, 4)
+
+
+def test_small_weights_count_codes_as_sparse_sooner():
+    small, large = torch.zeros(256, 64), torch.zeros(1025, 64)
+    assert [sparse_share(small, precision) for precision in ("fp32", "exact", "bf16")] == [1 / 6, 1 / 12, 1 / 40]
+    assert sparse_share(large, "fp32") == 1 / 12
+    scores = Scores(torch.zeros(12, 64), small, torch.zeros(256), lambda rows: torch.zeros(12, 256))
+    assert capacity(scores, "fp32") == 2 * 12 * 256 // 6
 
 
 def test_a_damaged_library_is_built_again(fresh_cache):

@@ -1,20 +1,23 @@
 """The stages of a training step, and which implementation of them a device gets. This is the one place that chooses.
 
-`reference` is the obvious version and the judge of the others; `native` is C for CPUs; `torch` runs everywhere.
+`reference` is the obvious version and the judge of the others; `native` is C for CPUs, `triton` is for CUDA; `torch`
+runs everywhere.
 """
 
 from __future__ import annotations
 
 import logging
+from functools import cache
+from typing import Any
 
 import torch
 
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
 from sae.kernels.base import (
-    SPARSE_SHARE,
     WEIGHTS,
     Buffers,
+    CannotRun,
     Codes,
     Decoded,
     DenseStep,
@@ -26,6 +29,7 @@ from sae.kernels.base import (
     blocks,
     capacity,
     host_sees,
+    sparse_share,
 )
 from sae.kernels.build import CannotBuild
 from sae.kernels.native import Native
@@ -35,7 +39,6 @@ from sae.kernels.reference import Reference
 from sae.kernels.selection import REALS
 
 __all__ = [
-    "SPARSE_SHARE",
     "WEIGHTS",
     "Buffers",
     "Codes",
@@ -49,10 +52,12 @@ __all__ = [
     "blocks",
     "capacity",
     "choose",
+    "for_inference",
     "host_sees",
     "products",
     "require_device",
     "require_kernels",
+    "sparse_share",
 ]
 
 logger = logging.getLogger("sae")
@@ -71,7 +76,13 @@ def choose(
     resolved = _resolve(precision, device, dtype, name)
     if name == "reference":
         kernels = Reference()
-    elif name == "torch" or (name == "auto" and not (device.type == "cpu" and dtype in REALS)):
+    elif name == "triton" or (name == "auto" and device.type == "cuda"):
+        try:
+            kernels = _triton(device, dtype, resolved)
+        except CannotRun as error:
+            logger.warning("training will be slower: triton's kernels cannot be used: %s; torch is used", error)
+            kernels = Plain(resolved)
+    elif name == "torch" or not (device.type == "cpu" and dtype in REALS):
         kernels = Plain(resolved)
     else:
         try:
@@ -91,8 +102,13 @@ def require_kernels(device: torch.device, dtype: torch.dtype, name: KernelName, 
     """
     if name == "reference" and precision not in ("auto", "fp32"):
         raise UsageError(f"the reference kernels compute in fp32, not {precision}; leave train.precision at auto")
-    if precision == "exact" and (name == "torch" or device.type != "cpu"):
+    if precision == "exact" and (name in ("torch", "triton") or device.type != "cpu"):
         raise UsageError("precision exact is a mode of the native kernels, on a CPU; choose fp32 or bf16 here")
+    if name == "triton":
+        try:
+            _triton(device, dtype, "fp32")
+        except CannotRun as error:
+            raise UsageError(f"train.kernels triton cannot be used: {error}") from error
     if name != "native" and precision != "exact":
         return
     if device.type != "cpu" or dtype not in REALS:
@@ -127,8 +143,35 @@ def require_device(device: str, field: str) -> None:
 
 def _resolve(precision: PrecisionName, device: torch.device, dtype: torch.dtype, name: KernelName) -> Precision:
     if precision == "auto":
-        worth_it = dtype == torch.float32 and device.type == "cpu" and has_bf16_units(device)
-        return "bf16" if worth_it and name != "reference" else "fp32"
+        worth_it = dtype == torch.float32 and name != "reference" and has_bf16_units(device)
+        return "bf16" if worth_it else "fp32"
     if precision != "fp32" and not has_bf16_units(device):
         logger.warning("%s has no bf16 units: %s products are emulated, and slower than fp32", device, precision)
     return precision
+
+
+@cache
+def for_inference(device: torch.device, dtype: torch.dtype) -> Any:
+    """Triton's kernels where they can encode and decode; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    try:
+        return _triton(device, dtype, "fp32")
+    except CannotRun as error:
+        logger.info("inference on %s goes by torch: triton's kernels cannot be used: %s", device, error)
+        return None
+
+
+def _triton(device: torch.device, dtype: torch.dtype, precision: Precision) -> Kernels:
+    """Imported when they are asked for: triton is not everywhere, and takes long to import.
+
+    Raises:
+        CannotRun: they cannot work here, or triton is not installed.
+    """
+    try:
+        from sae.kernels.triton import Triton  # noqa: PLC0415
+    except ImportError as error:
+        raise CannotRun(
+            f"triton cannot be imported ({error}); pip install triton, or use train.kernels torch"
+        ) from error
+    return Triton(device, dtype, precision)

@@ -25,12 +25,20 @@ WEIGHTS = ("encoder", "W_dec", "b_enc", "b_dec")
 # Codes count as sparse when less than this share of them fires: where the sparse step begins to win. With bf16 units
 # dense products cost little, so that codes must be sparser.
 SPARSE_SHARE: dict[Precision, float] = {"fp32": 1 / 12, "exact": 1 / 12, "bf16": 1 / 40}
+# The same for small weights on a CPU: the rows that codes gather lie in its cache.
+SPARSE_SHARE_SMALL = 1 / 6
+# Entries of a matrix of weights up to which `native.c` computes products itself; beyond, a BLAS does no worse.
+SMALL_ENTRIES = 2**16
 # Pre-latents that exist together, at most, when codes are selected from them; a dense step has two such matrices beside
 # the gradients of the weights. More blocks cost speed: the product packs the encoder anew for each.
 BLOCK_ENTRIES = 13 * 2**20
 DENSE_BLOCK_ENTRIES = 5 * 2**20
 # Slots of sparse codes for each code at that share; a batch that needs more is computed densely.
 HEADROOM = 2
+
+
+class CannotRun(Exception):
+    """Kernels cannot work on a device; the message says why, and what helps."""
 
 
 class Codes(NamedTuple):
@@ -71,7 +79,7 @@ class Scores:
     @property
     def shape(self) -> tuple[int, int]:
         """[batch, d_sae]."""
-        return len(self.x), len(self.encoder)
+        return self.x.shape[0], self.encoder.shape[0]
 
     def pre_latents(self) -> Float[Tensor, "batch d_sae"]:
         """All of them, with the bias, in its type."""
@@ -100,9 +108,10 @@ class Buffers:
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Memory of this name and shape; its contents are whatever was there."""
-        size, kept = math.prod(shape), self.kept.get(name)
+        kept = self.kept.get(name)
         if kept is not None and kept.shape == shape:
             return kept
+        size = math.prod(shape)
         if kept is None or kept.untyped_storage().nbytes() < size * kept.element_size():
             kept = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
         whole = kept.new_empty(0).set_(kept.untyped_storage())
@@ -215,9 +224,16 @@ class State:
         return ((name, getattr(self, name)) for name in self.first)
 
 
-def capacity(batch: int, d_sae: int, precision: Precision) -> int:
+def sparse_share(encoder: Float[Tensor, "d_sae d_in"], precision: Precision) -> float:
+    """Codes count as sparse when less than this share of them fires."""
+    small = precision == "fp32" and host_sees(encoder) and encoder.numel() <= SMALL_ENTRIES
+    return SPARSE_SHARE_SMALL if small else SPARSE_SHARE[precision]
+
+
+def capacity(scores: Scores, precision: Precision) -> int:
     """Slots for the codes of a batch that counts as sparse, however many latents may fire in each row."""
-    return max(int(HEADROOM * SPARSE_SHARE[precision] * batch * d_sae), 1)
+    batch, d_sae = scores.shape
+    return max(int(HEADROOM * sparse_share(scores.encoder, precision) * batch * d_sae), 1)
 
 
 @runtime_checkable

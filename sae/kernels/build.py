@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -66,14 +67,24 @@ def _kept(compiler: list[str], real: str, folder: Path) -> ctypes.CDLL:
     if not target.exists():
         _compile(compiler, real, target)
     try:
-        return ctypes.CDLL(str(target))
+        return _declared(ctypes.CDLL(str(target)), real)
     except OSError:  # damaged: what was cut off, say, by a full disk
         target.unlink(missing_ok=True)
         _compile(compiler, real, target)
     try:
-        return ctypes.CDLL(str(target))
+        return _declared(ctypes.CDLL(str(target)), real)
     except OSError as error:
         raise CannotBuild(f"{target} cannot be loaded: {error}") from error
+
+
+def _declared(loaded: ctypes.CDLL, real: str) -> ctypes.CDLL:
+    """The types of each function, as its head in native.c has them: a call then converts numbers by itself."""
+    types = {"void": None, "long": ctypes.c_long, "real": ctypes.c_float if real == "float" else ctypes.c_double}
+    for result, name, given in re.findall(r"^API (\w+) (\w+)\(([^)]*)\)", SOURCE.read_text(encoding="utf-8"), re.M):
+        function = getattr(loaded, name)
+        function.restype = types[result]
+        function.argtypes = [ctypes.c_void_p if "*" in one else types[one.split()[0]] for one in given.split(",")]
+    return loaded
 
 
 def _compiler() -> list[str]:

@@ -143,7 +143,9 @@ static void pack_panel(const real *B, long n, long k, long row_stride, long colu
     long width = MIN(TILE_COLUMNS, n - first);
     memset(panel, 0, (size_t)(width < TILE_COLUMNS ? k * TILE_COLUMNS : 0) * sizeof(real));
     const real *from = B + first * column_stride;
-    if (column_stride == 1)
+    if (column_stride == 1 && width == TILE_COLUMNS) /* a copy of known size is no call */
+        for (long p = 0; p < k; p++) memcpy(panel + p * TILE_COLUMNS, from + p * row_stride, TILE_COLUMNS * sizeof(real));
+    else if (column_stride == 1)
         for (long p = 0; p < k; p++) memcpy(panel + p * TILE_COLUMNS, from + p * row_stride, (size_t)width * sizeof(real));
     else
         for (long i = 0; i < width; i++)
@@ -350,7 +352,7 @@ static void load_row(Row *row, long b) {
     row->number = b;
     if (row->scores->rounded && row->scores->slack_row) load_row_as(row, 1, 1);
     else if (row->scores->rounded) load_row_as(row, 1, 0);
-    else if (row->width == WIDTH)
+    else if (row->width == WIDTH && row->n_latents % row->n == 0)
         for (long g = 0; g < row->n; g += WIDTH)
             maxima_of_strip(row, (const real *)row->scores->pre + b * row->n_latents, g);
     else load_row_as(row, 0, 0);
@@ -557,9 +559,8 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
                     cuts[b] = cut;
                 }
                 if (!latents) continue;
-                memcpy(latents + b * k, who, (size_t)n * sizeof(int32_t));
-                memcpy(values + b * k, candidates, (size_t)n * sizeof(real));
-                for (long e = n; e < k; e++) latents[b * k + e] = 0, values[b * k + e] = 0;
+                for (long e = 0; e < k; e++)
+                    latents[b * k + e] = e < n ? who[e] : 0, values[b * k + e] = e < n ? candidates[e] : 0;
             }
         }
     }
@@ -623,8 +624,8 @@ API real nth_largest(const real *values, long count, long n) {
     return kth_largest(inside, m, n - above);
 }
 
-/* Gathers the entries that reach `least` into the order of their rows. */
-API void compact(const int64_t *starts, const int32_t *counts, const int32_t *latents, const real *values, real least,
+/* Gathers the entries that reach `least` into the order of their rows; returns how many. */
+API long compact(const int64_t *starts, const int32_t *counts, const int32_t *latents, const real *values, real least,
                  long batch, int64_t *offsets, int32_t *out_latents, real *out_values, long threads) {
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (long b = 0; b < batch; b++) {
@@ -641,6 +642,7 @@ API void compact(const int64_t *starts, const int32_t *counts, const int32_t *la
         for (long e = starts[b]; e < starts[b] + counts[b]; e++)
             if (values[e] >= least) out_latents[to] = latents[e], out_values[to++] = values[e];
     }
+    return offsets[batch];
 }
 
 /* Each entry's pre-latent computed anew, in `real`: x_b . encoder_j + bias_j; negative ones become 0. */
@@ -670,6 +672,34 @@ API void keep_top_k(const int64_t *starts, const int32_t *counts, int32_t *laten
 
 /* ----------------------------------------------------------------------------------------------------------- decode */
 
+static inline __attribute__((always_inline)) void decode_row(const int32_t *who, const real *z, long n, long all,
+                                                             const real *W_dec, const real *restrict to,
+                                                             const real *norms, real cost, real scale, long d,
+                                                             real *restrict g, real *code_gradients, real *row_loss,
+                                                             real *row_sum) {
+    real loss = 0, sum = 0;
+    for (long i = 0; i < d; i++) g[i] = -to[i];
+    add_rows(g, W_dec, who, z, n, d);
+#pragma omp simd reduction(+ : loss)
+    for (long i = 0; i < d; i++) {
+        loss += g[i] * g[i];
+        g[i] *= scale;
+    }
+    for (long e = 0; e < n; e += 4) {
+        const real *four[4];
+        real dots[4];
+        four_rows(W_dec, who, e, n, d, four);
+        four_dots(g, four, d, dots);
+        for (long i = 0; i < MIN(4, n - e); i++) code_gradients[e + i] = dots[i];
+    }
+    for (long e = 0; e < n; e++) {
+        real norm = norms ? norms[who[e]] : 1;
+        sum += z[e] * norm;
+        code_gradients[e] = all || z[e] > 0 ? code_gradients[e] + cost * norm : 0;
+    }
+    *row_loss = loss, *row_sum = sum;
+}
+
 /* One pass over the decoder rows of each sample: residual = z W_dec - target, its square, gradient = scale * residual,
    and for each code gradient . W_dec_j + cost * norms_j. Slots of value 0 get no gradient unless `all` do. `norms` may
    be null: 1. */
@@ -679,31 +709,12 @@ API void decode(const int64_t *offsets, const int32_t *latents, const real *valu
 #pragma omp parallel for num_threads((int)threads) schedule(dynamic, 16)
     for (long b = 0; b < batch; b++) {
         long first = offsets[b], n = offsets[b + 1] - first;
-        const int32_t *who = latents + first;
-        const real *z = values + first;
-        real *restrict g = gradient + b * d, loss = 0, sum = 0;
-        const real *restrict to = target + b * d;
-        for (long i = 0; i < d; i++) g[i] = -to[i];
-        add_rows(g, W_dec, who, z, n, d);
-#pragma omp simd reduction(+ : loss)
-        for (long i = 0; i < d; i++) {
-            loss += g[i] * g[i];
-            g[i] *= scale;
-        }
-        for (long e = 0; e < n; e += 4) {
-            const real *four[4];
-            real dots[4];
-            four_rows(W_dec, who, e, n, d, four);
-            four_dots(g, four, d, dots);
-            memcpy(code_gradients + first + e, dots, (size_t)MIN(4, n - e) * sizeof(real));
-        }
-        for (long e = 0; e < n; e++) {
-            real norm = norms ? norms[who[e]] : 1;
-            sum += z[e] * norm;
-            code_gradients[first + e] = all || z[e] > 0 ? code_gradients[first + e] + cost * norm : 0;
-        }
-        row_loss[b] = loss;
-        row_sum[b] = sum;
+#define DECODE_ROW(width)                                                                                              \
+    decode_row(latents + first, values + first, n, all, W_dec, target + b * d, norms, cost, scale, width,              \
+               gradient + b * d, code_gradients + first, row_loss + b, row_sum + b)
+        if (d == 64) DECODE_ROW(64); /* rows of one known width stay in the registers */
+        else DECODE_ROW(d);
+#undef DECODE_ROW
     }
 }
 
@@ -1015,19 +1026,24 @@ static inline void adam_row(real *restrict w, real *restrict m, real *restrict v
    row, decoder row and bias; the decoder row back to norm 1; the encoder row rounded for the next product; counters.
 
    `blocks` [n_blocks, d_in], where given, receives the sums over latents of (bias gradient) * (encoder row), which is
-   what b_dec gets through the encoder. `extra_of[j]` is latent j's row in the extra gradients or -1; null: row j.
+   what b_dec gets through the encoder. Row i of the extra gradients is that of latent extra_latents[i]; `extra_of` is
+   scratch for the way back, [n_latents]. Null: row j is that of latent j.
    `pull[j]` is added to the gradient in the norm of decoder row j. `encoder_m` is null where the encoder is the
    decoder's: it then has no gradient of its own. */
 API void update(long n_latents, long d_in, long d_out, long block, const int32_t *latent_offsets, const int32_t *rows,
                 const int32_t *decoder_rows, const real *codes, const real *gradients, const real *x,
-                const real *residual_gradient, const int32_t *extra_of, const real *extra_encoder,
-                const real *extra_decoder, const real *extra_bias, const real *parameters_of_adam, long unit_norm,
-                real cost, const real *pull, real *encoder, real *encoder_m, real *encoder_v, real *decoder, real *decoder_m, real *decoder_v, real *bias, real *bias_m,
+                const real *residual_gradient, int32_t *extra_of, const int64_t *extra_latents, long n_extra,
+                const real *extra_encoder,
+                const real *extra_decoder, const real *extra_bias, real rate, real correction1, real correction2,
+                real beta1, real rest1, real beta2, real rest2, real epsilon, long unit_norm, real cost, const real *pull, real *encoder, real *encoder_m, real *encoder_v, real *decoder, real *decoder_m, real *decoder_v, real *bias, real *bias_m,
                 real *bias_v, bf16 *encoder_rounded, real *norms, real *encoder_norms, int64_t *silent,
                 int64_t *window, const int32_t *firing, long batch, real *blocks, long threads) {
-    const real *p = parameters_of_adam;
-    Adam adam = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+    Adam adam = {rate, correction1, correction2, beta1, rest1, beta2, rest2, epsilon};
     long n_blocks = (n_latents + block - 1) / block;
+    if (extra_of) {
+        for (long j = 0; j < n_latents; j++) extra_of[j] = -1;
+        for (long i = 0; i < n_extra; i++) extra_of[extra_latents[i]] = (int32_t)i;
+    }
 #pragma omp parallel num_threads((int)threads)
     {
         unsigned before = flush_subnormals();
@@ -1090,9 +1106,9 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
 
 /* b_dec: the residual's gradient summed over samples, less what went through the encoder's bias. */
 API void update_b_dec(const real *residual_gradient, const real *blocks, long batch, long n_blocks, long d,
-                      const real *parameters_of_adam, real *b_dec, real *m, real *v, long threads) {
-    const real *p = parameters_of_adam;
-    Adam adam = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+                      real rate, real correction1, real correction2, real beta1, real rest1, real beta2, real rest2,
+                      real epsilon, real *b_dec, real *m, real *v, long threads) {
+    Adam adam = {rate, correction1, correction2, beta1, rest1, beta2, rest2, epsilon};
     enum { TILE = 64 };
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (long first = 0; first < d; first += TILE) {

@@ -82,13 +82,13 @@ class Native(Selection):
         return pursuit.Unrolled(gradient, pursuit.stepped(codes, fires, k))
 
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:
-        n, codes = len(codes.values), _as_c(codes)
+        n, batch, codes = codes.values.shape[0], codes.offsets.shape[0] - 1, _as_c(codes)
         offsets = self._buffer("latent_offsets", (d_sae + 1,), torch.int32)
         rows, values = self._slots("plan", n)
         gradients = self._buffer("plan_gradients", (n,))
         decoder_rows = rows if codes.levels is None else self._buffer("plan_decoder_rows", (n,), torch.int32)
         counts = self._buffer("thread_counts", (torch.get_num_threads(), d_sae), torch.int32)
-        given = (*codes[:3], code_gradients, codes.levels, len(codes.offsets) - 1, d_sae, counts)
+        given = (*codes[:3], code_gradients, codes.levels, batch, d_sae, counts)
         fired = self._call("invert", *given, offsets, rows, decoder_rows, values, gradients)
         return Plan(offsets, rows, decoder_rows, values, gradients, torch.tensor(fired))
 
@@ -124,7 +124,7 @@ class Native(Selection):
         firing = self._buffer("aux_firing", b_enc.shape, torch.int32)
         given = ((encoder, b_enc, W_dec), None, 0.0, k, None, firing)
         rows, totals = relu_step(self._call, self._buffer, "aux", x, gradient, *given)
-        return totals[0] / len(x), rows
+        return totals[0] / x.shape[0], rows
 
     def _small(self, weight: Tensor) -> bool:
         return self.precision != "bf16" and is_small(weight)
@@ -145,13 +145,12 @@ class Native(Selection):
     ) -> None:
         batch, d_in = x.shape
         d_sae, d_out = state.W_dec.shape
-        constants = (BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPSILON)
-        adam = torch.tensor([*now[:3], *constants], dtype=self.dtype)
+        adam = (*map(float, now[:3]), BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPSILON)
         blocks = self._buffer("blocks", (-(-d_sae // BLOCK), d_in)) if state.tied else None
-        extra_of = None
+        extra_of, extra_latents, n_extra = None, None, 0
         if extra is not None and extra.latents is not None:
-            extra_of = self._buffer("extra_of", (d_sae,), torch.int32).fill_(-1)
-            extra_of[extra.latents] = torch.arange(len(extra.latents), dtype=torch.int32)
+            extra_of, n_extra = self._buffer("extra_of", (d_sae,), torch.int32), extra.latents.shape[0]
+            extra_latents = extra.latents.to(torch.int64)
         if firing is not None:
             firing = firing.to(torch.int32)
         first, second, rounded = state.first, state.second, self._buffer.kept.get("encoder_rounded")
@@ -159,9 +158,9 @@ class Native(Selection):
             "update",
             *(d_sae, d_in, d_out, BLOCK),
             *(plan[:-1] if plan else [None] * 5),
-            *(x, gradient, extra_of),
+            *(x, gradient, extra_of, extra_latents, n_extra),
             *([t.contiguous() for t in extra[1:]] if extra else (None, None, None)),
-            *(adam, int(state.unit_norm), float(cost), pull),
+            *(*adam, int(state.unit_norm), float(cost), pull),
             *(state.encoder, first.get("encoder"), second.get("encoder")),
             *(state.W_dec, first["W_dec"], second["W_dec"]),
             *(state.b_enc, first["b_enc"], second["b_enc"]),
@@ -169,12 +168,15 @@ class Native(Selection):
             *(state.silent_samples, state.window_firing, firing, batch, blocks),
         )
         moments = (first["b_dec"], second["b_dec"])
-        n_blocks = 0 if blocks is None else len(blocks)
-        self._call("update_b_dec", gradient, blocks, batch, n_blocks, d_out, adam, state.b_dec, *moments)
+        n_blocks = 0 if blocks is None else blocks.shape[0]
+        self._call("update_b_dec", gradient, blocks, batch, n_blocks, d_out, *adam, state.b_dec, *moments)
 
 
 def _as_c(codes: Codes) -> Codes:
     """In the types of native.c; its own codes have them already."""
+    own = codes.offsets.dtype == torch.int64 and codes.latents.dtype == torch.int32
+    if own and codes.levels is None and codes.values.is_contiguous():
+        return codes
     levels = None if codes.levels is None else codes.levels.to(torch.int32)
     return codes._replace(
         offsets=codes.offsets.to(torch.int64),

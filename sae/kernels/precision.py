@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,36 +19,53 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 class _Inside(NamedTuple):
-    """Steps that are under way, and the setting that they found."""
+    """Steps that are under way, and the settings that they found: of a CPU, of CUDA."""
 
     steps: int
-    before: str
+    before: tuple[str, str]
 
 
 _lock = threading.Lock()
-_inside = _Inside(0, "")
+_inside = _Inside(0, ("", ""))
 
 
-@contextmanager
-def products(precision: Precision) -> Iterator[None]:
-    """Within it, float32 products on a CPU go through its bf16 units, unless precision forbids.
+class products:
+    """Within it, float32 products on a CPU go through its bf16 units, unless precision forbids; on CUDA they never go
+    through TF32.
 
     The setting is the process's. Threads may be within at the same time if they ask for the same: the last restores it.
+    A class, as it is entered in every step: a generator takes three times as long.
     """
-    global _inside  # noqa: PLW0603 - as the setting is
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    wanted = "bf16" if precision == "bf16" else "ieee"
-    with _lock:
-        _inside = _Inside(_inside.steps + 1, _inside.before if _inside.steps else settings.fp32_precision)
-        assert _inside.steps == 1 or settings.fp32_precision == wanted, "threads disagree on the precision of products"
-        settings.fp32_precision = wanted
-    try:
-        yield
-    finally:
+
+    def __init__(self, precision: Precision) -> None:
+        self.wanted = ("bf16" if precision == "bf16" else "ieee", "ieee")
+
+    def __enter__(self) -> None:
+        global _inside  # noqa: PLW0603 - as the setting is
+        with _lock:
+            now = _settings()
+            assert now == self.wanted or not _inside.steps, "threads disagree on the precision of products"
+            if now != self.wanted:
+                _set(self.wanted)
+            _inside = _Inside(_inside.steps + 1, _inside.before if _inside.steps else now)
+
+    def __exit__(self, *error: object) -> None:
+        global _inside  # noqa: PLW0603 - as the setting is
         with _lock:
             _inside = _Inside(_inside.steps - 1, _inside.before)
-            if not _inside.steps:
-                settings.fp32_precision = _inside.before
+            if not _inside.steps and _inside.before != self.wanted:
+                _set(_inside.before)
+
+
+def _settings() -> tuple[str, str]:
+    """How float32 products are computed: on a CPU, on CUDA."""
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return cpu.fp32_precision, cuda.fp32_precision
+
+
+def _set(settings: tuple[str, str]) -> None:
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    cpu.fp32_precision, cuda.fp32_precision = settings
 
 
 def slack(d_in: int) -> float:

@@ -7,7 +7,7 @@ What a method returns is therefore good until the same method is called again.
 from __future__ import annotations
 
 import math
-from ctypes import c_double, c_float, c_long, c_void_p
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ from sae.kernels.build import library
 from sae.kernels.precision import Precision, slack
 from sae.kernels.small import is_small, panels_of
 
-REALS: dict[torch.dtype, tuple[str, Any]] = {torch.float32: ("float", c_float), torch.float64: ("double", c_double)}
+REALS: dict[torch.dtype, str] = {torch.float32: "float", torch.float64: "double"}
 # A batch's cut is close to the last one's: nearly all that reaches this share of it belongs to the n largest.
-GUESS = 0.97
+GUESS = 0.92
 MAX_GUESSES = 40
 # Where the search begins when some rows tell nothing of the cut.
 SMALLEST = 1e-37
@@ -70,10 +70,7 @@ class Selection:
 
     def __init__(self, dtype: torch.dtype, precision: Precision) -> None:
         self.dtype, self.precision = dtype, precision
-        real, self._real = REALS[dtype]
-        self._library = library(real)
-        self._library.at_least.restype = self._library.invert.restype = c_long
-        self._library.nth_largest.restype = self._real
+        self._library = library(REALS[dtype])
         self._buffer = Buffers(dtype, torch.device("cpu"))
         self.cut = 0.0
 
@@ -120,15 +117,15 @@ class Selection:
 
     def top_k(self, scores: Scores, k: int) -> Codes:
         batch, d_sae = scores.shape
-        offsets = torch.arange(0, batch * k + 1, k, out=self._buffer("offsets", (batch + 1,), torch.int64))
         latents, values = self._slots("codes", batch * k)
         for rows in blocks(batch, d_sae, base.BLOCK_ENTRIES):
             block, slots = self._block(scores, rows), slice(rows.start * k, rows.stop * k)
+            own = (latents, values) if block.shape[0] == batch else (latents[slots], values[slots])
             if self.precision == "exact":
-                self._exact_top_k(block, k, latents[slots], values[slots])
+                self._exact_top_k(block, k, *own)
             else:
-                self._call("top_k", *self._parts(block), *block.shape, k, latents[slots], values[slots], None)
-        return Codes(offsets, latents, values)
+                self._call("top_k", *self._parts(block), *block.shape, k, *own, None)
+        return Codes(_every(batch, k), latents, values)
 
     def _exact_top_k(self, block: Block, k: int, latents: Tensor, values: Tensor) -> None:
         n_rows, d_sae = block.shape
@@ -139,7 +136,7 @@ class Selection:
         self._call("keep_top_k", *found[:-1], n_rows, k, latents, values)
 
     def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
-        block = self._block(scores, slice(0, len(scores.x)))
+        block = self._block(scores, slice(0, scores.x.shape[0]))
         n = min(n, block.size)
         room = min(SCREENED * n, block.size)
         if self.precision != "exact":
@@ -157,7 +154,7 @@ class Selection:
         return found and self._compact(found, self._nth_largest(found, n))
 
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
-        exact, block = self.precision == "exact", self._block(scores, slice(0, len(scores.x)))
+        exact, block = self.precision == "exact", self._block(scores, slice(0, scores.x.shape[0]))
         found = self._at_least(block, 0.0, capacity, int(exact))
         if found.total > capacity:
             return None
@@ -211,15 +208,15 @@ class Selection:
         """0 where there are fewer."""
         if found.total < n:
             return 0.0
-        return self._library.nth_largest(c_void_p(found.values.data_ptr()), c_long(found.total), c_long(n))
+        largest: float = self._library.nth_largest(found.values.data_ptr(), found.total, n)
+        return largest
 
     def _compact(self, found: Found, least: float) -> Codes:
         self.cut = least
-        offsets = self._buffer("offsets", (len(found.starts) + 1,), torch.int64)
+        offsets = self._buffer("offsets", (found.starts.shape[0] + 1,), torch.int64)
         latents, values = self._slots("codes", found.total)
         least = max(least, torch.finfo(self.dtype).tiny)
-        self._call("compact", *found[:-1], least, len(found.starts), offsets, latents, values)
-        n = int(offsets[-1])
+        n = self._call("compact", *found[:-1], least, found.starts.shape[0], offsets, latents, values)
         return Codes(offsets, latents[:n], values[:n])
 
     def _rescore(self, block: Block, found: Found) -> None:
@@ -239,20 +236,22 @@ class Selection:
         rounded, d = int(product is not None and product.dtype == torch.bfloat16), scores.x.shape[1]
         small: tuple[Any, ...] = (None, None, None)
         if product is None:
-            panels = panels_of(self._buffer, block.shape[1], d)
-            small = (scores.x[block.rows], scores.encoder, panels)
+            panels = panels_of(self._buffer, "encoder", block.shape[1], d)
+            whole = block.shape[0] == scores.x.shape[0]
+            small = (scores.x if whole else scores.x[block.rows], scores.encoder, panels)
         return product, rounded, scores.bias, *slacks, sign, *small, d
 
     def _slots(self, name: str, n: int) -> tuple[Tensor, Tensor]:
         return self._buffer(f"{name}_integers", (n,), torch.int32), self._buffer(f"{name}_values", (n,))
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        return getattr(self._library, function)(*map(self._argument, arguments), c_long(torch.get_num_threads()))
+        """A tensor goes in as its address, a number as the function's head has it. Anything else is refused by ctypes,
+        a tensor that is not contiguous among it."""
+        given = [one.data_ptr() if type(one) is Tensor and one.is_contiguous() else one for one in arguments]
+        return getattr(self._library, function)(*given, torch.get_num_threads())
 
-    def _argument(self, value: Tensor | float | int | None) -> Any:
-        if isinstance(value, Tensor):
-            assert value.is_contiguous(), f"a tensor of shape {list(value.shape)} must be contiguous"
-            return c_void_p(value.data_ptr())
-        if isinstance(value, float):
-            return self._real(value)
-        return value if value is None else c_long(value)
+
+@lru_cache(maxsize=4)
+def _every(batch: int, k: int) -> Int[Tensor, " batch_plus_1"]:
+    """0, k, 2 k, ...: k slots a row. Asked for in every step, and only read."""
+    return torch.arange(0, batch * k + 1, k)

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sae.kernels.base import SMALL_ENTRIES as ENTRIES
 from sae.kernels.base import Buffers
 
-# Entries of a matrix of weights up to which this pays; beyond, a BLAS does no worse.
-ENTRIES = 2**16
 # As in native.c: parts of a batch whose weight gradients are summed apart, and more columns than a panel has.
 PARTS, PANEL = 8, 32
 
@@ -20,9 +19,9 @@ def is_small(weight: Tensor) -> bool:
     return weight.numel() <= ENTRIES
 
 
-def panels_of(buffer: Buffers, n: int, d: int) -> Tensor:
+def panels_of(buffer: Buffers, name: str, n: int, d: int) -> Tensor:
     """Room for the packed weights of n latents."""
-    return buffer("panels", (2 * (n + PANEL) * d + (d + PANEL) * n,))
+    return buffer(f"{name}_panels", (2 * (n + PANEL) * d + (d + PANEL) * n,))
 
 
 def relu_step(
@@ -42,8 +41,8 @@ def relu_step(
 
     `gradient` and `firing` are filled; `name` tells the buffers of the results apart.
     """
-    batch, (n, d) = len(x), weights[0].shape
-    panels, parts = panels_of(buffer, n, d), buffer("parts", (PARTS * (2 * n * d + 3 * n + 1),))
+    (batch, _), (n, d) = x.shape, weights[0].shape
+    panels, parts = panels_of(buffer, name, n, d), buffer(f"{name}_parts", (PARTS * (2 * n * d + 3 * n + 1),))
     g_encoder, g_W_dec = (buffer(f"{name}_{side}", (n, d)) for side in ("encoder", "W_dec"))
     g_bias, totals = buffer(f"{name}_bias", (n,)), buffer(f"{name}_totals", (2,))
     given = (x, start, *weights, norms, cost, 2 / batch, k, batch, n, d)

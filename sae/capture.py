@@ -1,0 +1,140 @@
+"""Steps as CUDA graphs: recorded once, played again without the host's part in them. Imported on CUDA alone.
+
+A step is recorded in two graphs, up to its codes and from them on. Between them the host may look whether the codes of
+a ReLU fitted their slots, before anything has changed; a batch whose codes did not is computed anew, unrecorded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sae.kernels.triton import Triton
+
+# Recordings that are kept: each width of AuxK has one, and its own memory for what lies between operations.
+KEPT = 2
+# Steps of a kind before it is recorded: as many as lie between two looks.
+WARM_UP_STEPS = 10
+Key = tuple[object, ...]
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """A trainer, as far as it is recorded."""
+
+    sae: Any
+    engine: Any
+    dead: Tensor
+    window: Tensor
+    n_steps_done: int
+
+    def advance(self, activations: Tensor, target: Tensor | None = None) -> None:
+        """A whole step."""
+
+    def begin(self, activations: Tensor, target: Tensor | None = None) -> Any:
+        """Up to its codes; changes nothing that is saved."""
+
+    def finish(self, begun: Any) -> None:
+        """The rest of it."""
+
+
+@runtime_checkable
+class Graph(Protocol):
+    """A CUDA graph, as far as it is used once it is recorded."""
+
+    def replay(self) -> None:
+        """Does on the device what was recorded."""
+
+
+@dataclass
+class Recording:
+    """Both graphs of a step, and the memory that they read and write."""
+
+    inputs: tuple[Tensor, ...]
+    dead: Tensor
+    graphs: tuple[Graph, Graph]
+    n_codes: Tensor | None
+    """How many codes the batch has, where that may be too many."""
+    n_slots: int
+    held: list[Tensor]
+    """Buffers that later steps may replace by larger ones: the graphs know these."""
+
+
+class Recorder:
+    """Takes a trainer's steps: as they come in the first of a kind, then from a recording of one.
+
+    What the host decides at its looks (which latents are dead, whether steps are dense, how large k is) makes the kind
+    of a step. The first steps, as they come, compile kernels and fill buffers; a kind that lasts from one look to the
+    next alone, as while k is annealed, is not worth a recording.
+    """
+
+    def __init__(self, trainer: Steps) -> None:
+        kernels = trainer.engine.kernels
+        assert isinstance(kernels, Triton)
+        self.trainer, self.kernels = trainer, kernels
+        self.recordings: OrderedDict[Key, Recording] = OrderedDict()
+        self.seen: dict[Key, int] = {}
+
+    def play(self, activations: Tensor, target: Tensor | None) -> None:
+        """One step."""
+        trainer = self.trainer
+        inputs = (activations,) if target is None else (activations, target)
+        key = self._key(inputs)
+        recording = self.recordings.get(key)
+        first = self.seen.setdefault(key, trainer.n_steps_done)
+        if recording is None and self._can_be_recorded() and trainer.n_steps_done >= first + WARM_UP_STEPS:
+            recording = self.recordings[key] = self._record(inputs)
+            while len(self.recordings) > KEPT:
+                self.recordings.popitem(last=False)
+        if recording is None or not self._replay(recording, inputs):
+            trainer.advance(*inputs)
+
+    def _key(self, inputs: tuple[Tensor, ...]) -> Key:
+        trainer, sparsifier = self.trainer, self.trainer.sae.sparsifier
+        numbers = tuple((name, value) for name, value in vars(sparsifier).items() if isinstance(value, int | float))
+        shapes = tuple((tuple(part.shape), part.dtype) for part in inputs)
+        return (shapes, len(trainer.dead), trainer.engine.dense, numbers)
+
+    def _can_be_recorded(self) -> bool:
+        """Neither autograd nor a sparsifier of one's own is recorded, which may ask the device."""
+        engine = self.trainer.engine
+        own = not type(engine.sae.sparsifier).__module__.startswith("sae.sparsifiers")
+        return not (own or engine.by_autograd or (engine.dense and not engine.dense_products))
+
+    def _record(self, given: tuple[Tensor, ...]) -> Recording:
+        trainer, kernels, device = self.trainer, self.kernels, self.trainer.window.device
+        inputs, dead = tuple(part.clone() for part in given), trainer.dead.clone()
+        before, trainer.dead = trainer.dead, dead
+        pool = torch.cuda.graph_pool_handle()
+        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        kernels.recording, kernels.n_positive = True, None
+        try:
+            with torch.cuda.device(device):
+                # The loader's copies on another stream go on meanwhile.
+                with torch.cuda.graph(graphs[0], pool=pool, capture_error_mode="thread_local"):
+                    begun = trainer.begin(*inputs)
+                n_codes = kernels.n_positive
+                with torch.cuda.graph(graphs[1], pool=pool, capture_error_mode="thread_local"):
+                    trainer.finish(begun)
+        finally:
+            kernels.recording, trainer.dead = False, before
+        held = [*kernels.buffer.kept.values(), *trainer.engine.buffer.kept.values()]
+        return Recording(inputs, dead, graphs, n_codes, kernels.n_slots, held)
+
+    def _replay(self, recording: Recording, given: tuple[Tensor, ...]) -> bool:
+        """False: the codes do not fit the slots of the recording, and nothing has changed."""
+        for static, part in zip(recording.inputs, given, strict=True):
+            static.copy_(part, non_blocking=True)
+        if self.trainer.dead is not recording.dead:
+            recording.dead.copy_(self.trainer.dead)
+            self.trainer.dead = recording.dead
+        recording.graphs[0].replay()
+        if recording.n_codes is not None and int(recording.n_codes) > recording.n_slots:
+            self.recordings.clear()  # the next one has the slots that this batch needs
+            return False
+        recording.graphs[1].replay()
+        return True

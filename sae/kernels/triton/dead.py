@@ -1,0 +1,73 @@
+"""AuxK over the compacted columns of dead latents: dense products, and each row's k largest kept in place.
+
+Many of few are kept (k is half of d_in), so that a sparse gather would read far more than a product does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.kernels.triton.launch import power, rows_at_once, warps
+from sae.kernels.triton.top_k import keys_of
+
+# Entries that a program reads at a time; a wider row is read again for each bit, from the cache.
+BLOCK = 4096
+
+
+@triton.jit
+@no_type_check
+def _keep_largest(scores, bias, batch, n_columns, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cut = tl.zeros([ROWS], tl.int32)
+    for bit in range(31):
+        trial = cut + (1 << (30 - bit))
+        reach = tl.zeros([ROWS], tl.int32)
+        for start in range(0, n_columns, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            there = (rows < batch)[:, None] & (columns < n_columns)[None, :]
+            z = tl.load(scores + rows[:, None] * n_columns + columns[None, :], mask=there, other=0.0)
+            z += tl.load(bias + columns, mask=columns < n_columns, other=0.0)[None, :]
+            reach += tl.sum((tl.where(there, keys_of(z), -1) >= trial[:, None]).to(tl.int32), axis=1)
+        cut = tl.where(reach >= k, trial, cut)
+    for start in range(0, n_columns, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        there = (rows < batch)[:, None] & (columns < n_columns)[None, :]
+        at = scores + rows[:, None] * n_columns + columns[None, :]
+        z = tl.load(at, mask=there, other=0.0)
+        z += tl.load(bias + columns, mask=columns < n_columns, other=0.0)[None, :]
+        tl.store(at, tl.where(keys_of(z) >= cut[:, None], tl.where(z <= 0, 0.0, z), 0.0), mask=there)
+
+
+def keep_largest_(scores: Float[Tensor, "batch n"], bias: Float[Tensor, " n"], k: int) -> None:
+    """max(0, scores + bias) where it is among the k largest of its row, or ties with the least of them; else 0."""
+    batch, n_columns = scores.shape
+    columns = min(power(n_columns), BLOCK)
+    rows = rows_at_once(batch, columns)
+    constants = {"ROWS": rows, "COLUMNS": columns, "num_warps": warps(rows * columns)}
+    _keep_largest[(triton.cdiv(batch, rows),)](scores, bias, batch, n_columns, k, **constants)
+
+
+def aux_k(
+    gradient: Float[Tensor, "batch d"],
+    x: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "n_dead d_in"],
+    b_enc: Float[Tensor, " n_dead"],
+    W_dec: Float[Tensor, "n_dead d"],
+    k: int,
+    product: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Float[Tensor, ""], tuple[Tensor, Tensor, Tensor]]:
+    """`losses.aux_k`, whose products are computed by `product`."""
+    batch = len(x)
+    scores = product(x, encoder.T)
+    keep_largest_(scores, b_enc, min(k, scores.shape[1]))
+    g_sketch = product(scores, W_dec).mul_(2 / batch).add_(gradient)
+    value = torch.linalg.vector_norm(g_sketch).square() * (batch / 4)
+    through = product(g_sketch, W_dec.T).masked_fill_(scores <= 0, 0)
+    return value, (product(through.T, x), product(scores.T, g_sketch), through.sum(dim=0))

@@ -1,0 +1,138 @@
+"""Which steps are recorded, and when a recording is played. Graphs need a GPU: here what they hold is done instead."""
+
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from sae import UsageError, capture  # noqa: E402
+from sae.capture import Recorder, Recording  # noqa: E402
+from sae.trainer import Trainer  # noqa: E402
+from tests.test_kernels_triton import DEVICE, _quick_interpreter  # noqa: E402, F401
+from tests.test_kernels_triton_steps import BATCH, D_IN, batches, make_trainer, same_run  # noqa: E402
+
+
+@dataclass
+class Body:
+    """In place of a graph."""
+
+    replay: object
+
+
+class Pretended(Recorder):
+    """Its recordings do on the host what a graph does on the device, with the memory that a graph knows."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.recorded, self.played, self.n_slots = 0, 0, None
+
+    def _record(self, given):
+        trainer, kernels = self.trainer, self.kernels
+        inputs, dead, begun = tuple(part.clone() for part in given), trainer.dead.clone(), []
+        fits = kernels.n_slots if self.n_slots is None else self.n_slots
+        n_codes = torch.zeros((), dtype=torch.int64)
+
+        def first() -> None:
+            kernels.recording, kernels.n_slots = True, fits
+            begun[:] = [trainer.begin(*inputs)]
+            kernels.recording = False
+            n_codes.copy_(0 if kernels.n_positive is None else kernels.n_positive)
+
+        def second() -> None:
+            assert trainer.dead is dead, "a graph knows no other memory"
+            self.played += 1
+            trainer.finish(begun[0])
+
+        self.recorded += 1
+        return Recording(inputs, dead, (Body(first), Body(second)), n_codes, fits, [])
+
+
+def pair(case: str) -> tuple[Trainer, Pretended, Trainer]:
+    ours, judge = make_trainer(case, "triton", torch.float32), make_trainer(case, "reference", torch.float64)
+    recorder = Pretended(ours)
+    ours.recorder = recorder
+    return ours, recorder, judge
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Recordings are made after two steps of a kind."""
+    monkeypatch.setattr(capture, "WARM_UP_STEPS", 2)
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("case", ["topk", "relu"])
+def test_played_steps_are_the_steps(case):
+    ours, recorder, judge = pair(case)
+    for x in batches(D_IN, 2, 6):
+        ours.step(x)
+        judge.step(x)
+    if case == "topk":
+        assert (recorder.recorded, recorder.played) == (1, 4)
+    assert recorder.played >= 3  # a batch with more codes than the recording has slots for may come
+    same_run(ours, judge)
+
+
+@pytest.mark.usefixtures("soon")
+def test_codes_that_do_not_fit_are_computed_anew():
+    ours, recorder, judge = pair("relu")
+    recorder.n_slots = 1
+    for x in batches(D_IN, 2, 4):
+        ours.step(x)
+        judge.step(x)
+    assert (recorder.recorded, recorder.played) == (2, 0)
+    same_run(ours, judge)
+
+
+@pytest.mark.usefixtures("soon")
+def test_what_the_host_decides_chooses_the_recording():
+    ours, recorder, _ = pair("topk")
+    data = batches(D_IN, 2, 3)
+    for x in data:
+        ours.step(x)
+    (recording,) = recorder.recordings.values()
+    ours.dead = torch.arange(len(ours.dead), device=DEVICE)  # as many as before, but others
+    ours.step(data[0])
+    assert recording.dead[-1] == len(recording.dead) - 1, "the graph must learn of them"
+    ours.dead = ours.dead[:0]
+    for x in data:
+        ours.step(x)
+    assert recorder.recorded == 2
+    ours.step(data[0][: BATCH - 1])  # a batch of another size comes once
+    assert recorder.recorded == 2
+    ours.sae.sparsifier.k = 2
+    for x in data[:2]:
+        ours.step(x)
+    assert recorder.recorded == 2
+
+
+def test_autograd_is_not_recorded():
+    ours, recorder, _ = pair("topk")
+    assert recorder._can_be_recorded()
+    ours.engine.by_autograd = True
+    assert not recorder._can_be_recorded()
+
+
+def test_without_cuda_nothing_is_recorded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sae.capture", None)  # to import it would fail
+    trainer = make_trainer("topk", "triton", torch.float32)
+    assert trainer.window.device.type == "cuda" or trainer.recorder is None
+
+
+def test_out_of_memory_names_a_batch_size(monkeypatch):
+    trainer = make_trainer("topk", "reference", torch.float32)
+
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    trainer.recorder = type("Full", (), {"play": full})
+    x = torch.zeros(BATCH, D_IN, device=DEVICE)
+    with pytest.raises(UsageError, match=r"a batch of 9 at d_sae=45 does not fit on cpu, nor would a smaller one"):
+        trainer.step(x)
+    monkeypatch.setattr(trainer, "window", type("On", (), {"device": torch.device("cuda:0")})())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
+    with pytest.raises(UsageError, match=r"\(1.0 of 80.0 GiB free\); lower train.batch_size to 4"):
+        trainer.step(x)

@@ -1,0 +1,197 @@
+"""Whole training steps of every kind with Triton's kernels, against the reference in float64; and who gets them."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from sae import SAE, TrainConfig, UsageError  # noqa: E402
+from sae.kernels import choose, for_inference  # noqa: E402
+from sae.kernels.triton import Triton, launch  # noqa: E402
+from sae.trainer import Trainer  # noqa: E402
+from tests.test_kernels_triton import DEVICE, _quick_interpreter  # noqa: E402, F401
+
+BATCH, D_IN, D_SAE, STEPS = 9, 11, 45, 3
+CPU = torch.device("cpu")
+TRITON = Path(__file__).parent.parent / "sae" / "kernels" / "triton"
+CASES = {
+    "topk": {"kind": "topk", "k": 4},
+    "free rows": {"kind": "topk", "k": 4, "unit_norm_decoder": False},
+    "multi_k": {"kind": "topk", "k": 3, "multi_k": 7},
+    "prefixes": {"kind": "topk", "k": 4, "prefixes": (5, 20, D_SAE)},
+    "own centre": {"kind": "topk", "k": 4, "tied_bias": False},
+    "batchtopk": {"kind": "batchtopk", "k": 2.3},
+    "matryoshka": {"kind": "matryoshka", "k": 2.3, "k_start": 6.0, "k_anneal_fraction": 0.8},
+    "relu": {"kind": "relu", "l1_coefficient": 0.3, "l0": 4.0},
+    "relu free": {"kind": "relu", "l1_coefficient": 0.3, "unit_norm_decoder": False},
+    "jumprelu": {"kind": "jumprelu", "l0": 4.0},
+    "jumprelu tanh": {"kind": "jumprelu", "penalty": "tanh", "l0_coefficient": 0.3, "unit_norm_decoder": False},
+    "gated": {"kind": "gated", "l0": 4.0},
+    "gated free": {"kind": "gated", "l0": 4.0, "unit_norm_decoder": False},
+    "p_annealing": {"kind": "p_annealing", "l0": 4.0, "anneal_start": 0.0},
+    "transcoder": {"kind": "transcoder", "k": 4},
+    "skip_transcoder": {"kind": "skip_transcoder", "k": 4},
+    "matching_pursuit": {"kind": "matching_pursuit", "k": 3},
+}
+
+
+def make_trainer(case: str, kernels: str, dtype: torch.dtype) -> Trainer:
+    """Eleven latents are dead when it begins, so that AuxK has something to do; ReLU's steps are sparse."""
+    options = {"d_sae": D_SAE, "aux_k": 3, "aux_coefficient": 0.1} | CASES[case]
+    train = {"n_samples": 40 * BATCH, "batch_size": BATCH, "warmup_steps": 5, "kernels": kernels, "precision": "fp32"}
+    config = TrainConfig.model_validate({"sae": options, "train": train | {"dead_after_samples": 4 * BATCH}})
+    d_out = 6 if "transcoder" in case else D_IN
+    if d_out != D_IN:
+        options |= {"tied_init": False}
+        config = TrainConfig.model_validate({"sae": options, "train": train | {"dead_after_samples": 4 * BATCH}})
+    sae = SAE(D_IN, config.sae, d_out)
+    sae.initialise_(torch.zeros(d_out), torch.Generator().manual_seed(0), torch.zeros(D_IN))
+    if sae.encoder is not sae.W_dec:  # a lone code that is optimal has no gradient but what rounding leaves
+        sae.encoder.data *= 1.1
+    sae.sparsifier.start_(torch.full((D_SAE,), 1.2), sae.b_enc.detach())
+    if "gated" in case:  # a magnitude without a gate must not count
+        sae.sparsifier.c_mag.data.fill_(0.2)
+    trainer = Trainer(sae.to(dtype).to(DEVICE), config, 1.3)
+    trainer.engine.dense = False
+    trainer.engine.state.silent_samples[-11:] = 10 * BATCH
+    return trainer
+
+
+def batches(d: int, seed: int, n: int = STEPS) -> list[torch.Tensor]:
+    stream = torch.Generator().manual_seed(seed)
+    return [torch.randn(BATCH, d, generator=stream).to(DEVICE) for _ in range(n)]
+
+
+def same_run(ours: Trainer, judge: Trainer, tolerance: float = 1e-5) -> None:
+    for (name, weight), (_, other) in zip(ours.engine.state.weights(), judge.engine.state.weights(), strict=True):
+        torch.testing.assert_close(weight.double(), other, rtol=0, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
+    torch.testing.assert_close(ours.window, judge.window, rtol=1e-5, atol=1e-6)
+    for name in ("silent_samples", "window_firing"):
+        assert torch.equal(getattr(ours.engine.state, name), getattr(judge.engine.state, name))
+    both = (trainer.sae.sparsifier.state_dict().items() for trainer in (ours, judge))
+    for (name, own), (_, other) in zip(*both, strict=True):
+        close = {"rtol": 1e-4, "atol": 1e-6, "equal_nan": True, "check_dtype": False}
+        torch.testing.assert_close(own.double(), other.double(), **close, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps(case, monkeypatch):
+    ours, judge = make_trainer(case, "triton", torch.float32), make_trainer(case, "reference", torch.float64)
+    assert ours.engine.kernels.name == "triton"
+    monkeypatch.setattr(ours.engine, "_by_autograd", None)  # to call it would fail
+    monkeypatch.setattr(ours.engine, "_dense", None)
+    for x, target in zip(batches(D_IN, 2), batches(judge.sae.d_out, 3), strict=True):
+        targets = (target,) if "transcoder" in case else ()
+        for trainer in (ours, judge):
+            trainer.step(x, *targets)
+    assert len(judge.dead) == 11
+    assert judge.window[2] > 0, "AuxK must have had something to do"
+    same_run(ours, judge)
+
+
+# Inference
+
+
+@pytest.mark.parametrize("case", ["topk", "relu free", "transcoder"])
+def test_inference(case, monkeypatch):
+    model = make_trainer(case, "reference", torch.float32).sae
+    x = batches(D_IN, 4, 1)[0]
+    with torch.no_grad():
+        monkeypatch.setattr("sae.model.for_inference", lambda device, dtype: None)
+        z, x_hat = model.encode(x), model(x)
+        used = []
+
+        def kernels(device, dtype):
+            used.append(device)
+            return Triton(device, dtype, "fp32")
+
+        monkeypatch.setattr("sae.model.for_inference", kernels)
+        ours = model.encode(x)
+        torch.testing.assert_close(ours.dense(), z.dense())
+        assert ours.indices is not None
+        torch.testing.assert_close(model(x), x_hat)
+        assert len(used) == 3
+        model.encode(x[:1])
+        torch.testing.assert_close(ours.dense(), z.dense())  # codes are nobody's scratch memory
+        assert len(model(x[:0])) == 0
+    n = len(used)
+    assert model(x).requires_grad  # gradients need torch's own operations
+    assert len(used) == n
+
+
+def test_inference_on_a_cpu_is_torchs():
+    assert for_inference(CPU, torch.float32) is None
+
+
+# The compiler
+
+
+def test_every_kernel_compiles(tmp_path):
+    program = Path(__file__).parent / "triton_compiler.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    launched = {name for path in TRITON.glob("*.py") for name in re.findall(r"^ +(_\w+)\[", path.read_text(), re.M)}
+    assert launched >= {"_decode", "_update", "_maxima"}
+    assert set(ended.stdout.split()) == launched
+
+
+# The choice
+
+
+def test_asked_for_by_name_where_they_cannot_work(monkeypatch):
+    with pytest.raises(UsageError, match=r"they keep weights in torch.float32, not torch.float64; use train.kernels"):
+        choose(DEVICE, torch.float64, "triton")
+    with pytest.raises(UsageError, match="precision exact is a mode of the native kernels"):
+        choose(DEVICE, torch.float32, "triton", "exact")
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    with pytest.raises(UsageError, match="triton cannot be used: they need a CUDA device, not cpu; use") as raised:
+        choose(CPU, torch.float32, "triton")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A device of kind cuda that nothing is put on."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sae.kernels.has_bf16_units", lambda device: True)
+    return torch.device("cuda:0")
+
+
+def test_an_old_card_gets_torch(pretended_gpu, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(
+        UsageError, match=r"they need compute capability 8.0, and cuda:0 has 7.5; use train.kernels torch"
+    ):
+        choose(pretended_gpu, torch.float32, "triton")
+    with caplog.at_level(logging.INFO, "sae"):
+        kernels = choose(pretended_gpu, torch.float32)
+    assert kernels.name == "torch"
+    assert "training will be slower: triton's kernels cannot be used: they need compute capability 8.0" in caplog.text
+
+
+def test_a_new_card_gets_triton_in_bf16(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernels = choose(pretended_gpu, torch.float32)
+    assert (kernels.name, kernels.precision) == ("triton", "bf16")
+    assert choose(pretended_gpu, torch.float32, "torch").name == "torch"
+    assert choose(pretended_gpu, torch.float64).name == "torch"
+
+
+def test_without_triton(pretended_gpu, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "sae.kernels.triton", None)
+    with pytest.raises(
+        UsageError, match=r"triton cannot be imported .*; pip install triton, or use train.kernels torch"
+    ):
+        choose(pretended_gpu, torch.float32, "triton")
+    assert choose(pretended_gpu, torch.float32).name == "torch"
+    assert "triton cannot be imported" in caplog.text
