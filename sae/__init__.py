@@ -15,6 +15,7 @@ from sae.plugins import load_plugin
 from sae.run import Result, evaluate_run, train
 from sae.sources import HeldOut, Source
 from sae.sparsifiers import Sparsifier
+from sae.world_source import WorldSourceConfig
 
 __all__ = [
     "SAE",
@@ -27,6 +28,7 @@ __all__ = [
     "Sparsifier",
     "TrainConfig",
     "UsageError",
+    "WorldSourceConfig",
     "evaluate_run",
     "load",
     "load_config",

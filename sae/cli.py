@@ -86,7 +86,7 @@ class Train(WithPlugins):
 
     def run(self) -> None:
         from sae.config import load_config  # noqa: PLC0415
-        from sae.console import print_metrics, progress  # noqa: PLC0415
+        from sae.console import print_headlines, progress  # noqa: PLC0415
         from sae.run import train  # noqa: PLC0415
 
         self.load_plugins()
@@ -94,8 +94,8 @@ class Train(WithPlugins):
         config = load_config(self.config, (*self.overrides, *out))
         with progress(f"training {config.sae.kind}", config.n_steps) as on_line:
             result = train(config, resume=self.resume, overwrite=self.overwrite, on_line=on_line)
-        print_metrics(result.metrics)
-        print(f"\nwrote {result.out}/")
+        print_headlines(result.metrics)
+        print(f"\nwrote {result.out}/: every metric is in its result.json")
 
 
 @dataclass

@@ -29,7 +29,7 @@ from toymodels.errors import nearest
 
 # The last part of a run in which no latent starts anew.
 LEFT_ALONE = 0.2
-KernelName = Literal["auto", "reference", "torch", "native"]
+KernelName = Literal["auto", "reference", "torch", "native", "triton"]
 PrecisionName = Literal["auto", "fp32", "bf16", "exact"]
 
 
@@ -167,9 +167,11 @@ class TrainSection(Section):
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
     precision: PrecisionName = "auto"
-    """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX, else fp32."""
+    """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX and on CUDA, else
+    fp32."""
     kernels: KernelName = "auto"
-    """What computes a step: C on a CPU (native), torch elsewhere or without a compiler; reference is slow and plain."""
+    """What computes a step: C on a CPU (native), triton on CUDA, torch elsewhere or where these cannot work; reference
+    is slow and plain."""
 
 
 class EvaluationSection(Section):

@@ -15,6 +15,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 LIVE = {"fvu": "metrics/fvu", "L0": "metrics/l0", "dead": "sparsity/dead_features", "MCC": "recovery/mcc"}
 
+BESIDE = ("_chance", "_chance_sd", "_truth")
+HEADLINES = (
+    "metrics/fvu",
+    "metrics/l0",
+    "sparsity/dead_features",
+    "recovery/mmcs",
+    "recovery/mcc",
+    "recovery/coverage_0.9",
+    "recovery/f1",
+    "polysemanticity/latent_purity",
+    "polysemanticity/neuron_purity",
+)
+
 
 def postfix(values: Mapping[str, float]) -> str:
     """The few numbers worth watching, e.g. `fvu 0.071  L0 2.6  dead 0  MCC 0.998`."""
@@ -78,9 +91,15 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         console.print(caption, style="dim", highlight=False)
 
 
+def print_headlines(metrics: Mapping[str, float]) -> None:
+    """The few final metrics that say whether a run went well."""
+    shown = {f"{name}{beside}" for name in HEADLINES for beside in ("", *BESIDE)}
+    print_metrics({name: value for name, value in metrics.items() if name in shown})
+
+
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """Final metrics, each beside its chance value and the true dictionary's where there are such."""
-    names = [name for name in metrics if not name.endswith(("_chance", "_chance_sd", "_truth"))]
+    names = [name for name in metrics if not name.endswith(BESIDE)]
     rows = [
         [
             name,

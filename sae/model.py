@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sae.codes import SparseCodes
 from sae.config import SAEConfig, explain
 from sae.errors import UsageError
+from sae.kernels import for_inference
 from toymodels.files import save_tensors, sha256, write_text
 
 FORMAT_VERSION = 1
@@ -73,7 +74,12 @@ class SAE(nn.Module):
 
     def decode(self, codes: SparseCodes, x: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_out"]:
         """z W_dec + b_dec; a skip connection adds (x - centre) W_skip, where x is what was encoded."""
-        x_hat = codes.decode(self.W_dec) + self.b_dec
+        values = codes.values
+        kernels = None if torch.is_grad_enabled() else for_inference(values.device, values.dtype)
+        if kernels is not None and codes.indices is not None:
+            x_hat = kernels.reconstruct(values, codes.indices, self.W_dec) + self.b_dec
+        else:
+            x_hat = codes.decode(self.W_dec) + self.b_dec
         if self.W_skip is None or self.centre is None:
             return x_hat
         if x is None:
@@ -96,7 +102,12 @@ class SAE(nn.Module):
             )
             raise ValueError(f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; {remedy}")
         x = x.to(self.encoder.dtype)
-        return self.training_codes(x) if self.sparsifier.pursuit_steps else self.sparsifier.select(self.pre_latents(x))
+        if self.sparsifier.pursuit_steps:
+            return self.training_codes(x)
+        kernels = None if torch.is_grad_enabled() else for_inference(x.device, x.dtype)
+        if kernels is not None and len(x):
+            return self.sparsifier.infer(kernels, self.pre_latents(x))
+        return self.sparsifier.select(self.pre_latents(x))
 
     def training_codes(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """The latents that fire for each row of x, as training selects them."""

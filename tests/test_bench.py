@@ -14,9 +14,10 @@ from test_architecture import PATHS, imports
 from sae.bench import ceiling, memory, ours
 from sae.bench.ceiling import Ceiling
 from sae.bench.contenders import contenders
+from sae.bench.dense import DenseStep
 from sae.bench.loading import RivalFailed, load
 from sae.bench.report import Race, Report, share_of_ceiling
-from sae.bench.rivals import RIVALS, Rival
+from sae.bench.rivals import RIVALS, Rival, Settings
 from sae.bench.shapes import SHAPES, Shape, parse_kinds, parse_shapes
 from sae.bench.stages import Products, Stage, Stopwatch, stages
 from sae.bench.stages import ceiling as stage_ceiling
@@ -195,6 +196,25 @@ def test_import_sae_leaves_bench_alone():
 # Rivals
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu"])
+def test_the_dense_step_learns(kind):
+    x, step = SMALL.activations(1), DenseStep(kind, SMALL, 1e-2, "cpu", 0.1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = float(step.loss(x))
+    for _ in range(20):
+        step(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert float(step.loss(x)) < 0.8 * before
+    torch.testing.assert_close(step.loss.W_dec.norm(dim=1), torch.ones(SMALL.d_sae))
+
+
+def test_some_race_on_cuda_alone():
+    assert RIVALS["dense torch"].races("topk", "cuda:0")
+    assert not RIVALS["dense torch"].races("topk", "cpu")
+    assert not RIVALS["dense torch"].races("gated", "cuda")
+    assert RIVALS["overcomplete"].races("topk", "cpu")
+
+
 @pytest.fixture
 def fake_dictionary_learning(monkeypatch):
     """A package of that name, whose trainer writes down what it is asked."""
@@ -224,7 +244,7 @@ def only(monkeypatch):
     return choose
 
 
-def missing(shape: Shape, lr: float, device: str):
+def missing(shape: Shape, lr: float, device: str, settings: Settings):
     return load("a_package_that_nobody_has.trainers")
 
 
@@ -256,7 +276,7 @@ def test_a_missing_rival_is_one_line_said_once(only, caplog):
 
 
 def test_a_rival_whose_step_fails_is_left_out(only):
-    def broken(shape: Shape, lr: float, device: str):
+    def broken(shape: Shape, lr: float, device: str, settings: Settings):
         def step(x: torch.Tensor) -> None:
             raise RuntimeError("of no use\nat all")
 

@@ -69,6 +69,21 @@ def with_value(value: float, row: int) -> np.ndarray:
     return array
 
 
+def test_train_shows_few_metrics_and_says_where_all_are(run_cli, toy, tmp_path):
+    outcome = run_cli("train", toy, "--out", tmp_path / "run")
+    lines = [line.strip() for line in outcome.out.splitlines()]
+    shown = [line.split()[0] for line in lines if line.startswith(("metrics/", "recovery/"))]
+    assert shown == [
+        "metrics/fvu",
+        "metrics/l0",
+        "recovery/mmcs",
+        "recovery/mcc",
+        "recovery/coverage_0.9",
+        "recovery/f1",
+    ]
+    assert outcome.out.rstrip().endswith("every metric is in its result.json")
+
+
 def test_train_leaves_what_it_promises(run_cli, toy, tmp_path):
     outcome = run_cli("train", toy, "--out", tmp_path / "run", "--sae.k", "2", "--train.lr=1e-3")
     assert outcome.code == 0

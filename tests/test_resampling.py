@@ -210,7 +210,7 @@ def test_resuming_is_bitwise(tmp_path):
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_it_revives(kind, tmp_path):
-    """From an untied start many latents never win, and nothing brings them back."""
+    """From an untied start and with rows of norm 1 many latents never win, and nothing brings them back."""
     stream = torch.Generator().manual_seed(0)
     truth = nn.functional.normalize(torch.randn(48, 16, generator=stream), dim=1)
     x = (torch.rand(40_000, 48, generator=stream) * (torch.rand(40_000, 48, generator=stream) < 0.04)) @ truth
@@ -219,7 +219,7 @@ def test_it_revives(kind, tmp_path):
         config = TrainConfig.model_validate(
             {
                 "sae": {"kind": kind, "d_sae": 48, "k": 2, "aux_coefficient": 0.0, "tied_init": False}
-                | {"resample_every": every},
+                | {"resample_every": every, "unit_norm_decoder": True},
                 "train": {"n_samples": 153_600, "batch_size": 256, "dead_after_samples": 2560},
                 "out": tmp_path / f"{every}",
             }

@@ -242,6 +242,16 @@ def test_calibration_gives_the_l0_asked_for_on_other_data(l0):
     assert shift.max() - shift.min() < 1e-5, "all move by one number"
 
 
+@pytest.mark.parametrize(("l0", "told"), [(4.0, True), (10.0, False)])
+def test_training_that_ended_far_off_says_so(l0, told, caplog):
+    held_out(JumpReLU(64, 0.1, 1.0, l0), l0)  # before, a latent fires with probability .16: 10.2 of them do
+    lines = [
+        record.getMessage() for record in caplog.records if "training ended at an L0 of 10." in record.getMessage()
+    ]
+    assert len(lines) == told
+    assert all(f"not {l0:g} as asked for" in line and "raise l0_coefficient=1" in line for line in lines)
+
+
 def test_where_fewer_are_positive_all_of_them_fire():
     sparsifier = JumpReLU(64, 0.1, 1.0, 40.0)
     assert held_out(sparsifier, 40.0) == pytest.approx(32, rel=0.02)
@@ -281,8 +291,11 @@ def test_a_run_ends_at_the_l0_asked_for(tmp_path, scale):
     ("options", "message"),
     [
         ({}, "needs a price of sparsity; give l0, the L0 to reach, or l0_coefficient"),
-        ({"l0": 24.0}, "l0 must be less than d_sae=24, got 24; lower it or raise d_sae"),
-        ({"l0": 2.0, "initial_l0": 30.0}, "initial_l0 must be less than d_sae=24, got 30; lower it or raise d_sae"),
+        ({"l0": 24.0}, "l0 must lie below d_sae=24, got 24; lower l0 or raise d_sae"),
+        (
+            {"l0": 2.0, "initial_l0": 30.0},
+            "initial_l0 must lie below d_sae=24, got 30; lower initial_l0 or raise d_sae",
+        ),
         ({"l0": 2.0, "penalty": "tanh"}, "penalty tanh has no target, got l0=2; give l0_coefficient instead of l0"),
         ({"l0": 2.0, "bandwidth": 0.0}, "sae.bandwidth: Input should be greater than 0, got 0.0"),
     ],

@@ -30,7 +30,7 @@ def contenders(
         return found
     batches = list(zip(*(part.split(shape.batch) for part in parts(kind, x)), strict=True))
     for rival in RIVALS.values():
-        if kind not in rival.steps:
+        if not rival.races(kind, device):
             continue
         precisions = [rival.precision, MEDIUM] if medium_too else [rival.precision]
         for precision in precisions:

@@ -38,8 +38,9 @@ def machine(device: str) -> dict[str, object]:
         "last_cache_bytes": last_cache_bytes(),
         "device": device,
         "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
-        "versions": {name: _version(name) for name in ("sae", "torch", "numpy")}
-        | {"python": platform.python_version()},
+        "driver": next(iter(_lines(Path("/proc/driver/nvidia/version"))), None),
+        "versions": {name: _version(name) for name in ("sae", "torch", "triton", "numpy")}
+        | {"python": platform.python_version(), "cuda": torch.version.cuda},
         "load": load(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

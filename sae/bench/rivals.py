@@ -2,7 +2,8 @@
 
 What a step holds is what the library does between one batch and the next: forward, loss, backward, clipping,
 normalisation, dead-latent counters, optimiser, schedule. All get the same activations, in float32, and the same
-learning rate; nothing is logged. Rivals are imported when they are asked for and are no dependency of this package.
+learning rate; nothing is logged. Beside the step stands what it trains, for `sae.bench.quality`. Rivals are imported
+when they are asked for and are no dependency of this package.
 """
 
 from __future__ import annotations
@@ -17,11 +18,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.bench.dense import DenseStep
 from sae.bench.loading import RivalFailed, first_line, load, quiet
 from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape, groups
+from sae.schedules import learning_rate
 
 Step = Callable[..., object]
 """Is given activations, and targets where there are some."""
+Make = Callable[[Shape, float, str, "Settings"], Step]
+"""A step from shape, learning rate, device and settings."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long a run is that a step belongs to, and what its sparsity costs."""
+
+    n_steps: int = N_STEPS
+    l1: float = L1_COEFFICIENT
+    """lambda of |e|^2 + lambda * sum |z|."""
+    l0_price: float = L1_COEFFICIENT
+    """lambda of |e|^2 + lambda * L0."""
+    warmups: tuple[int, int] | None = None
+    """Steps over which learning rate and penalty rise; None: the library's own, which are those of long runs."""
+    decay_steps: int = 0
+    """Last steps, over which the learning rate falls; no library does so by default."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """A step, and what it trains."""
+
+    step: Step
+    dictionary: Callable[[], Tensor]
+    """W_dec [d_sae, d_out] as it is now."""
+    reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Codes [batch, d_sae] and x_hat, as its inference gives them."""
+
+    def __call__(self, *parts: Tensor) -> object:
+        return self.step(*parts)
 
 
 @dataclass(frozen=True)
@@ -30,10 +65,16 @@ class Rival:
 
     name: str
     """What it is installed as."""
-    steps: Mapping[str, Callable[[Shape, float, str], Step]]
-    """How a step of each kind is made, from shape, learning rate and device."""
+    steps: Mapping[str, Make]
+    """How a step of each kind is made."""
     precision: str = "highest"
     """What its own training loop sets `torch.set_float32_matmul_precision` to."""
+    device: str | None = None
+    """The kind of device that it takes part on; None: any."""
+
+    def races(self, kind: str, device: str) -> bool:
+        """Whether it takes part."""
+        return kind in self.steps and self.device in (None, torch.device(device).type)
 
     @property
     def version(self) -> str | None:
@@ -43,30 +84,38 @@ class Rival:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    def step(self, kind: str, shape: Shape, lr: float, device: str) -> Step:
+    def step(self, kind: str, shape: Shape, lr: float, device: str, settings: Settings = Settings()) -> Step:
         """A training step at its beginning.
 
         Raises:
             RivalFailed: the library is not installed, or does not work here; the message says why in one line.
         """
-        torch.manual_seed(0)
+        torch.manual_seed(settings.seed)
         try:
             with quiet():
-                return self.steps[kind](shape, lr, device)
+                return self.steps[kind](shape, lr, device, settings)
         except Exception as error:
             raise RivalFailed(f"{self.name} is left out: {first_line(error)}") from error
 
 
-def dictionary_learning(kind: str, shape: Shape, lr: float, device: str) -> Step:
+def dictionary_learning(kind: str, shape: Shape, lr: float, device: str, settings: Settings) -> Training:
     """`update` of its trainer classes, as `trainSAE` calls it."""
     fractions = [m / shape.d_sae for m in groups(shape)]
+    penalised: dict[str, Any] = {}
+    if settings.warmups is not None:
+        penalised["sparsity_warmup_steps"] = settings.warmups[1]
+    l1 = penalised | {"l1_penalty": settings.l1}
+    p_annealing = penalised | {"initial_sparsity_penalty": settings.l1}
+    if settings.n_steps < N_STEPS:
+        # Its default, of a run of N_STEPS; and it divides by a p_end of 0, its default, near the end of a run.
+        p_annealing |= {"anneal_start": 15_000 * settings.n_steps // N_STEPS, "p_end": 0.2}
     trainers: dict[str, tuple[str, str, dict[str, Any]]] = {
         "topk": ("top_k", "TopKTrainer", {"k": shape.k}),
         "batchtopk": ("batch_top_k", "BatchTopKTrainer", {"k": shape.k}),
-        "relu": ("standard", "StandardTrainer", {"l1_penalty": L1_COEFFICIENT}),
-        "gated": ("gdm", "GatedSAETrainer", {"l1_penalty": L1_COEFFICIENT}),
-        "jumprelu": ("jumprelu", "JumpReluTrainer", {"target_l0": float(shape.k)}),
-        "p_annealing": ("p_anneal", "PAnnealTrainer", {"initial_sparsity_penalty": L1_COEFFICIENT}),
+        "relu": ("standard", "StandardTrainer", l1),
+        "gated": ("gdm", "GatedSAETrainer", l1),
+        "jumprelu": ("jumprelu", "JumpReluTrainer", penalised | {"target_l0": float(shape.k)}),
+        "p_annealing": ("p_anneal", "PAnnealTrainer", p_annealing),
         "matryoshka": (
             "matryoshka_batch_top_k",
             "MatryoshkaBatchTopKTrainer",
@@ -74,30 +123,45 @@ def dictionary_learning(kind: str, shape: Shape, lr: float, device: str) -> Step
         ),
     }
     module, name, own = trainers[kind]
+    if settings.warmups is not None:
+        own = own | {"warmup_steps": settings.warmups[0]}
+    if settings.decay_steps:
+        own = own | {"decay_start": settings.n_steps - settings.decay_steps}
     trainer = getattr(load(f"dictionary_learning.trainers.{module}"), name)(
-        steps=N_STEPS,
+        steps=settings.n_steps,
         activation_dim=shape.d_in,
         dict_size=shape.d_sae,
         layer=0,
         lm_name="none",
         lr=lr,
-        seed=0,
+        seed=settings.seed,
         device=device,
         **own,
     )
     steps = count()
-    return lambda x: trainer.update(next(steps), x)
+
+    def dictionary() -> Tensor:
+        return trainer.ae.W_dec if hasattr(trainer.ae, "W_dec") else trainer.ae.decoder.weight.T
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = trainer.ae.encode(x)
+        return codes, trainer.ae.decode(codes)
+
+    return Training(lambda x: trainer.update(next(steps), x), dictionary, reconstruct)
 
 
-def sae_lens(kind: str, shape: Shape, lr: float, device: str) -> Step:
+def sae_lens(kind: str, shape: Shape, lr: float, device: str, settings: Settings) -> Training:
     """What `SAETrainer.fit` does for a batch, by the methods that it offers to other loops; no progress bar."""
     config, trainers = load("sae_lens.config"), load("sae_lens.training.sae_trainer")
+    lr_warmup, warmup = settings.warmups or (0, 0)  # its defaults
+    l1 = {"l1_coefficient": settings.l1, "l1_warm_up_steps": warmup}
+    l0 = {"l0_coefficient": settings.l0_price, "l0_warm_up_steps": warmup}
     classes: dict[str, tuple[str, str, dict[str, Any]]] = {
         "topk": ("topk_sae", "TopKTrainingSAE", {"k": shape.k}),
         "batchtopk": ("batchtopk_sae", "BatchTopKTrainingSAE", {"k": shape.k}),
-        "relu": ("standard_sae", "StandardTrainingSAE", {"l1_coefficient": L1_COEFFICIENT}),
-        "gated": ("gated_sae", "GatedTrainingSAE", {"l1_coefficient": L1_COEFFICIENT}),
-        "jumprelu": ("jumprelu_sae", "JumpReLUTrainingSAE", {"l0_coefficient": L1_COEFFICIENT}),
+        "relu": ("standard_sae", "StandardTrainingSAE", l1),
+        "gated": ("gated_sae", "GatedTrainingSAE", l1),
+        "jumprelu": ("jumprelu_sae", "JumpReLUTrainingSAE", l0),
         "matryoshka": (
             "matryoshka_batchtopk_sae",
             "MatryoshkaBatchTopKTrainingSAE",
@@ -110,10 +174,12 @@ def sae_lens(kind: str, shape: Shape, lr: float, device: str) -> Step:
     sae = getattr(saes, name)(getattr(saes, f"{name}Config")(d_in=shape.d_in, d_sae=shape.d_sae, device=device, **own))
     trainer = trainers.SAETrainer(
         config.SAETrainerConfig(
-            total_training_samples=N_STEPS * shape.batch,
+            total_training_samples=settings.n_steps * shape.batch,
             train_batch_size_samples=shape.batch,
             lr=lr,
             lr_end=lr / 10,  # what its runner's configuration derives; the default schedule is constant
+            lr_warm_up_steps=lr_warmup,
+            lr_decay_steps=settings.decay_steps,
             device=device,
         ),
         sae,
@@ -125,10 +191,18 @@ def sae_lens(kind: str, shape: Shape, lr: float, device: str) -> Step:
         trainer.step(x)
         trainer.n_training_steps += 1
 
-    return step
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        if kind in {"batchtopk", "matryoshka"}:  # they are saved as a JumpReLU with this threshold
+            _, scores = sae.encode_with_hidden_pre(x)
+            codes = scores * (scores > sae.topk_threshold)
+        else:
+            codes = sae.encode(x)
+        return codes, sae.decode(codes)
+
+    return Training(step, lambda: sae.W_dec, reconstruct)
 
 
-def sparsify(kind: str, shape: Shape, lr: float, device: str) -> Step:
+def sparsify(kind: str, shape: Shape, lr: float, device: str, settings: Settings) -> Training:
     """Its coder, and what `Trainer.fit` with its hook does for a batch: the trainer itself needs a language model.
 
     sparsify/trainer.py 1.3.3, one process, no accumulation. Left out is what handles tokens: flattening, and the two
@@ -175,10 +249,16 @@ def sparsify(kind: str, shape: Shape, lr: float, device: str) -> Step:
             since_fired[did_fire] = 0
             did_fire.zero_()
 
-    return step
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        optimizer.eval()  # the averaged weights of a schedule-free optimiser
+        values, latents, _ = sae.encode(x)
+        codes = values.new_zeros(len(x), shape.d_sae).scatter_(1, latents, values)
+        return codes, sae.decode(values, latents)
+
+    return Training(step, lambda: sae.W_dec, reconstruct)
 
 
-def overcomplete(kind: str, shape: Shape, lr: float, device: str) -> Step:
+def overcomplete(kind: str, shape: Shape, lr: float, device: str, settings: Settings) -> Training:
     """`train_sae` on a loader of one batch, with monitoring off; k of BatchTopK counts a whole batch there."""
     train_sae = load("overcomplete.sae.train").train_sae
     module, name, own = {
@@ -195,13 +275,36 @@ def overcomplete(kind: str, shape: Shape, lr: float, device: str) -> Step:
 
     if kind in ("relu", "jumprelu"):
         # It takes the mean of the squared error over batch and d_in, and the sum of |z| over both.
-        penalty = L1_COEFFICIENT / (shape.batch * shape.d_in)
+        penalty = settings.l1 / (shape.batch * shape.d_in)
         criterion = partial(load("overcomplete.sae.losses").mse_l1, penalty=penalty)
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr)
-    return lambda x: train_sae(sae, [x], criterion, optimizer, nb_epochs=1, monitoring=0, device=device)
+    warmup, decay = (settings.warmups or (0, 0))[0], settings.decay_steps
+    scheduler = None
+    if warmup or decay:
+        shares = partial(learning_rate, n_steps=settings.n_steps, peak=1.0, warmup_steps=warmup)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, partial(shares, decay_fraction=decay / settings.n_steps)
+        )
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        sae.eval()
+        _, codes = sae.encode(x)
+        return codes, sae.decode(codes)
+
+    return Training(
+        lambda x: train_sae(sae, [x], criterion, optimizer, scheduler, nb_epochs=1, monitoring=0, device=device),
+        sae.get_dictionary,
+        reconstruct,
+    )
 
 
-def _each_kind(make: Callable[[str, Shape, float, str], Step], *kinds: str) -> dict[str, Callable[..., Step]]:
+def dense_torch(kind: str, shape: Shape, lr: float, device: str, settings: Settings) -> Training:
+    """What anybody can write with torch alone, tuned."""
+    step = DenseStep(kind, shape, lr, device, settings.l1)
+    return Training(step, lambda: step.model.W_dec, step.reconstruct)
+
+
+def _each_kind(make: Callable[[str, Shape, float, str, Settings], Step], *kinds: str) -> dict[str, Make]:
     return {kind: partial(make, kind) for kind in kinds}
 
 
@@ -216,5 +319,6 @@ RIVALS = {
         Rival("sae-lens", _each_kind(sae_lens, *SELECTIONS, "gated", "jumprelu", "matryoshka", "matching_pursuit")),
         Rival("overcomplete", _each_kind(overcomplete, *SELECTIONS, "jumprelu", "matching_pursuit")),
         Rival("eai-sparsify", _each_kind(sparsify, "topk", "transcoder"), precision="high"),
+        Rival("dense torch", _each_kind(dense_torch, *SELECTIONS), device="cuda"),
     )
 }

@@ -150,7 +150,7 @@ def _memory(plan: Plan, done: Report) -> None:
         found = []
         for kind in plan.kinds:
             for name in names:
-                if name in RIVALS and kind not in RIVALS[name].steps:
+                if name in RIVALS and not RIVALS[name].races(kind, plan.device):
                     continue
                 steps = plan.steps or STEPS
                 plugins = tuple(map(str, LOADED))

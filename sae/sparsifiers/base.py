@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -89,6 +89,10 @@ class Sparsifier(nn.Module, ABC):
         """Codes for inference, each row on its own. The same as in training unless a sparsifier says otherwise."""
         return self(pre_latents)
 
+    def infer(self, kernels: Any, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        """`select` without gradients, by a device's kernels where these know how."""
+        return self.select(pre_latents)
+
     def pursue(self, x: Float[Tensor, "batch d"], W_dec: Float[Tensor, "d_sae d"]) -> SparseCodes:
         """Codes of centred activations where `pursuit_steps`: differentiable, and each row on its own."""
         raise NotImplementedError(f"{type(self).__name__} selects among pre-latents")
@@ -110,7 +114,7 @@ class Sparsifier(nn.Module, ABC):
         weight = self.charge(sparsity)
         cost = weight / (len(codes.offsets) - 1)
         decoded = decode(codes, cost)
-        penalty = weight * decoded.code_sums.mean()
+        penalty = weight * decoded.code_sums.mean() if self.l1_coefficient else decoded.code_sums.new_zeros(())
         return Flow(decoded, decoded.code_gradients, decoded.losses.mean(), penalty, cost)
 
     def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:

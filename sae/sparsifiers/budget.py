@@ -14,6 +14,8 @@ class BudgetConfig(SAEConfig):
 
     k: float = Field(gt=0)
     """Latents that fire for one activation."""
+    unit_norm_decoder: bool = False
+    """Keep decoder rows at norm 1. Free, each latent finds how large its pre-latents should be among the others."""
     k_start: float | None = Field(default=None, gt=0)
     """k at the beginning, from where it falls linearly to k; default k throughout."""
     k_anneal_fraction: float = Field(default=0.1, gt=0, le=1)

@@ -132,18 +132,23 @@ class Penalised(Sparsifier):
         l0 = self.control.l0
         threshold, trained = threshold_of(map(self.scores, batches), l0, n_samples)
         self.threshold.fill_(threshold)
-        if abs(math.log(max(trained, 1e-9) / l0)) > FAR:
-            logger.warning(
-                "training ended at an L0 of %.4g, not %.4g as asked for; a threshold makes up for it, at some cost: "
-                "train longer, or start nearer to l1_coefficient=%.3g",
-                trained,
-                l0,
-                float(self.coefficient),
-            )
+        tell_if_far(trained, l0, f"start nearer to l1_coefficient={float(self.coefficient):.3g}")
 
     def rescale_(self, scale: float) -> None:
         if self.threshold is not None:
             self.threshold.mul_(scale)
+
+
+def tell_if_far(trained: float, l0: float, remedy: str) -> None:
+    """A line where training ended more than FAR from the L0 that was asked for."""
+    if abs(math.log(max(trained, 1e-9) / l0)) > FAR:
+        logger.warning(
+            "training ended at an L0 of %.4g, not %.4g as asked for; a threshold makes up for it, at some cost: "
+            "train longer, or %s",
+            trained,
+            l0,
+            remedy,
+        )
 
 
 def threshold_of(batches: Iterable[Float[Tensor, "batch d_sae"]], l0: float, n_samples: int) -> tuple[float, float]:

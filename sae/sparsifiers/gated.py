@@ -52,6 +52,7 @@ class Gated(Penalised):
         if gate is None:
             return None
         magnitudes = self.c_mag.detach()[gate.latents].addcmul_(self._gains(gate), gate.values).relu_()
+        magnitudes.masked_fill_(gate.values <= 0, 0)  # empty slots, where kernels leave some
         return gate._replace(values=magnitudes, pre_latents=gate.values)
 
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:

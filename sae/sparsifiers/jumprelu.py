@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from sae.codes import SparseCodes, cut_between
 from sae.config import SAEConfig
 from sae.kernels import Codes, Kernels, Scalar, Scores, capacity
 from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
+from sae.sparsifiers.control import tell_if_far
 
 # The default bandwidth, as a share of what latents must exceed at the start, on average: wider means smoother
 # gradients, and more silent slots in each step.
@@ -48,7 +49,9 @@ class JumpReLUConfig(SAEConfig):
     def _sparsity_is_paid_for(self) -> JumpReLUConfig:
         for name, value in (("l0", self.l0), ("initial_l0", self.initial_l0)):
             if value is not None and not value < self.d_sae:
-                raise ValueError(f"{name} must be less than d_sae={self.d_sae}, got {value:g}; lower it or raise d_sae")
+                raise ValueError(
+                    f"{name} must lie below d_sae={self.d_sae}, got {value:g}; lower {name} or raise d_sae"
+                )
         if self.l0 is not None and self.penalty == "tanh":
             raise ValueError(f"penalty tanh has no target, got l0={self.l0:g}; give l0_coefficient instead of l0")
         if self.l0 is None and self.l0_coefficient is None:
@@ -105,11 +108,12 @@ class JumpReLU(Sparsifier):
         """All slots that theta has a gradient from: those that fire, and the silent ones just below."""
         threshold = self.threshold.detach()
         bias = scores.bias - threshold + self.bandwidth / 2
-        found = kernels.positive(dataclasses.replace(scores, bias=bias), capacity(*scores.shape, kernels.precision))
+        found = kernels.positive(dataclasses.replace(scores, bias=bias), capacity(scores, kernels.precision))
         if found is None:
             return None
         own = threshold.index_select(0, found.latents)
         pre_latents = (found.values + own).sub_(self.bandwidth / 2)
+        pre_latents = pre_latents.where(found.values > 0, -torch.inf)  # empty slots, where kernels leave some
         return found._replace(values=pre_latents.where(pre_latents > own, 0), pre_latents=pre_latents)
 
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
@@ -131,7 +135,8 @@ class JumpReLU(Sparsifier):
                 pull = torch.zeros_like(decode.norms).index_add_(0, latents, steepness * codes.values)
         threshold = self.threshold.detach()
         own = threshold.index_select(0, latents)
-        near = codes.pre_latents - own < self.bandwidth / 2  # all lie above the other end
+        margin = codes.pre_latents - own
+        near = (margin < self.bandwidth / 2) & (margin > -torch.inf)  # all but empty slots lie above the other end
         jumps = own.mul_(through).add_(price).where(near, 0)
         self.threshold.grad = torch.zeros_like(threshold).index_add_(0, latents, jumps).div_(-self.bandwidth)
         return Flow(decoded, through.where(fires, 0), decoded.losses.mean(), penalty, pull=pull)
@@ -179,10 +184,20 @@ class JumpReLU(Sparsifier):
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         """Where a target was given, all thresholds move by one number, so that the mean L0 is l0 (or the mean number
         of positive pre-latents, where these are fewer)."""
-        if self.l0 is not None:
-            margins = ((pre - self.threshold)[pre > 0] for pre in batches)
-            n = max(round(self.l0 * n_samples), 1)
-            self.threshold.add_(cut_between(margins, n, -torch.inf)).clamp_min_(0)
+        if self.l0 is None:
+            return
+        n_firing = 0
+
+        def margins() -> Iterator[Tensor]:
+            nonlocal n_firing
+            for pre in batches:
+                margin = (pre - self.threshold)[pre > 0]
+                n_firing += int((margin > 0).sum())
+                yield margin
+
+        shift = cut_between(margins(), max(round(self.l0 * n_samples), 1), -torch.inf)
+        self.threshold.add_(shift).clamp_min_(0)
+        tell_if_far(n_firing / n_samples, self.l0, f"raise l0_coefficient={self.weight:g}")
 
     @torch.no_grad()
     def rescale_(self, scale: float) -> None:

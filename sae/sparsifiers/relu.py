@@ -41,5 +41,4 @@ class ReLU(Penalised):
 
 def positive(kernels: Kernels, scores: Scores) -> Codes | None:
     """All positive pre-latents, where they are few enough to count as sparse."""
-    batch, d_sae = scores.shape
-    return kernels.positive(scores, capacity(batch, d_sae, kernels.precision))
+    return kernels.positive(scores, capacity(scores, kernels.precision))

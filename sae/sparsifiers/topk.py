@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -60,6 +60,10 @@ class TopK(Budget):
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return _largest(pre_latents, self.k)
+
+    def infer(self, kernels: Any, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+        values, latents = kernels.encode_top_k(pre_latents, self.k)
+        return SparseCodes(values, latents, pre_latents.shape[1])
 
 
 class MultiTopK(TopK):

@@ -26,6 +26,16 @@ class _Transcoding(SAEConfig):
     base: dict[str, Any] | None = None
     """Another kind that selects, with its own options, as in {kind: batchtopk, k: 3}."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_as_in_the_base(cls, given: Any) -> Any:
+        """Decoder rows are free or not as in the kind that selects, unless said otherwise."""
+        if not isinstance(given, dict) or "unit_norm_decoder" in given:
+            return given
+        base = given.get("base")
+        kind = SAEConfig.kinds.get(base.get("kind", "") if isinstance(base, dict) else "topk", cls)
+        return given | {"unit_norm_decoder": kind.model_fields["unit_norm_decoder"].default}
+
     @field_validator("tied_bias")
     @classmethod
     def _bias_is_free(cls, tied: bool) -> bool:

@@ -11,8 +11,9 @@ from typing import Literal
 
 from sae.ensemble import Diverged, Ensemble, Run, Stop
 from sae.errors import Interrupted, UsageError
+from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.run import STATUS, as_it_begins, conclude, open_run
-from sae.sources import Batch, HeldOut, Purpose, Source
+from sae.sources import Batch, Source
 from sae.sweep.plan import Member, SweepSection
 from sae.sweep.rules import Line, Stopped, read_lines, verdict
 from toymodels.files import write_text
@@ -135,7 +136,7 @@ def opener() -> OpenSource:
 
 
 class SharedSource(Source):
-    """A source whose held-out rows are drawn once, and shared by all that ask for them."""
+    """A source whose held-out rows are drawn once for all that want them at once; streams are drawn anew."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.truth = source, source.truth
@@ -147,6 +148,9 @@ class SharedSource(Source):
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
         return self._held_out(purpose, n)
+
+    def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
+        return self.source.held_out_stream(purpose, n)
 
 
 def _explain(error: Exception) -> str:
