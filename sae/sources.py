@@ -7,6 +7,7 @@ there are any.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -28,6 +29,8 @@ from sae.held_out import HeldOut, HeldOutStream, Purpose, WorldStream
 from toymodels.experiments import NAMES, experiment
 from toymodels.streams import generator
 from toymodels.worlds import Recipe, ToyRecipe, World
+
+logger = logging.getLogger("sae")
 
 # Up to this size a set is shuffled row by row; above it, in windows made of random blocks.
 EXACT_SHUFFLE_BYTES = 2**30
@@ -347,6 +350,7 @@ class ToySourceConfig(SourceConfig):
     def open(self) -> WorldSource:
         recipe = self.recipe
         if self.weights is None:
+            logger.info("the toy model is trained first, which may take seconds")
             return WorldSource(recipe.build(self.seed), self.seed)
         if not isinstance(recipe, ToyRecipe):
             raise UsageError(f"source.weights cannot be loaded into {self.experiment!r}; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,8 @@ from sae.config import SourceConfig
 from sae.held_out import HeldOutStream, Purpose
 from sae.sources import WorldSource
 from toymodels.saelens import load_world
+
+logger = logging.getLogger("sae")
 
 
 class WorldSourceConfig(SourceConfig):
@@ -25,6 +28,7 @@ class WorldSourceConfig(SourceConfig):
     """Seed of other co-occurrences for the evaluation rows, with the same features and marginals; default the same."""
 
     def open(self) -> WorldSource:
+        logger.info("the world of %s is made first, which may take seconds", self.path)
         world = load_world(self.path, self.seed)
         if self.shift is None:
             return WorldSource(world, self.seed)
