@@ -136,7 +136,7 @@ class Engine:
         wanted = (activations.to(x.dtype) / unit if target is None else target.to(x.dtype)) - state.b_dec
         if self.sae.W_skip is not None:
             wanted -= x @ self.sae.W_skip.detach()
-        return Begun(x, wanted, self._choose(x))
+        return Begun(x, wanted.contiguous(), self._choose(x))
 
     def _choose(self, x: Tensor) -> Codes | None:
         sparsifier = self.sae.sparsifier

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -74,8 +73,7 @@ def evaluate(
     if truth is not None:
         _check_widths(W_dec, truth, first)
     threshold = metrics.scale_threshold(first.wanted)
-    if not isfinite(threshold):
-        raise UsageError("activations must be finite, the evaluation set holds nan or inf; drop those rows")
+    _check_finite(first)
     if truth is None or first.acts is None:
         density, values = _reconstruct(coder, held_out.pieces(size), threshold)
         values |= _geometry(W_dec, truth, density > 0)
@@ -124,6 +122,7 @@ def _reconstruct(
     inner = coder.config.widths[:-1] if isinstance(coder, SAE) else ()
     by_prefix = {width: metrics.Reconstruction(W_dec, threshold) for width in inner}
     for piece in pieces:
+        _check_finite(piece)
         size, codes = chunk_rows(len(W_dec)), []
         for chunk, wanted in zip(piece.x.split(size), piece.wanted.split(size), strict=True):
             z = coder.encode(chunk)
@@ -165,6 +164,11 @@ def _geometry(W_dec: Tensor, truth: Tensor | None, alive: Tensor) -> dict[str, f
     if truth is None:
         return _group("dimensionality", metrics.dimensionality(W_dec[alive]))
     return _group("dimensionality", dimensionality_against_truth(W_dec, truth, alive=alive))
+
+
+def _check_finite(piece: HeldOut) -> None:
+    if not all(bool(rows.isfinite().all()) for rows in (piece.x, piece.wanted)):
+        raise UsageError("activations must be finite, the evaluation set holds nan or inf; drop those rows")
 
 
 def _check_widths(W_dec: Tensor, truth: Tensor, first: HeldOut) -> None:

@@ -25,6 +25,7 @@ from sae.kernels import require_device, require_kernels
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
 from sae.sources import HeldOut, Source, as_source
+from sae.sparsifiers.base import Sparsifier
 from sae.trainer import Trainer
 from toymodels.files import save_tensors, write_text
 from toymodels.streams import generator
@@ -115,7 +116,11 @@ def conclude(run: Run, report: bool) -> Result:
     """Calibrates, measures and saves what a run has learnt; its trainer is given up."""
     config, source, trainer = run.config, run.source, run.trainer
     n_rows = min(max(THRESHOLD_ENTRIES // source.d_in, N_CALIBRATION), N_THRESHOLDS)
-    n_steps, sae = trainer.n_steps_done, finished(trainer, source.held_out("calibration", n_rows))
+    calibrates = type(trainer.sae.sparsifier).calibrate_ is not Sparsifier.calibrate_
+    n_steps, sae = (
+        trainer.n_steps_done,
+        finished(trainer, source.held_out("calibration", n_rows) if calibrates else run.probe),
+    )
     del run.trainer, trainer  # Adam's moments take twice the memory of the weights
     evaluation = evaluate(sae, source.held_out_stream("evaluation", config.evaluation.n_samples), source.truth)
     save_result(config.out, sae, evaluation)

@@ -184,7 +184,8 @@ class Trainer:
         """Puts back what `state` gave."""
         self.engine.restore(tensors, values)
         device = self.window.device
-        self.dead, self.window = tensors["dead"].to(device), tensors["window"].to(device)
+        dead = tensors["dead"].to(device)
+        self.dead, self.window = padded(dead[dead >= 0]), tensors["window"].to(device)  # padded as this device wants
         self.unit, self.target_unit = values["unit"], values["target_unit"]
         self.recorder = self._recorder()  # what was recorded knows neither these tensors nor, perhaps, these kernels
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]

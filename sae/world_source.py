@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from sae.config import SourceConfig
+from sae.errors import UsageError
 from sae.held_out import HeldOutStream, Purpose
 from sae.sources import WorldSource
 from toymodels.saelens import load_world
@@ -29,7 +30,12 @@ class WorldSourceConfig(SourceConfig):
 
     def open(self) -> WorldSource:
         logger.info("the world of %s is made first, which may take seconds", self.path)
-        world = load_world(self.path, self.seed)
+        try:
+            world = load_world(self.path, self.seed)
+        except UsageError as error:
+            if str(self.path) in str(error):
+                raise
+            raise UsageError(f"{self.path}: {error}") from error
         if self.shift is None:
             return WorldSource(world, self.seed)
         return ShiftedSource(WorldSource(world, self.seed), WorldSource(world.shifted(self.shift), self.seed))

@@ -59,3 +59,14 @@ def test_features_of_a_world_without_known_activations(source: WorldSource) -> N
     assert values["recovery/mcc"] > values["recovery/mcc_chance"]
     assert "recovery/f1" not in values
     assert isinstance(held_out.acts, FeatureBatch)
+
+
+def test_bad_rows_in_a_later_window_are_refused(source: WorldSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.metrics.samples.MAX_WINDOW_ROWS", 250)
+    monkeypatch.setattr("sae.metrics.samples.MIN_WINDOW_ROWS", 250)
+    x, acts, _ = source.held_out("evaluation", 900)
+    for bad, known in ((torch.nan, acts), (torch.inf, None)):
+        x = x.clone()
+        x[700, 2] = bad
+        with pytest.raises(UsageError, match="the evaluation set holds nan or inf; drop those rows"):
+            evaluate(coder(source.truth), HeldOut(x, known), source.truth)

@@ -212,6 +212,15 @@ def test_a_bandwidth_is_given_or_comes_from_the_start():
         JumpReLU(3, None, 1.0).look_(0, 10, 100)
 
 
+def test_a_file_without_a_bandwidth_loads():
+    saved = {"threshold": torch.tensor([0.1, 0.2, 0.3])}
+    for bandwidth in (None, 0.5):
+        sparsifier = JumpReLU(3, bandwidth, 1.0)
+        sparsifier.load_state_dict(saved)
+        assert torch.equal(sparsifier.threshold.detach(), saved["threshold"])
+        assert float(sparsifier.bandwidth) == pytest.approx(bandwidth or float("nan"), nan_ok=True)
+
+
 def test_a_target_is_approached_over_the_whole_run():
     for options, expected in (({"l0": 2.0}, 1.0), ({"l0_coefficient": 0.1}, 0.05)):
         config = TrainConfig(sae={"kind": "jumprelu", "d_sae": 24} | options)

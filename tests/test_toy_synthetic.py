@@ -9,7 +9,7 @@ import torch
 from dense_worlds import dense_features, moments, worst_z
 
 from toymodels import generator
-from toymodels.correlations import Groups, LowRank, some_fire_prob
+from toymodels.correlations import Groups, LowRank, rotated, some_fire_prob
 from toymodels.draws import _firing_cells, bernoulli_cells
 from toymodels.errors import UsageError
 from toymodels.firing import (
@@ -317,6 +317,16 @@ def test_a_shift_keeps_every_marginal_and_changes_who_fires_with_whom():
     assert changed[28:, 28:].max() > 0.5
     assert torch.equal(world.shifted(1).correlation, other.correlation)
     assert not torch.equal(world.shifted(2).correlation, other.correlation)
+
+
+def test_factors_turn_evenly_in_all_directions():
+    """Over many seeds nothing of the old factors is left on average, in any rank."""
+    for rank in (1, 2, 5):
+        factors = torch.eye(rank).repeat_interleave(2, dim=0)
+        trees = np.zeros(len(factors), dtype=np.int64)
+        turned = torch.stack([rotated(factors, trees, generator(seed, "turn")) for seed in range(400)])
+        assert turned.mean(dim=0).abs().max() < 0.2
+        torch.testing.assert_close(turned @ turned.mT, (factors @ factors.T).expand(400, -1, -1))
 
 
 def test_a_shift_gives_groups_other_members():

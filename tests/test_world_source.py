@@ -108,3 +108,10 @@ def test_a_bad_world_is_told_in_one_line(world, tmp_path, run_cli):
     ended.assert_refused("n_roots must not exceed n_features=8, got 9", str(world))
     with pytest.raises(UsageError, match="unknown key 'pth' for kind 'world'; did you mean 'path'"):
         parse_config({"source": {"kind": "world", "pth": "x"}, "sae": {"kind": "topk", "d_sae": 8, "k": 2}})
+
+
+def test_a_world_that_cannot_be_made_is_told_with_its_file(tmp_path):
+    path = tmp_path / "tight.yaml"
+    path.write_text("n_features: 50\nd_hidden: 10\ndictionary: {kind: coherence, coherence: 0.1}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"tight\.yaml: .*coherence must be at least .*Welch bound"):
+        WorldSourceConfig(path=path).open()

@@ -128,6 +128,7 @@ def rotated(factors: Factors, tree: Int[np.ndarray, " n_features"], stream: torc
     result[alone] = fresh * (factors[alone].norm(dim=1) / fresh.norm(dim=1))[:, None]
     for members in order.split(sizes.tolist()):
         if len(members) > 1:
-            turn, _ = torch.linalg.qr(torch.randn(factors.shape[1], factors.shape[1], generator=stream))
+            turn, triangle = torch.linalg.qr(torch.randn(factors.shape[1], factors.shape[1], generator=stream))
+            turn = turn * triangle.diagonal().sign()  # without it LAPACK's signs are no draw (Mezzadri 2007)
             result[members] = factors[members] @ turn
     return result

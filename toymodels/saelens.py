@@ -113,7 +113,7 @@ def _check_factors(path: Path, factors: Tensor, left: Tensor | None) -> None:
             f"{path}: correlation_factor must be [n_features, rank] beside correlation_diag; copy it again"
         )
     variance = factors.square().sum(1) + left
-    if not ((variance - 1).abs() < 1e-3).all() or not (left > 0).all():
+    if not ((variance - 1).abs() < 1e-3).all() or not (left > 0).all() or not (factors.square().sum(1) < 1).all():
         raise UsageError(
             f"{path}: correlation_factor and correlation_diag must make variances of 1, got {variance.max()}"
         )

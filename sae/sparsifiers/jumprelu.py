@@ -101,6 +101,11 @@ class JumpReLU(Sparsifier):
         # epsilon; where none is given it comes from `start_`.
         self.register_buffer("bandwidth", torch.tensor(math.nan if bandwidth is None else bandwidth))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Files from before the bandwidth was saved have none; inference does without."""
+        state_dict.setdefault(f"{prefix}bandwidth", self.bandwidth)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def look_(self, step: int, next_look: int, n_steps: int) -> None:
         assert not self.bandwidth.isnan(), "start_ comes first, as no bandwidth was given"
 

@@ -33,7 +33,8 @@ class _Transcoding(SAEConfig):
         if not isinstance(given, dict) or "unit_norm_decoder" in given:
             return given
         base = given.get("base")
-        kind = SAEConfig.kinds.get(base.get("kind", "") if isinstance(base, dict) else "topk", cls)
+        name = base.get("kind") if isinstance(base, dict) else "topk"
+        kind = SAEConfig.kinds.get(name, cls) if isinstance(name, str) else cls
         return given | {"unit_norm_decoder": kind.model_fields["unit_norm_decoder"].default}
 
     @field_validator("tied_bias")
