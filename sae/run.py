@@ -115,12 +115,11 @@ def open_run(config: TrainConfig, begun: TrainConfig, source: Source, resume: bo
 def conclude(run: Run, report: bool) -> Result:
     """Calibrates, measures and saves what a run has learnt; its trainer is given up."""
     config, source, trainer = run.config, run.source, run.trainer
-    n_rows = min(max(THRESHOLD_ENTRIES // source.d_in, N_CALIBRATION), N_THRESHOLDS)
-    calibrates = type(trainer.sae.sparsifier).calibrate_ is not Sparsifier.calibrate_
-    n_steps, sae = (
-        trainer.n_steps_done,
-        finished(trainer, source.held_out("calibration", n_rows) if calibrates else run.probe),
-    )
+    rows = run.probe
+    if type(trainer.sae.sparsifier).calibrate_ is not Sparsifier.calibrate_:
+        n_rows = min(max(THRESHOLD_ENTRIES // source.d_in, N_CALIBRATION), N_THRESHOLDS)
+        rows = source.held_out("calibration", n_rows)
+    n_steps, sae = trainer.n_steps_done, finished(trainer, rows)
     del run.trainer, trainer  # Adam's moments take twice the memory of the weights
     evaluation = evaluate(sae, source.held_out_stream("evaluation", config.evaluation.n_samples), source.truth)
     save_result(config.out, sae, evaluation)
