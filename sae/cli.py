@@ -68,21 +68,31 @@ class Demo:
 
 
 @dataclass
-class Train(WithPlugins):
+class FromFile(WithPlugins):
+    """What trains as a file says, in a directory that may hold a part of it already."""
+
+    config: Positional[Path]
+    out: Path | None = None
+    """Directory for what is trained; default what the file says."""
+    resume: bool = False
+    """Continue what the output directory holds, bit for bit."""
+    overwrite: bool = False
+    """Discard what the output directory holds."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the command line sets in the file."""
+        return (*self.overrides, "--out", json.dumps(str(self.out))) if self.out is not None else self.overrides
+
+
+@dataclass
+class Train(FromFile):
     """Train an SAE as CONFIG.yaml says.
 
     Any value of the file can be set on the command line: `--sae.k 8`, `--train.lr 1e-3`, `--sae.kind batchtopk`,
     `--log.wandb offline`.
     """
-
-    config: Positional[Path]
-    out: Path | None = None
-    """Run directory; default what the file says."""
-    resume: bool = False
-    """Continue the run in the output directory, bit for bit."""
-    overwrite: bool = False
-    """Discard the run in the output directory."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
 
     def run(self) -> None:
         from sae.config import load_config  # noqa: PLC0415
@@ -90,8 +100,7 @@ class Train(WithPlugins):
         from sae.run import train  # noqa: PLC0415
 
         self.load_plugins()
-        out = ("--out", json.dumps(str(self.out))) if self.out is not None else ()
-        config = load_config(self.config, (*self.overrides, *out))
+        config = load_config(self.config, self.words)
         with progress(f"training {config.sae.kind}", config.n_steps) as on_line:
             result = train(config, resume=self.resume, overwrite=self.overwrite, on_line=on_line)
         print_headlines(result.metrics)
@@ -99,29 +108,19 @@ class Train(WithPlugins):
 
 
 @dataclass
-class Sweep(WithPlugins):
+class Sweep(FromFile):
     """Train many SAEs as CONFIG.yaml says: its section `sweep` names what varies.
 
     Members on one stream of batches are trained together. Any value can be set on the command line, as for
     `sae train`: `--train.n_samples 1_000_000`, `--sweep.n_jobs 4`, `--sweep.grid '{sae.k: [2, 3]}'`.
     """
 
-    config: Positional[Path]
-    out: Path | None = None
-    """Directory of the sweep, which holds a run directory for each member; default what the file says."""
-    resume: bool = False
-    """Continue the sweep in the output directory, bit for bit; members that ended stay as they are."""
-    overwrite: bool = False
-    """Discard the sweep in the output directory."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-
     def run(self) -> None:
         from sae.sweep import load_sweep, run_sweep  # noqa: PLC0415
         from sae.sweep.show import last_line, print_outcome, progress  # noqa: PLC0415
 
         self.load_plugins()
-        out = ("--out", json.dumps(str(self.out))) if self.out is not None else ()
-        plan = load_sweep(self.config, (*self.overrides, *out))
+        plan = load_sweep(self.config, self.words)
         with progress(plan) as on_event:
             outcome = run_sweep(plan, resume=self.resume, overwrite=self.overwrite, on_event=on_event)
         print_outcome(outcome)
