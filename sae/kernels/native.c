@@ -202,6 +202,133 @@ static void product(const real *A, long row_stride, long column_stride, const re
         }
 }
 
+/* -------------------------------------------------------------------------------------------- products that screen */
+
+/* Where whole numbers of 16 bits multiply faster than floats, the encoder's product only screens: rows are rounded to
+   multiples of a step, sums are exact, and what the rounding may hide is bounded. What is near the cut is computed
+   again in `real`, so that what is selected, and its values, are those of the product in `real`.
+
+   vpmaddwd has twice the products of a fused multiply-add; AVX-512 has as many of either as this has, and its own. */
+#if defined(__AVX2__) && !defined(__AVX512F__) && !REAL_IS_DOUBLE
+#define SCREENS 1
+#else
+#define SCREENS 0
+#endif
+
+enum { SCREEN_COLUMNS = 16, SCORED_ROWS = 48 };
+/* Rows whose largest entry is smaller are not screened: products of their steps would leave the range of floats. */
+#define LEAST_SCREENED 1e-12f
+
+/* What the bound needs of all latents, behind the steps of each. */
+typedef struct {
+    real largest_sum, largest_step, largest_entry;
+} Limits;
+
+API long screens(long threads) {
+    (void)threads;
+    return SCREENS;
+}
+
+#if SCREENS
+typedef struct {
+    real step, sum, largest; /* of absolute values */
+} Scale;
+
+static long pairs_of(long d) { return (d + 1) / 2; }
+
+/* row = to * step, but for half a step in each entry. The squares of two such rows sum to less than 2^31 each, so that
+   by Cauchy-Schwarz no sum of products leaves 32 bits, on its way neither. */
+static Scale to_whole_numbers(const float *restrict row, long d, int16_t *restrict to) {
+    float squares = 0, sum = 0, largest = 0;
+#pragma omp simd reduction(+ : squares, sum) reduction(max : largest)
+    for (long i = 0; i < d; i++) {
+        float size = fabsf(row[i]);
+        squares += row[i] * row[i], sum += size, largest = size > largest ? size : largest;
+    }
+    if (!(squares < INFINITY && largest >= LEAST_SCREENED)) {
+        memset(to, 0, (size_t)(2 * pairs_of(d)) * sizeof(int16_t));
+        return (Scale){0, sum, squares < INFINITY ? largest : INFINITY};
+    }
+    float by_norm = (46300 - sqrtf((float)d)) / sqrtf(squares), by_entry = 32766 / largest;
+    float each = MIN(by_norm, by_entry);
+    long i = 0;
+    for (; i + 16 <= d; i += 16) {
+        __m256 factor = _mm256_set1_ps(each);
+        __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(row + i), factor));
+        __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(row + i + 8), factor));
+        __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+        _mm256_storeu_si256((__m256i *)(to + i), both);
+    }
+    for (; i < d; i++) to[i] = (int16_t)_mm_cvtss_si32(_mm_set_ss(row[i] * each));
+    if (d % 2) to[d] = 0;
+    return (Scale){1 / each, sum, largest};
+}
+
+/* Sums of products of up to six rows with sixteen latents; out = sum * both steps + the row's margin. */
+static inline __attribute__((always_inline)) void screen_tile(const int16_t *rows, long pairs, long n_rows,
+                                                              const int16_t *panel, const float *row_steps,
+                                                              const float *latent_steps, const float *margins,
+                                                              long n_columns, float *out, long ld) {
+    __m256i sums[TILE_ROWS][2];
+    const int16_t *from[TILE_ROWS];
+    for (long r = 0; r < TILE_ROWS; r++) {
+        from[r] = rows + (r < n_rows ? r : 0) * 2 * pairs;
+        sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    }
+    for (long p = 0; p < pairs; p++) {
+        __m256i left = _mm256_loadu_si256((const __m256i *)(panel + p * 2 * SCREEN_COLUMNS));
+        __m256i right = _mm256_loadu_si256((const __m256i *)(panel + p * 2 * SCREEN_COLUMNS + 16));
+#pragma GCC unroll 6
+        for (long r = 0; r < TILE_ROWS; r++) {
+            int32_t pair;
+            memcpy(&pair, from[r] + 2 * p, sizeof pair);
+            __m256i both = _mm256_set1_epi32(pair);
+            sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(both, left));
+            sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(both, right));
+        }
+    }
+#pragma GCC unroll 6
+    for (long r = 0; r < TILE_ROWS; r++) {
+        if (r >= n_rows) break;
+        __m256 step = _mm256_set1_ps(row_steps[r]), margin = _mm256_set1_ps(margins[r]);
+        float whole[SCREEN_COLUMNS], *to = n_columns == SCREEN_COLUMNS ? out + r * ld : whole;
+        for (long side = 0; side < 2; side++) {
+            __m256 steps = _mm256_mul_ps(step, _mm256_loadu_ps(latent_steps + 8 * side));
+            _mm256_storeu_ps(to + 8 * side, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][side]), steps, margin));
+        }
+        if (n_columns < SCREEN_COLUMNS) memcpy(out + r * ld, whole, (size_t)n_columns * sizeof(float));
+    }
+}
+#endif
+
+/* Rounds and packs the encoder: panels of sixteen latents, pair of entries after pair, and the scales of its rows, which
+   are a multiple of sixteen and are followed by the limits. */
+API void screen(const real *encoder, long n_latents, long d, int16_t *panels, real *scales, long threads) {
+#if SCREENS
+    long pairs = pairs_of(d), n_panels = (n_latents + SCREEN_COLUMNS - 1) / SCREEN_COLUMNS;
+    real sum = 0, step = 0, entry = 0;
+#pragma omp parallel for num_threads((int)threads) schedule(static) reduction(max : sum, step, entry)
+    for (long number = 0; number < n_panels; number++) {
+        int32_t *panel = (int32_t *)(panels + number * SCREEN_COLUMNS * 2 * pairs);
+        int16_t *row = own_memory((size_t)(2 * pairs) * sizeof(int16_t));
+        for (long i = 0; i < SCREEN_COLUMNS; i++) {
+            long j = number * SCREEN_COLUMNS + i;
+            Scale scale = {0, 0, 0};
+            if (j < n_latents) scale = to_whole_numbers(encoder + j * d, d, row);
+            else memset(row, 0, (size_t)(2 * pairs) * sizeof(int16_t));
+            for (long p = 0; p < pairs; p++) memcpy(panel + p * SCREEN_COLUMNS + i, row + 2 * p, sizeof(int32_t));
+            scales[j] = scale.step;
+            sum = MAX(sum, scale.sum), step = MAX(step, scale.step), entry = MAX(entry, scale.largest);
+        }
+    }
+    Limits limits = {sum, step, entry};
+    memcpy(scales + n_panels * SCREEN_COLUMNS, &limits, sizeof limits);
+#else
+    (void)encoder, (void)n_latents, (void)d, (void)panels, (void)scales;
+#endif
+    (void)threads;
+}
+
 /* ------------------------------------------------------------------------------------------------------------ input */
 
 /* out = x * factor - b_dec, and the same rounded to bf16 when asked for. */
@@ -222,23 +349,117 @@ API void centre(const real *x, real factor, const real *b_dec, real *out, bf16 *
 
 /* Pre-latents as the encoder's product left them: without bias, `real` or bf16. `slack` widens them by what bf16 may
    have changed: sign * slack_row[b] * slack_latent[j] is added (see `exact` in engine.md). Where `pre` is null they are
-   computed from x and the packed encoder, a few rows at a time, which are read while they lie in the cache. */
+   computed a few rows at a time, which are read while they lie in the cache: from x and the packed encoder, or, where
+   `whole` is given, from whole numbers. These are upper bounds then, by no more than twice the row's margin. */
 typedef struct {
     const void *pre;
     const real *bias;
     const real *slack_row, *slack_latent;
     long batch, n_latents, rounded, sign;
-    const real *x, *panels;
+    const real *x, *encoder, *panels;
+    const int16_t *whole;
+    const real *scales;
     long d;
+    real largest_bias, margins[SCORED_ROWS];
 } Scores;
 
-enum { SCORED_ROWS = 48, READ_ROWS = 16 };
+enum { READ_ROWS = 16 };
+
+/* How many rows are scored at once: a batch's part of the cache, whatever the width. */
+static long rows_at_once(const Scores *scores) {
+    if (scores->pre) return READ_ROWS;
+    return MAX(MIN(SCORED_ROWS, (1L << 20) / MAX(scores->n_latents, 1) / TILE_ROWS * TILE_ROWS), 2 * TILE_ROWS);
+}
+
+/* The memory that scoring them takes. */
+static long room_for(const Scores *scores, long rows) {
+    if (scores->pre) return 0;
+    return rows * (scores->n_latents + (scores->whole ? (scores->d + 1) / 2 * 2 : 0));
+}
+
+static void prepare(Scores *scores, real *panels, long threads) {
+    if (scores->pre) return;
+    if (!scores->whole) {
+        pack(scores->encoder, scores->n_latents, scores->d, 1, scores->d, panels);
+        return;
+    }
+    real largest = 0;
+    for (long j = 0; j < scores->n_latents; j++) largest = MAX(largest, (real)fabs(scores->bias[j]));
+    scores->largest_bias = largest;
+}
+
+#if SCREENS
+/* What rounding may hide of x . w + b, for all latents: with x = step_x q_x + e_x and |e_x| <= step_x / 2, likewise w,
+
+       |x . w - step_x step_w q_x . q_w| <= (step_x sum |w| + step_w sum |x|) / 2 + d step_x step_w / 4,
+
+   a little more for rounding in floats, here and in the product that is the judge. A row that could not be rounded has
+   step 0, and all of x . w is hidden. */
+static real margin_of(const Scores *scores, Scale x) {
+    Limits w;
+    long n_panels = (scores->n_latents + SCREEN_COLUMNS - 1) / SCREEN_COLUMNS;
+    memcpy(&w, scores->scales + n_panels * SCREEN_COLUMNS, sizeof w);
+    real hidden = 0.51f * (x.step * w.largest_sum + w.largest_step * x.sum) + 0.27f * (real)scores->d * x.step * w.largest_step;
+    real whole = x.sum * w.largest_entry, floats = ((real)scores->d / 8 + 32) * 0x1p-24f * whole;
+    return hidden + floats + (x.step > 0 ? 0 : whole) + LEAST_SCREENED * x.sum + 0x1p-21f * scores->largest_bias;
+}
+
+static void screen_rows(Scores *scores, long first, long stride, long m, real *block) {
+    long d = scores->d, n = scores->n_latents, pairs = pairs_of(d);
+    int16_t *rows = (int16_t *)(block + m * n);
+    real steps[SCORED_ROWS];
+    for (long r = 0; r < m; r++) {
+        Scale scale = to_whole_numbers(scores->x + (first + r * stride) * d, d, rows + r * 2 * pairs);
+        steps[r] = scale.step, scores->margins[r] = margin_of(scores, scale);
+    }
+    for (long c = 0; c < n; c += SCREEN_COLUMNS)
+        for (long r = 0; r < m; r += TILE_ROWS)
+            screen_tile(rows + r * 2 * pairs, pairs, MIN(TILE_ROWS, m - r), scores->whole + c * 2 * pairs, steps + r,
+                        scores->scales + c, scores->margins + r, MIN(SCREEN_COLUMNS, n - c), block + r * n + c, n);
+}
+#endif
 
 /* Pre-latents of m rows from row `first` on, `stride` apart, into `block`. */
 static void score_rows(Scores *scores, long first, long stride, long m, real *block) {
     long d = scores->d, n = scores->n_latents;
-    product(scores->x + first * d, stride * d, 1, scores->panels, m, n, d, block, n, 0);
     scores->pre = block;
+#if SCREENS
+    if (scores->whole) {
+        screen_rows(scores, first, stride, m, block);
+        return;
+    }
+#endif
+    product(scores->x + first * d, stride * d, 1, scores->panels, m, n, d, block, n, 0);
+}
+
+/* Whatever is larger than k values that were screened lies no further below the k-th of them than this. */
+static inline real below(const Scores *scores, real screened, long r) {
+    return scores->margins[r] < INFINITY ? screened - 2 * scores->margins[r] : 0;
+}
+
+static long at_least_of(int32_t *latents, real *values, long n, real least) {
+    long kept = 0;
+    for (long e = 0; e < n; e++)
+        if (values[e] >= least) latents[kept] = latents[e], values[kept++] = values[e];
+    return kept;
+}
+
+/* What was collected of row b of x, computed again in `real`; what does not reach `least` after all is left out. */
+static long judge(const Scores *scores, long b, real least, int32_t *latents, real *values, long n) {
+    const real *x = scores->x + b * scores->d;
+    long kept = 0;
+    for (long e = 0; e < n; e += 4) {
+        const real *rows[4];
+        real products[4];
+        four_rows(scores->encoder, latents, e, n, scores->d, rows);
+        four_dots(x, rows, scores->d, products);
+        for (long i = 0; i < MIN(4, n - e); i++) {
+            int32_t j = latents[e + i];
+            real value = products[i] + scores->bias[j];
+            if (value >= least && value > 0) latents[kept] = j, values[kept++] = value;
+        }
+    }
+    return kept;
 }
 
 enum { LANES = 32 / sizeof(real), WIDTH = 2 * LANES };
@@ -530,13 +751,15 @@ static long keep_largest(int32_t *latents, real *values, long n, long k, real *w
 /* Each row's k largest positive pre-latents, k slots a row; a slot without one has value 0. `cuts`, where given,
    receives the k-th largest value of each row (0 where fewer are positive). */
 API void top_k(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent, long sign,
-               const real *x, const real *encoder, real *panels, long d, long batch, long n_latents, long k,
-               int32_t *latents, real *values, real *cuts, long threads) {
-    long groups = n_groups(n_latents, k), at_once = pre ? READ_ROWS : SCORED_ROWS, room = pre ? 0 : at_once * n_latents;
-    if (!pre) pack(encoder, n_latents, d, 1, d, panels);
+               const real *x, const real *encoder, real *panels, const int16_t *whole, const real *scales, long d,
+               long batch, long n_latents, long k, int32_t *latents, real *values, real *cuts, long threads) {
+    Scores given = {pre, bias,    slack_row, slack_latent, batch, n_latents, rounded, sign,
+                    x,   encoder, panels,    whole,        scales, d,        0,       {0}};
+    long groups = n_groups(n_latents, k), at_once = rows_at_once(&given), room = room_for(&given, at_once);
+    prepare(&given, panels, threads);
 #pragma omp parallel num_threads((int)threads)
     {
-        Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign, x, panels, d};
+        Scores scores = given;
         size_t reals = (size_t)(room + groups + 2 * n_latents);
         real *block = own_memory(reals * sizeof(real) + (size_t)n_latents * sizeof(int32_t)), *memory = block + room;
         Row row = row_of(memory, groups, n_latents, &scores);
@@ -548,8 +771,16 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
             if (!pre) score_rows(&scores, first, 1, last - first, block);
             for (long b = first; b < last; b++) {
                 load_row(&row, pre ? b : b - first);
-                real cut;
-                long n = collect(&row, bound(&row, k), who, candidates, n_latents);
+                real cut, least = bound(&row, k);
+                if (whole) least = below(&scores, least, b - first);
+                long n = collect(&row, least, who, candidates, n_latents);
+                if (whole) {
+                    if (n > k) {
+                        memcpy(work, candidates, (size_t)n * sizeof(real));
+                        n = at_least_of(who, candidates, n, below(&scores, kth_largest(work, n, k), b - first));
+                    }
+                    n = judge(&scores, b, 0, who, candidates, n);
+                }
                 n = keep_largest(who, candidates, n, k, work, &cut);
                 if (cuts) {
                     if (n == k && cut == 0) {
@@ -570,15 +801,17 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
    the arrays as they are done, so they lie there in any order: row b's counts[b] entries begin at starts[b]. Returns
    how many there are; when that exceeds the capacity, not all were written. */
 API long at_least(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent,
-                  long sign, const real *x, const real *encoder, real *panels, long d, long batch, long n_latents,
-                  long stride, real least, const real *row_least, long capacity,
+                  long sign, const real *x, const real *encoder, real *panels, const int16_t *whole,
+                  const real *scales, long d, long batch, long n_latents, long stride, real least, const real *row_least, long capacity,
                   int64_t *starts, int32_t *counts, int32_t *latents, real *values, long threads) {
-    long groups = n_groups(n_latents, 0), at_once = pre ? READ_ROWS : SCORED_ROWS, room = pre ? 0 : at_once * n_latents;
+    Scores given = {pre, bias,    slack_row, slack_latent, batch, n_latents, rounded, sign,
+                    x,   encoder, panels,    whole,        scales, d,        0,       {0}};
+    long groups = n_groups(n_latents, 0), at_once = rows_at_once(&given), room = room_for(&given, at_once);
     long total = 0, n_rows = (batch + stride - 1) / stride;
-    if (!pre) pack(encoder, n_latents, d, 1, d, panels);
+    prepare(&given, panels, threads);
 #pragma omp parallel num_threads((int)threads)
     {
-        Scores scores = {pre, bias, slack_row, slack_latent, batch, n_latents, rounded, sign, x, panels, d};
+        Scores scores = given;
         size_t reals = (size_t)(room + groups + n_latents);
         real *block = own_memory(reals * sizeof(real) + (size_t)n_latents * sizeof(int32_t)), *memory = block + room;
         Row row = row_of(memory, groups, n_latents, &scores);
@@ -590,7 +823,9 @@ API long at_least(const void *pre, long rounded, const real *bias, const real *s
             if (!pre) score_rows(&scores, first * stride, stride, last - first, block);
             for (long b = first; b < last; b++) {
                 load_row(&row, pre ? b * stride : b - first);
-                long n = collect(&row, row_least ? row_least[b * stride] : least, who, found, n_latents), start;
+                real limit = row_least ? row_least[b * stride] : least;
+                long n = collect(&row, limit, who, found, n_latents), start;
+                if (whole) n = judge(&scores, b * stride, limit, who, found, n);
     #pragma omp atomic capture
                 {
                     start = total;

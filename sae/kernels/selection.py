@@ -26,6 +26,8 @@ GUESS = 0.92
 MAX_GUESSES = 40
 # Where the search begins when some rows tell nothing of the cut.
 SMALLEST = 1e-37
+# As in native.c: latents of a panel of whole numbers, and what is known of all of them.
+SCREEN_COLUMNS, N_LIMITS = 16, 3
 # Slots for each code that is asked for: room for what a guess lets in.
 SCREENED = 4
 
@@ -44,7 +46,7 @@ class Found(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some rows of a batch's scores; where these are small, native.c computes them while it selects (product None)."""
+    """Some rows of a batch's scores; where product is None, native.c computes them while it selects."""
 
     scores: Scores
     rows: slice
@@ -72,6 +74,7 @@ class Selection:
         self.dtype, self.precision = dtype, precision
         self._library = library(REALS[dtype])
         self._buffer = Buffers(dtype, torch.device("cpu"))
+        self._can_screen = precision == "fp32" and bool(self._call("screens"))
         self.cut = 0.0
 
     # ------------------------------------------------------------------------------------------------ encoder
@@ -94,6 +97,8 @@ class Selection:
         if self.precision == "exact":
             norms = torch.linalg.vector_norm(x, dim=1, out=self._buffer("x_slack", (len(x),)))
             norms.mul_(slack(x.shape[1]))
+        if self._screens(state.encoder):
+            self._call("screen", state.encoder, *state.encoder.shape, *self._screen(*state.encoder.shape))
         fp32 = self.precision == "fp32"
         left = x if fp32 else self._rounded_x(x)
         if not fp32 and "encoder_rounded" not in self._buffer.kept:  # a ReLU's dense steps do without
@@ -118,7 +123,8 @@ class Selection:
     def top_k(self, scores: Scores, k: int) -> Codes:
         batch, d_sae = scores.shape
         latents, values = self._slots("codes", batch * k)
-        for rows in blocks(batch, d_sae, base.BLOCK_ENTRIES):
+        at_once = batch * d_sae if self._can_screen else base.BLOCK_ENTRIES  # it makes blocks of its own
+        for rows in blocks(batch, d_sae, at_once):
             block, slots = self._block(scores, rows), slice(rows.start * k, rows.stop * k)
             own = (latents, values) if block.shape[0] == batch else (latents[slots], values[slots])
             if self.precision == "exact":
@@ -226,20 +232,32 @@ class Selection:
     # ------------------------------------------------------------------------------------------------- plumbing
 
     def _block(self, scores: Scores, rows: slice) -> Block:
-        small = self.precision == "fp32" and is_small(scores.encoder)
-        return Block(scores, rows, None if small else scores.product(rows))
+        within = self.precision == "fp32" and (self._can_screen or is_small(scores.encoder))
+        return Block(scores, rows, None if within else scores.product(rows))
 
     def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
         """The struct Scores of native.c; sign says where what bf16 may have changed is added (+1) or taken (-1)."""
         kept, scores, product = self._buffer.kept, block.scores, block.product
         slacks = (kept["x_slack"][block.rows], kept["encoder_norms"]) if sign else (None, None)
         rounded, d = int(product is not None and product.dtype == torch.bfloat16), scores.x.shape[1]
-        small: tuple[Any, ...] = (None, None, None)
+        within: tuple[Any, ...] = (None,) * 5
         if product is None:
-            panels = panels_of(self._buffer, "encoder", block.shape[1], d)
-            whole = block.shape[0] == scores.x.shape[0]
-            small = (scores.x if whole else scores.x[block.rows], scores.encoder, panels)
-        return product, rounded, scores.bias, *slacks, sign, *small, d
+            x = scores.x if block.shape[0] == scores.x.shape[0] else scores.x[block.rows]
+            d_sae = block.shape[1]
+            screens = self._screens(scores.encoder)
+            panels = None if screens else panels_of(self._buffer, "encoder", d_sae, d)
+            within = (x, scores.encoder, panels, *(self._screen(d_sae, d) if screens else (None, None)))
+        return product, rounded, scores.bias, *slacks, sign, *within, d
+
+    def _screens(self, encoder: Tensor) -> bool:
+        """Whether whole numbers screen; small products cost less than rounding and judging."""
+        return self._can_screen and not is_small(encoder)
+
+    def _screen(self, d_sae: int, d_in: int) -> tuple[Tensor, Tensor]:
+        """Room for the encoder in whole numbers: panels of sixteen latents, their scales, and the limits of these."""
+        n_latents = -(-d_sae // SCREEN_COLUMNS) * SCREEN_COLUMNS
+        panels = self._buffer("screen", (n_latents * (d_in + d_in % 2),), torch.int16)
+        return panels, self._buffer("screen_scales", (n_latents + N_LIMITS,))
 
     def _slots(self, name: str, n: int) -> tuple[Tensor, Tensor]:
         return self._buffer(f"{name}_integers", (n,), torch.int32), self._buffer(f"{name}_values", (n,))
