@@ -67,7 +67,8 @@ class Run:
         self.since_samples += n_rows
         if step % config.log.every == 0 or step == config.n_steps:
             self._line(step)
-        if step % config.checkpoint.every_steps == 0 and step < config.n_steps:
+        every = config.checkpoint.every_steps
+        if step % every == 0 or (step == config.n_steps and step > every):  # what follows the last step may fail too
             self.save()
 
     def _line(self, step: int) -> None:

@@ -95,6 +95,24 @@ def test_resuming_continues_bit_for_bit(tmp_path, options, monkeypatch):
     assert without_clock[0] == without_clock[1]
 
 
+def test_an_evaluation_that_is_interrupted_costs_no_step(tmp_path, monkeypatch):
+    expected = sae.train(config(tmp_path / "whole"), report=False)
+    parts = config(tmp_path / "parts", checkpoint={"every_steps": 7})
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "evaluate", interrupted)
+        sae.train(parts, report=False)
+
+    def no_step(*_: object) -> None:
+        raise AssertionError("all steps were done")
+
+    monkeypatch.setattr(run.Trainer, "step", no_step)
+    assert sae.train(parts, resume=True, report=False).metrics == expected.metrics
+
+
 def test_resuming_something_else_is_refused(tmp_path):
     sae.train(config(tmp_path / "run"), report=False)
     with pytest.raises(UsageError, match="already holds a run; continue it with --resume"):
