@@ -166,6 +166,8 @@ def train_and_measure(
 
 def load_libraries() -> None:
     """Builds and loads in a worker what its first run would wait for."""
+    import scipy.optimize  # noqa: F401, PLC0415 - metrics import it when they match
+
     choose(torch.device("cpu"), torch.float32)
 
 

@@ -23,6 +23,7 @@ from sae.console import print_table, progress
 from sae.errors import UsageError
 from sae.metrics.code_recovery import auroc
 from sae.run import check_out, require_report, train
+from toymodels.optim import AdamW
 from toymodels.streams import generator
 
 D_HIDDEN = 32
@@ -128,13 +129,12 @@ def shift(images: Float[Tensor, "batch 8 8"], stream: torch.Generator) -> Float[
 def train_network(images: Float[Tensor, "n 64"], labels: Int[Tensor, " n"], seed: int) -> DigitsNet:
     """Cross-entropy, AdamW, 1500 steps of 256 images."""
     net = DigitsNet(generator(seed, "digits", "network"))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.01, fused=True)
+    optimizer = AdamW(net.parameters())
     stream = generator(seed, "digits", "batches")
     for _ in range(1500):
         batch = torch.randint(len(images), (256,), generator=stream)
-        F.cross_entropy(net(images[batch]), labels[batch]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = F.cross_entropy(net(images[batch]), labels[batch])
+        optimizer.step(torch.autograd.grad(loss, optimizer.parameters), lr=3e-3)
     return net.requires_grad_(False)
 
 

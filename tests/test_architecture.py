@@ -29,6 +29,7 @@ LAYERS = {
         "correlations",
         "draws",
         "models",
+        "optim",
         "training",
         "geometry",
         "theory",

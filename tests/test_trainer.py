@@ -102,9 +102,11 @@ def test_an_evaluation_that_is_interrupted_costs_no_step(tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "evaluate", interrupted)
+    original = run.evaluate
+    monkeypatch.setattr(run, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         sae.train(parts, report=False)
+    monkeypatch.setattr(run, "evaluate", original)
 
     def no_step(*_: object) -> None:
         raise AssertionError("all steps were done")

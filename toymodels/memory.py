@@ -20,6 +20,7 @@ from torch import Tensor
 
 from toymodels.errors import UsageError
 from toymodels.geometry import unit_rows
+from toymodels.optim import AdamW
 from toymodels.residual import exactly_active, random_directions
 from toymodels.training import SCHEDULES
 
@@ -80,19 +81,16 @@ def train_memory(
     start = hebbian(keys, values)
     memory = MatrixMemory(start.W * (d_key / (n_pairs + d_key)), start.b, rectified)
     trained = [memory.W, memory.b] if rectified else [memory.W]
-    optimizer = torch.optim.Adam(trained, lr=lr, fused=True)
+    optimizer = AdamW(trained, weight_decay=0.0)
     for step in range(n_steps):
-        optimizer.param_groups[0]["lr"] = lr * SCHEDULES["cosine"](step / n_steps)
         y = memory(keys)
         r = (y - values).mul_(2 / n_pairs)
         if rectified:
             r.mul_(y > 0)
-            memory.b.grad = r.sum(1)
-        memory.W.grad = r.mT @ keys
-        optimizer.step()
+        gradients = [r.mT @ keys, r.sum(1)] if rectified else [r.mT @ keys]
+        optimizer.step(gradients, lr * SCHEDULES["cosine"](step / n_steps))
         if progress is not None:
             progress()
-    memory.W.grad = memory.b.grad = None
     return memory
 
 

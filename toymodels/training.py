@@ -22,6 +22,7 @@ from torch import Tensor
 from toymodels.errors import UsageError
 from toymodels.features import FeatureBatch, Features
 from toymodels.models import ToyModel
+from toymodels.optim import AdamW
 
 PerInstance = float | Float[Tensor, " n_instances"]
 
@@ -158,7 +159,7 @@ def train(
     few = features.probs.sum() < model.d_hidden / 10 if plain else (1 - features.probs).prod() > 0.2
     sparse = by_hand and features.probs.ndim == 1 and bool(few)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer = AdamW(parameters, weight_decay)
     losses = torch.empty(n_steps, model.n_instances, device=model.W.device)
     snapshots = []
     # Dense batches reuse their memory: touching fresh memory costs more than the arithmetic.
@@ -166,7 +167,6 @@ def train(
     for step in range(n_steps):
         if snapshot_every is not None and step % snapshot_every == 0:
             snapshots.append(model.W.detach().clone())
-        optimizer.param_groups[0]["lr"] = lr * SCHEDULES[schedule](step / n_steps)
         x = (
             features.sample(batch_size, generator, model.n_instances)
             if sparse
@@ -179,13 +179,9 @@ def train(
             error, total = objective.loss(model, x, importance, generator)
             losses[step] = error.detach()
             gradients = list(torch.autograd.grad(total.sum(), parameters))
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            # Fused AdamW reads memory in the parameter's order, whatever the gradient's strides say.
-            parameter.grad = gradient.contiguous()
-        optimizer.step()
+        optimizer.step(gradients, lr * SCHEDULES[schedule](step / n_steps))
         if progress is not None:
             progress(step, losses[step])
-    model.zero_grad()
     if snapshot_every is not None:
         snapshots.append(model.W.detach().clone())
     history = torch.stack(snapshots) if snapshots else model.W.new_empty(0, *model.W.shape)

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from toymodels.errors import UsageError
+from toymodels.optim import AdamW
 from toymodels.sequences import RepeatedBlocks, Sequences
 from toymodels.streams import generator
 from toymodels.worlds import OnStep, Recipe, Sample, World
@@ -310,7 +311,7 @@ def train_transformer(
             f"the model reads up to n_positions={model.n_positions} tokens out of vocabulary={vocabulary}, the "
             f"sequences have {sequences.length} out of {sequences.vocabulary}; build both with the same sizes"
         )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    optimizer = AdamW(model.parameters())
     losses = torch.empty(n_steps, model.n_instances)
     measured_at, measurements = [], []
     for step in range(n_steps + 1):
@@ -322,9 +323,7 @@ def train_transformer(
         drawn = sequences.sample(model.n_instances * batch_size, generator)
         tokens = rearrange(drawn, "(i b) length -> i b length", i=model.n_instances)
         loss = reduce(model.losses(tokens), "i b c -> i", "mean")
-        loss.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(torch.autograd.grad(loss.sum(), optimizer.parameters), lr)
         losses[step] = loss.detach()
         if progress is not None:
             progress(step, losses[step])
