@@ -3,7 +3,9 @@
 import json
 import logging
 import struct
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -67,14 +69,26 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def read_wandb(out: Path) -> tuple[list[dict], dict]:
-    """The history rows of the one .wandb file, each a mapping from key to value, and the summary."""
+def wandb_records(out: Path) -> list:
+    """Those of the one .wandb file, up to the last; W&B's own process may still be writing it."""
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60
+    while True:
+        with suppress(DecodeError, struct.error):
+            records = [Record.FromString(data) for data in log_records(path.read_bytes())]
+            if records and records[-1].WhichOneof("record_type") == "exit":
+                return records
+        assert time.monotonic() < deadline, "the file of W&B has no end"
+        time.sleep(0.05)
+
+
+def read_wandb(out: Path) -> tuple[list[dict], dict]:
+    """The history rows, each a mapping from key to value, and the summary."""
     history, summary = [], {}
-    for data in log_records(path.read_bytes()):
-        record = Record.FromString(data)
+    for record in wandb_records(out):
         match record.WhichOneof("record_type"):
             case "history":
                 history.append(values_of(record.history.item))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from sae import checkpoint, cli, plugins
 from sae.errors import UsageError
 from sae.members import Members
 from sae.sources import WorldSource
-from sae.sweep import run_sweep
+from sae.sweep import run_sweep, workers
 from sae.sweep.group import Ended, Group
 from sae.sweep.plan import Plan, SweepSection, parse_sweep
 from sae.sweep.rules import verdict
@@ -254,8 +255,8 @@ def test_members_that_are_not_held_at_once_end_the_same(tmp_path):
         assert_same(tmp_path / "two" / name, tmp_path / "all" / name)
 
 
-@pytest.mark.parametrize("n_saved", [2, 5, 6])
-def test_a_killed_sweep_resumes_to_the_same_bits(tmp_path, monkeypatch, n_saved):
+@pytest.mark.parametrize(("n_saved", "n_steps"), [(2, 1), (5, 2), (6, 3)])
+def test_a_killed_sweep_resumes_to_the_same_bits(tmp_path, monkeypatch, n_saved, n_steps):
     """Killed while checkpoints are written, so that members of one stream stand at different steps."""
     run_sweep(plan(tmp_path / "whole", list=KINDS))
     made, save, saved = plan(tmp_path / "parts", list=KINDS), checkpoint.save, []
@@ -270,7 +271,7 @@ def test_a_killed_sweep_resumes_to_the_same_bits(tmp_path, monkeypatch, n_saved)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(made)
     monkeypatch.setattr(checkpoint, "save", save)
-    assert len(set(saved)) == 1 + (n_saved > 4)
+    assert len(set(saved)) == n_steps
     done = [member.config.out for member in made.members if (member.config.out / "result.json").exists()]
     before = [(out / "result.json").stat().st_mtime_ns for out in done]
     assert len(done) == (n_saved > 4)  # the short one
@@ -540,6 +541,16 @@ def test_no_process_trains_on_without_its_parent(tmp_path):
     path = tmp_path / "endless.yaml"
     path.write_text(yaml.safe_dump(endless | {"sweep": {"grid": {"sae.k": [1, 2]}, "n_jobs": 2}}), encoding="utf-8")
     interrupted(path, tmp_path / "out", signal.SIGKILL)
+
+
+def test_a_process_whose_parent_died_before_it_began_trains_nothing(tmp_path, monkeypatch):
+    made = plan(tmp_path, grid={"sae.k": [1]})
+    monkeypatch.setattr(workers, "_Told", lambda connection: logging.NullHandler())
+    monkeypatch.setattr(logging.getLogger("sae"), "propagate", True)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(Group(made.members, made.section, False))
+    workers._work(theirs, os.getpid())  # not this process's parent: it was handed to another
+    assert not (tmp_path / "k1").exists()
 
 
 # Directories

@@ -24,6 +24,7 @@ from pathlib import Path
 logger = logging.getLogger("sae")
 
 SOURCE = Path(__file__).with_name("native.c")
+PARTS = [SOURCE, Path(__file__).with_name("native_amx.h")]
 FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC"
 
 
@@ -80,7 +81,8 @@ def _kept(compiler: list[str], real: str, folder: Path) -> ctypes.CDLL:
 def _declared(loaded: ctypes.CDLL, real: str) -> ctypes.CDLL:
     """The types of each function, as its head in native.c has them: a call then converts numbers by itself."""
     types = {"void": None, "long": ctypes.c_long, "real": ctypes.c_float if real == "float" else ctypes.c_double}
-    for result, name, given in re.findall(r"^API (\w+) (\w+)\(([^)]*)\)", SOURCE.read_text(encoding="utf-8"), re.M):
+    source = "".join(part.read_text(encoding="utf-8") for part in PARTS)
+    for result, name, given in re.findall(r"^API (\w+) (\w+)\(([^)]*)\)", source, re.M):
         function = getattr(loaded, name)
         function.restype = types[result]
         function.argtypes = [ctypes.c_void_p if "*" in one else types[one.split()[0]] for one in given.split(",")]
@@ -112,7 +114,7 @@ def _fingerprint(compiler: list[str], real: str) -> str:
     """What the binary depends on: source, flags, compiler, and the processor that -march=native means."""
     version = _call([*compiler, "--version"]).stdout.encode()
     parts = [
-        SOURCE.read_bytes(),
+        *(part.read_bytes() for part in PARTS),
         FLAGS.encode(),
         " ".join(compiler).encode(),
         version,

@@ -350,7 +350,8 @@ API void centre(const real *x, real factor, const real *b_dec, real *out, bf16 *
 /* Pre-latents as the encoder's product left them: without bias, `real` or bf16. `slack` widens them by what bf16 may
    have changed: sign * slack_row[b] * slack_latent[j] is added (see `exact` in engine.md). Where `pre` is null they are
    computed a few rows at a time, which are read while they lie in the cache: from x and the packed encoder, or, where
-   `whole` is given, from whole numbers. These are upper bounds then, by no more than twice the row's margin. */
+   `whole` is given, from whole numbers. These are upper bounds then, by no more than twice the row's margin. Where `tiles`
+   are given, native_amx.h multiplies and selects at once. */
 typedef struct {
     const void *pre;
     const real *bias;
@@ -359,6 +360,7 @@ typedef struct {
     const real *x, *encoder, *panels;
     const int16_t *whole;
     const real *scales;
+    const bf16 *tiles;
     long d;
     real largest_bias, margins[SCORED_ROWS];
 } Scores;
@@ -697,6 +699,31 @@ static long collect(const Row *row, real least, int32_t *latents, real *values, 
     return collect_as(row, least, latents, values, room, 0, 0);
 }
 
+enum { COUNTED = 1024 };
+
+/* The k-th largest of a few positive values: counting all of them in each halving costs less than guessing at branches. */
+static real kth_by_counting(const real *restrict values, long n, long k) {
+    real low = values[0], high = values[0];
+#pragma omp simd reduction(min : low) reduction(max : high)
+    for (long e = 0; e < n; e++) low = MIN(values[e], low), high = MAX(values[e], high);
+    for (;;) { /* the k-th largest lies from low to high */
+        real middle = low + (high - low) / 2, least = high;
+        int32_t count = 0;
+        if (!(middle > low && middle < high)) break;
+#pragma omp simd reduction(+ : count) reduction(min : least)
+        for (long e = 0; e < n; e++) {
+            count += values[e] >= middle;
+            least = values[e] >= middle ? MIN(values[e], least) : least;
+        }
+        if (count == k) return least;
+        if (count > k) low = least;
+        else high = middle;
+    }
+    long at_top = 0;
+    for (long e = 0; e < n; e++) at_top += values[e] >= high;
+    return at_top >= k ? high : low;
+}
+
 /* The k-th largest of n values, 1 <= k <= n (quickselect; the order of `values` changes). */
 static real kth_largest(real *values, long n, long k) {
     long low = 0, high = n - 1, at = k - 1;
@@ -733,8 +760,13 @@ static long keep_largest(int32_t *latents, real *values, long n, long k, real *w
         }
         return k;
     }
-    memcpy(work, values, (size_t)n * sizeof(real));
-    real least = kth_largest(work, n, k);
+    real least;
+    if (n <= COUNTED) {
+        least = kth_by_counting(values, n, k);
+    } else {
+        memcpy(work, values, (size_t)n * sizeof(real));
+        least = kth_largest(work, n, k);
+    }
     long above = 0, kept = 0;
     for (long e = 0; e < n; e++) above += values[e] > least;
     long ties = k - above;
@@ -748,13 +780,25 @@ static long keep_largest(int32_t *latents, real *values, long n, long k, real *w
     return kept;
 }
 
+static void fill_slots(const int32_t *who, const real *found, long n, long k, int32_t *latents, real *values) {
+    for (long e = 0; e < k; e++) latents[e] = e < n ? who[e] : 0, values[e] = e < n ? found[e] : 0;
+}
+
+#include "native_amx.h"
+
 /* Each row's k largest positive pre-latents, k slots a row; a slot without one has value 0. `cuts`, where given,
    receives the k-th largest value of each row (0 where fewer are positive). */
 API void top_k(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent, long sign,
-               const real *x, const real *encoder, real *panels, const int16_t *whole, const real *scales, long d,
-               long batch, long n_latents, long k, int32_t *latents, real *values, real *cuts, long threads) {
+               const real *x, const real *encoder, real *panels, const int16_t *whole, const real *scales,
+               const bf16 *tiles, long d, long batch, long n_latents, long k, int32_t *latents, real *values, real *cuts, long threads) {
     Scores given = {pre, bias,    slack_row, slack_latent, batch, n_latents, rounded, sign,
-                    x,   encoder, panels,    whole,        scales, d,        0,       {0}};
+                    x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
+#if TILES
+    if (tiles) {
+        top_k_of_tiles(&given, k, latents, values, threads);
+        return;
+    }
+#endif
     long groups = n_groups(n_latents, k), at_once = rows_at_once(&given), room = room_for(&given, at_once);
     prepare(&given, panels, threads);
 #pragma omp parallel num_threads((int)threads)
@@ -789,9 +833,7 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
                     }
                     cuts[b] = cut;
                 }
-                if (!latents) continue;
-                for (long e = 0; e < k; e++)
-                    latents[b * k + e] = e < n ? who[e] : 0, values[b * k + e] = e < n ? candidates[e] : 0;
+                if (latents) fill_slots(who, candidates, n, k, latents + b * k, values + b * k);
             }
         }
     }
@@ -802,10 +844,13 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
    how many there are; when that exceeds the capacity, not all were written. */
 API long at_least(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent,
                   long sign, const real *x, const real *encoder, real *panels, const int16_t *whole,
-                  const real *scales, long d, long batch, long n_latents, long stride, real least, const real *row_least, long capacity,
+                  const real *scales, const bf16 *tiles, long d, long batch, long n_latents, long stride, real least, const real *row_least, long capacity,
                   int64_t *starts, int32_t *counts, int32_t *latents, real *values, long threads) {
     Scores given = {pre, bias,    slack_row, slack_latent, batch, n_latents, rounded, sign,
-                    x,   encoder, panels,    whole,        scales, d,        0,       {0}};
+                    x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
+#if TILES
+    if (tiles) return at_least_of_tiles(&given, stride, least, row_least, capacity, starts, counts, latents, values, threads);
+#endif
     long groups = n_groups(n_latents, 0), at_once = rows_at_once(&given), room = room_for(&given, at_once);
     long total = 0, n_rows = (batch + stride - 1) / stride;
     prepare(&given, panels, threads);
@@ -1271,7 +1316,7 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
                 const real *extra_encoder,
                 const real *extra_decoder, const real *extra_bias, real rate, real correction1, real correction2,
                 real beta1, real rest1, real beta2, real rest2, real epsilon, long unit_norm, real cost, const real *pull, real *encoder, real *encoder_m, real *encoder_v, real *decoder, real *decoder_m, real *decoder_v, real *bias, real *bias_m,
-                real *bias_v, bf16 *encoder_rounded, real *norms, real *encoder_norms, int64_t *silent,
+                real *bias_v, bf16 *encoder_rounded, bf16 *encoder_tiles, real *norms, real *encoder_norms, int64_t *silent,
                 int64_t *window, const int32_t *firing, long batch, real *blocks, long threads) {
     Adam adam = {rate, correction1, correction2, beta1, rest1, beta2, rest2, epsilon};
     long n_blocks = (n_latents + block - 1) / block;
@@ -1329,6 +1374,7 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
                 }
                 if (encoder_rounded)
                     for (long i = 0; i < d_in; i++) encoder_rounded[j * d_in + i] = to_bf16((float)w_enc[i]);
+                if (encoder_tiles) tile_latent(w_enc, j, d_in, encoder_tiles);
                 if (encoder_norms) encoder_norms[j] = (real)sqrt(dot(w_enc, w_enc, d_in));
                 if (firing) fired = firing[j];
                 silent[j] = fired ? 0 : silent[j] + batch;

@@ -153,7 +153,7 @@ class Native(Selection):
             extra_latents = extra.latents.to(torch.int64)
         if firing is not None:
             firing = firing.to(torch.int32)
-        first, second, rounded = state.first, state.second, self._buffer.kept.get("encoder_rounded")
+        first, second, kept = state.first, state.second, self._buffer.kept
         self._call(
             "update",
             *(d_sae, d_in, d_out, BLOCK),
@@ -164,7 +164,7 @@ class Native(Selection):
             *(state.encoder, first.get("encoder"), second.get("encoder")),
             *(state.W_dec, first["W_dec"], second["W_dec"]),
             *(state.b_enc, first["b_enc"], second["b_enc"]),
-            *(rounded, state.norms, self._buffer.kept.get("encoder_norms")),
+            *(kept.get("encoder_rounded"), kept.get("encoder_tiles"), state.norms, kept.get("encoder_norms")),
             *(state.silent_samples, state.window_firing, firing, batch, blocks),
         )
         moments = (first["b_dec"], second["b_dec"])

@@ -28,6 +28,8 @@ MAX_GUESSES = 40
 SMALLEST = 1e-37
 # As in native.c: latents of a panel of whole numbers, and what is known of all of them.
 SCREEN_COLUMNS, N_LIMITS = 16, 3
+# As in native_amx.h: latents whose tiles are multiplied together, and entries of a row in one tile.
+TILE_COLUMNS, TILE_DEPTH = 32, 32
 # Slots for each code that is asked for: room for what a guess lets in.
 SCREENED = 4
 
@@ -75,6 +77,7 @@ class Selection:
         self._library = library(REALS[dtype])
         self._buffer = Buffers(dtype, torch.device("cpu"))
         self._can_screen = precision == "fp32" and bool(self._call("screens"))
+        self._tiles = precision == "bf16" and bool(self._call("multiplies_tiles"))
         self.cut = 0.0
 
     # ------------------------------------------------------------------------------------------------ encoder
@@ -83,13 +86,15 @@ class Selection:
         if not state.unit_norm:
             state.norms.copy_(state.W_dec.norm(dim=1))
         self._buffer.kept.pop("encoder_rounded", None)
+        self._buffer.kept.pop("encoder_tiles", None)
         if self.precision == "exact":
             self._buffer("encoder_norms", state.b_enc.shape).copy_(state.encoder.norm(dim=1))
 
     def centre(self, x: Tensor, unit: float, b_dec: Tensor) -> Tensor:
         x = x.to(self.dtype).contiguous()
         out = self._buffer("x", x.shape)
-        rounded = None if self.precision == "fp32" else self._buffer("x_rounded", x.shape, torch.bfloat16)
+        plain = self.precision == "fp32" or self._tiles
+        rounded = None if plain else self._buffer("x_rounded", x.shape, torch.bfloat16)
         self._call("centre", x, 1 / unit, b_dec, out, rounded, *x.shape)
         return out
 
@@ -99,6 +104,8 @@ class Selection:
             norms.mul_(slack(x.shape[1]))
         if self._screens(state.encoder):
             self._call("screen", state.encoder, *state.encoder.shape, *self._screen(*state.encoder.shape))
+        if self._tiles:
+            return self._tiled(x, state)
         fp32 = self.precision == "fp32"
         left = x if fp32 else self._rounded_x(x)
         if not fp32 and "encoder_rounded" not in self._buffer.kept:  # a ReLU's dense steps do without
@@ -112,6 +119,19 @@ class Selection:
 
         return Scores(x, state.encoder, state.b_enc, product, screens=self.precision == "exact")
 
+    def _tiled(self, x: Tensor, state: State) -> Scores:
+        """Scores that are selected from as they are made; as a matrix they are asked for by autograd alone."""
+        if "encoder_tiles" not in self._buffer.kept:  # from then on, updates keep them
+            d_sae, d_in = state.encoder.shape
+            size = -(-d_sae // TILE_COLUMNS) * TILE_COLUMNS * -(-d_in // TILE_DEPTH) * TILE_DEPTH
+            tiles = self._buffer("encoder_tiles", (size,), torch.bfloat16)
+            self._call("tile_encoder", state.encoder, d_sae, d_in, tiles)
+
+        def product(rows: slice) -> Tensor:
+            return (x[rows].bfloat16() @ state.encoder.bfloat16().T).float()
+
+        return Scores(x, state.encoder, state.b_enc, product)
+
     def _rounded_x(self, x: Tensor) -> Tensor:
         """`centre` has rounded what it gave; anything else is rounded here."""
         kept = self._buffer.kept
@@ -123,7 +143,8 @@ class Selection:
     def top_k(self, scores: Scores, k: int) -> Codes:
         batch, d_sae = scores.shape
         latents, values = self._slots("codes", batch * k)
-        at_once = batch * d_sae if self._can_screen else base.BLOCK_ENTRIES  # it makes blocks of its own
+        own_blocks = self._can_screen or self._tiles
+        at_once = batch * d_sae if own_blocks else base.BLOCK_ENTRIES
         for rows in blocks(batch, d_sae, at_once):
             block, slots = self._block(scores, rows), slice(rows.start * k, rows.stop * k)
             own = (latents, values) if block.shape[0] == batch else (latents[slots], values[slots])
@@ -147,8 +168,8 @@ class Selection:
         room = min(SCREENED * n, block.size)
         if self.precision != "exact":
             found = self._candidates(block, n, 0)
-            if found is not None and self.precision == "bf16":
-                self._rescore(block, found)  # bf16 ties by the dozen at the cut; float32 hardly ever
+            if found is not None and self.precision == "bf16" and not self._tiles:
+                self._rescore(block, found)  # bf16 ties by the dozen at the cut; sums in float32 hardly ever
         else:
             surely = self._candidates(block, n, -1)
             if surely is None:
@@ -232,7 +253,7 @@ class Selection:
     # ------------------------------------------------------------------------------------------------- plumbing
 
     def _block(self, scores: Scores, rows: slice) -> Block:
-        within = self.precision == "fp32" and (self._can_screen or is_small(scores.encoder))
+        within = self._tiles or self.precision == "fp32" and (self._can_screen or is_small(scores.encoder))
         return Block(scores, rows, None if within else scores.product(rows))
 
     def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
@@ -240,13 +261,14 @@ class Selection:
         kept, scores, product = self._buffer.kept, block.scores, block.product
         slacks = (kept["x_slack"][block.rows], kept["encoder_norms"]) if sign else (None, None)
         rounded, d = int(product is not None and product.dtype == torch.bfloat16), scores.x.shape[1]
-        within: tuple[Any, ...] = (None,) * 5
+        within: tuple[Any, ...] = (None,) * 6
         if product is None:
             x = scores.x if block.shape[0] == scores.x.shape[0] else scores.x[block.rows]
             d_sae = block.shape[1]
             screens = self._screens(scores.encoder)
-            panels = None if screens else panels_of(self._buffer, "encoder", d_sae, d)
-            within = (x, scores.encoder, panels, *(self._screen(d_sae, d) if screens else (None, None)))
+            panels = None if screens or self._tiles else panels_of(self._buffer, "encoder", d_sae, d)
+            whole = self._screen(d_sae, d) if screens else (None, None)
+            within = (x, scores.encoder, panels, *whole, kept["encoder_tiles"] if self._tiles else None)
         return product, rounded, scores.bias, *slacks, sign, *within, d
 
     def _screens(self, encoder: Tensor) -> bool:

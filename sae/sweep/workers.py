@@ -23,7 +23,7 @@ class _Worker:
     def __init__(self, n_threads: int) -> None:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, os.getpid()), daemon=True)
         with child_environment(n_threads):
             self.process.start()
         theirs.close()
@@ -103,9 +103,8 @@ class _Told(logging.Handler):
         self.connection.send(logging.makeLogRecord({"name": record.name, "levelno": record.levelno, "msg": words}))
 
 
-def _work(connection: Connection) -> None:
-    """The process: trains what comes, until nothing more does or its parent is gone."""
-    parent = os.getppid()
+def _work(connection: Connection, parent: int) -> None:
+    """The process: trains what comes, until nothing more does or its parent is gone, which it may be by now."""
     logger.addHandler(_Told(connection))
     logger.propagate = False
     open_source = opener()

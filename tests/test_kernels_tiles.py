@@ -1,0 +1,148 @@
+"""Products on AMX units, selected from as they are made: the codes are those of products of bf16 numbers summed exactly."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae.kernels import Codes, State
+from sae.kernels.native import Native
+from sae.kernels.reference import dense
+from sae.optim import Now
+
+SHAPES = [(1, 1, 1), (5, 7, 3), (33, 31, 16), (37, 64, 257), (50, 65, 128), (300, 33, 48), (65, 200, 2048)]
+DATA = ["spread", "ascending", "equal", "few", "negative", "zero"]
+many = settings(max_examples=60, deadline=None)
+sizes = {"shape": st.sampled_from(SHAPES), "data": st.sampled_from(DATA), "seed": st.integers(0, 99)}
+
+if not Native(torch.float32, "bf16")._tiles:
+    pytest.skip("this CPU has no AMX units", allow_module_level=True)
+
+
+def case(data: str, batch: int, d_in: int, d_sae: int, seed: int) -> tuple[Tensor, State]:
+    stream = torch.Generator().manual_seed(seed)
+    x, encoder = (torch.randn(n, d_in, generator=stream) for n in (batch, d_sae))
+    bias = 0.1 * torch.randn(d_sae, generator=stream)
+    if data == "ascending":  # each latent is larger than all before it
+        x, encoder = x.abs() + 0.5, torch.linspace(0.1, 2, d_sae)[:, None].expand(d_sae, d_in).contiguous()
+        bias = torch.zeros(d_sae)
+    elif data == "equal":  # integers: sums are exact, and ties are
+        x, encoder, bias = x.round(), encoder[:1].round().expand(d_sae, d_in).contiguous(), torch.zeros(d_sae)
+    elif data == "few":
+        bias -= 2.5 * d_in**0.5
+    elif data == "negative":
+        bias -= 100 * d_in**0.5
+    elif data == "zero":
+        x[::2] = 0
+        encoder[::2] = 0
+    weights = {"encoder": encoder, "W_dec": encoder.clone(), "b_enc": bias, "b_dec": torch.zeros(d_in)}
+    return x, State.of(weights, False)
+
+
+def judged(x: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """Pre-latents of the rounded numbers in float64, and how far sums in float32 may be from them."""
+    a, b = x.bfloat16().double(), state.encoder.bfloat16().double()
+    blur = 2 * (x.shape[1] + 2) * 2**-24 * (a.abs() @ b.abs().T + state.b_enc.double().abs())
+    return a @ b.T + state.b_enc.double(), blur
+
+
+def selects(codes: Codes, pre: Tensor, blur: Tensor, cut: Tensor) -> None:
+    """Values are right; all that is surely above the cut fires, nothing surely below."""
+    z = dense(codes, pre.shape[1]).double()
+    assert ((z - pre).abs() <= blur)[z > 0].all()
+    assert (z > 0)[(pre - blur > cut + blur) & (pre > blur)].all()
+    assert (z == 0)[pre + blur < cut - blur].all()
+
+
+@many
+@given(k_share=st.floats(0, 1), **sizes)
+@example(k_share=0.02, shape=(65, 200, 2048), data="ascending", seed=0)
+@example(k_share=0.02, shape=(65, 200, 2048), data="equal", seed=0)
+def test_top_k(k_share, shape, data, seed):
+    x, state = case(data, *shape, seed)
+    k = 1 + int(k_share * (shape[2] - 1))
+    kernels = Native(torch.float32, "bf16")
+    pre, blur = judged(x, state)
+    cut = pre.topk(k, dim=1).values[:, -1:].clamp_min(0)
+    for _ in range(2):  # the second time with what the first has seen
+        codes = kernels.top_k(kernels.scores(x, state), k)
+        selects(codes, pre, blur, cut)
+        assert (codes.offsets.diff() == k).all()
+        z = dense(codes, shape[2])
+        assert torch.equal((z > 0).sum(dim=1), (codes.values > 0).view(len(x), k).sum(dim=1))  # no latent twice
+        if data == "equal":  # of equal ones the first
+            firing = z.sum(dim=1) > 0
+            assert (z[firing][:, :k] > 0).all()
+            assert not z[:, k:].any()
+
+
+@many
+@given(share=st.floats(0, 1), **sizes)
+def test_batch_top_k(share, shape, data, seed):
+    x, state = case(data, *shape, seed)
+    n = 1 + int(share * (shape[0] * shape[2] - 1))
+    kernels = Native(torch.float32, "bf16")
+    pre, blur = judged(x, state)
+    top = pre.flatten().topk(n)
+    for _ in range(2):
+        codes = kernels.batch_top_k(kernels.scores(x, state), n)
+        if codes is None:
+            assert data in ("equal", "ascending", "zero")  # too many alike
+            return
+        slack = blur.flatten()[top.indices[-1]]
+        selects(codes, pre, blur + slack, top.values[-1].clamp_min(0))
+
+
+@many
+@given(**sizes)
+def test_positive(shape, data, seed):
+    x, state = case(data, *shape, seed)
+    kernels = Native(torch.float32, "bf16")
+    codes = kernels.positive(kernels.scores(x, state), shape[0] * shape[2])
+    assert codes is not None
+    assert (codes.values > 0).all()
+    selects(codes, *judged(x, state), torch.zeros(1))
+
+
+def test_a_batch_that_needs_more_slots_says_so():
+    x, state = case("spread", 37, 64, 257, 0)
+    kernels = Native(torch.float32, "bf16")
+    assert kernels.positive(kernels.scores(x, state), 10) is None
+
+
+def test_threads_change_nothing():
+    x, state = case("spread", 600, 65, 2048, 3)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        kernels = Native(torch.float32, "bf16")
+        found.append([part.clone() for part in kernels.top_k(kernels.scores(x, state), 9)[:3]])
+    torch.set_num_threads(1)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_row(bad):
+    x, state = case("spread", 37, 64, 257, 0)
+    kernels = Native(torch.float32, "bf16")
+    good = dense(kernels.top_k(kernels.scores(x, state), 5), 257).clone()
+    x[3, 7] = bad
+    after = dense(kernels.top_k(kernels.scores(x, state), 5), 257)
+    others = torch.arange(37) != 3
+    assert torch.equal(after[others], good[others])
+
+
+@pytest.mark.parametrize("shape", [(37, 64, 257), (5, 7, 3), (33, 31, 48)])
+def test_the_tiles_follow_the_encoder(shape):
+    x, state = case("spread", *shape, 0)
+    kernels = Native(torch.float32, "bf16")
+    codes = kernels.top_k(kernels.scores(x, state), 2)
+    decoded = kernels.decode(codes, state, x, 0.0)
+    plan = kernels.invert(codes, decoded.code_gradients, shape[2])
+    kernels.update_(state, Now(0.1, 0.1, 0.001, 1.0), x, decoded.gradient, plan=plan)
+    followed = kernels._buffer.kept["encoder_tiles"].clone()
+    fresh = Native(torch.float32, "bf16")
+    fresh.scores(x, state)
+    assert torch.equal(followed, fresh._buffer.kept["encoder_tiles"])
