@@ -253,7 +253,7 @@ class Selection:
     # ------------------------------------------------------------------------------------------------- plumbing
 
     def _block(self, scores: Scores, rows: slice) -> Block:
-        within = self._tiles or self.precision == "fp32" and (self._can_screen or is_small(scores.encoder))
+        within = self._tiles or (self.precision == "fp32" and (self._can_screen or is_small(scores.encoder)))
         return Block(scores, rows, None if within else scores.product(rows))
 
     def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
