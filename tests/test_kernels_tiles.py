@@ -1,4 +1,4 @@
-"""Products on AMX units, selected from as they are made: the codes of bf16 numbers whose products are summed exactly."""
+"""Products on AMX units, selected from as they are made: codes are those of rounded numbers, summed exactly."""
 
 import pytest
 import torch
