@@ -111,7 +111,7 @@ def test_stages_are_those_of_a_real_step(monkeypatch, units):
             assert list(found) == ["centre", selection, "decode", "invert", "update_", "rest"]
             assert found[selection].flops > SMALL.product_flops  # at such sizes it is part of the selection
     names = [stage.name for stage in stages(SMALL, "relu", "cpu", 2, lambda: None)]
-    assert names[1] == ("relu" if units else "dense_step")
+    assert names[1] == ("dense_step" if kernels._tiles or not units else "relu")
     monkeypatch.setattr("sae.kernels.small.ENTRIES", 0)
     for kind, selection in (("topk", "top_k"), ("batchtopk", "batch_top_k")):
         found = {stage.name: stage for stage in stages(SMALL, kind, "cpu", 4, lambda: None)}
@@ -121,7 +121,8 @@ def test_stages_are_those_of_a_real_step(monkeypatch, units):
         assert found[(product or [selection])[0]].flops >= SMALL.product_flops
 
 
-def test_the_products_of_a_dense_step_are_a_stage():
+def test_the_products_of_a_dense_step_are_a_stage(monkeypatch):
+    monkeypatch.setattr("sae.kernels.has_bf16_units", lambda device: False)
     wide = Shape("wide", 128, 600, 8, 64)  # too large for the step in one call
     found = {stage.name: stage for stage in stages(wide, "relu", "cpu", 2, lambda: None)}
     assert list(found) == ["centre", "relu", "products", "relu_backward", "update_", "rest"]
@@ -151,6 +152,9 @@ def test_a_product_inside_a_stage_counts_for_the_stage():
         ("products", "fp32", "50% of product"),
         ("products", "bf16", "10% of product"),  # of 50
         ("products", "exact", "50% of product"),
+        ("top_k", "bf16", "5% of product"),  # which selects as it multiplies
+        ("dense_step", "bf16", "5% of product"),
+        ("dense_step", "fp32", "50% of product"),
         ("update_", "bf16", "50% of product"),
     ],
 )

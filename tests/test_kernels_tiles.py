@@ -146,3 +146,58 @@ def test_the_tiles_follow_the_encoder(shape):
     fresh = Native(torch.float32, "bf16")
     fresh.scores(x, state)
     assert torch.equal(followed, fresh._buffer.kept["encoder_tiles"])
+
+
+def share(found: Tensor, wanted: Tensor) -> float:
+    """How far the worst entry is off, of the largest."""
+    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("entries", [2**24, 130 * 333])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 45, 333), (300, 64, 512), (259, 70, 333), (128, 32, 31)])
+def test_dense_step(shape, entries, unit_norm, monkeypatch):
+    """Against the same products of rounded numbers in float64, in one block and in several."""
+    monkeypatch.setattr("sae.kernels.base.DENSE_TILE_ENTRIES", entries)
+    x, state = case("spread", *shape, 0)
+    state.unit_norm = unit_norm
+    kernels, cost = Native(torch.float32, "bf16"), 0.3
+    kernels.refresh(state)
+    step = kernels.dense_step(x, state, cost)
+    a, encoder, decoder = (t.bfloat16().double() for t in (x, state.encoder, state.W_dec))
+    norms = state.norms.double()
+    if unit_norm:
+        norms = torch.ones_like(norms)
+    z = (a @ encoder.T + state.b_enc.double()).clamp_min(0)
+    gradient = (z.bfloat16().double() @ decoder - x.double()) * 2 / len(x)
+    rounded = gradient.bfloat16().double()
+    through = (rounded @ decoder.T + cost * norms) * (z > 0)
+    g_decoder = z.bfloat16().double().T @ rounded
+    if not unit_norm:
+        g_decoder += (cost * z.sum(dim=0) / norms)[:, None] * state.W_dec.double()
+    # A number next to a midpoint may be rounded the other way after another order of sums: 2^-8 of one of many summands.
+    assert share(step.gradient, gradient) < 1e-3
+    assert share(step.rows.encoder, through.bfloat16().double().T @ a) < 1e-3
+    assert share(step.rows.W_dec, g_decoder) < 1e-3
+    assert share(step.rows.b_enc, through.sum(dim=0)) < 1e-3
+    assert torch.equal(step.firing.long(), (z > 0).sum(dim=0))
+    assert float(step.squares) == pytest.approx(float((gradient * len(x) / 2).square().sum()), rel=1e-3)
+    assert float(step.code_sum) == pytest.approx(float((z * norms).sum()), rel=1e-5)
+
+
+def test_threads_change_nothing_in_a_dense_step():
+    x, state = case("spread", 600, 65, 300, 3)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        step = Native(torch.float32, "bf16").dense_step(x, state, 0.1)
+        found.append([part.clone() for part in (*step.rows[1:], *step[1:])])
+    torch.set_num_threads(1)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_no_number_shows_in_the_loss():
+    x, state = case("spread", 37, 64, 257, 0)
+    x[3, 7] = float("nan")
+    assert Native(torch.float32, "bf16").dense_step(x, state, 0.1).squares.isnan()

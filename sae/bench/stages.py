@@ -19,6 +19,7 @@ from sae.bench.shapes import LEARNING_RATE, Shape
 from sae.kernels.precision import Precision
 
 WARM_UP_STEPS = 3
+SELECTIONS = ("top_k", "batch_top_k", "positive")
 PRODUCTS, REST = "products", "rest"
 # How a step may write a product that is no kernel's.
 PRODUCT_FUNCTIONS = {torch.mm, torch.addmm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__}
@@ -129,6 +130,8 @@ def ceiling(name: str, precision: Precision) -> str:
     """The measured product to compare a stage with: bf16 products are no measure of what is computed in float32."""
     if name == "scores" and precision != "fp32":
         return "product bfloat16"
+    if name in (*SELECTIONS, "dense_step") and precision == "bf16":
+        return "product bfloat16"
     if name in ("relu", PRODUCTS) and precision == "bf16":
         return "product float32 (medium)"
     return "product float32"
@@ -148,9 +151,7 @@ def work(name: str, shape: Shape, n_codes: float, size: int, apart: bool) -> tup
     flops_and_bytes = {
         "centre": (2 * x, 8 * x),
         "scores": product,
-        "top_k": selection,
-        "batch_top_k": selection,
-        "positive": selection,
+        **dict.fromkeys(SELECTIONS, selection),
         # a decoder row for each code; x in, the gradient out
         "decode": (4 * codes, 4 * codes + 8 * x),
         # (latent, code, gradient) in, (sample, code, gradient) out

@@ -33,6 +33,8 @@ SMALL_ENTRIES = 2**16
 # the gradients of the weights. More blocks cost speed: the product packs the encoder anew for each.
 BLOCK_ENTRIES = 13 * 2**20
 DENSE_BLOCK_ENTRIES = 5 * 2**20
+# The same where both are bf16 and nothing else is as large.
+DENSE_TILE_ENTRIES = 2**24
 # Slots of sparse codes for each code at that share; a batch that needs more is computed densely.
 HEADROOM = 2
 
@@ -226,14 +228,21 @@ class State:
 
 def sparse_share(encoder: Float[Tensor, "d_sae d_in"], precision: Precision) -> float:
     """Codes count as sparse when less than this share of them fires."""
-    small = precision == "fp32" and host_sees(encoder) and encoder.numel() <= SMALL_ENTRIES
-    return SPARSE_SHARE_SMALL if small else SPARSE_SHARE[precision]
+    return SPARSE_SHARE_SMALL if _is_small(encoder) else SPARSE_SHARE[precision]
 
 
-def capacity(scores: Scores, precision: Precision) -> int:
-    """Slots for the codes of a batch that counts as sparse, however many latents may fire in each row."""
+def capacity(scores: Scores) -> int:
+    """Slots for the codes of a batch that counts as sparse, however many latents may fire in each row.
+
+    As many in every precision: what does not fit is computed by autograd where a sparsifier has no dense products.
+    """
     batch, d_sae = scores.shape
-    return max(int(HEADROOM * sparse_share(scores.encoder, precision) * batch * d_sae), 1)
+    share = SPARSE_SHARE_SMALL if _is_small(scores.encoder) else max(SPARSE_SHARE.values())
+    return max(int(HEADROOM * share * batch * d_sae), 1)
+
+
+def _is_small(encoder: Tensor) -> bool:
+    return host_sees(encoder) and encoder.numel() <= SMALL_ENTRIES
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ from pathlib import Path
 logger = logging.getLogger("sae")
 
 SOURCE = Path(__file__).with_name("native.c")
-PARTS = [SOURCE, Path(__file__).with_name("native_amx.h")]
+PARTS = [SOURCE, *(Path(__file__).with_name(name) for name in ("native_amx.h", "native_amx_dense.h"))]
 FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC"
 
 

@@ -1461,6 +1461,8 @@ API void relu_backward_(real *gradient, const real *h, const real *norms, real c
     }
 }
 
+#include "native_amx_dense.h"
+
 /* A ReLU's whole step, of all latents or of the dead ones that AuxK trains, at sizes whose products are small:
 
        z = max(0, x encoder^T + bias), or its k largest in each row where k > 0

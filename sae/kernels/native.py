@@ -15,6 +15,8 @@ from sae.kernels.selection import Selection
 from sae.kernels.small import is_small, relu_step
 from sae.optim import BETA1, BETA2, EPSILON, Now
 
+# As in native_amx_dense.h: samples of a chunk.
+DENSE_ROWS = 128
 # Latents whose contributions to b_dec one thread sums, in order.
 BLOCK = 64
 
@@ -109,25 +111,45 @@ class Native(Selection):
         return gradient, bias_gradient
 
     def dense_step(self, x: Tensor, state: State, cost: Scalar) -> DenseStep | None:
-        if not self._small(state.encoder):
+        if self._tiles:
+            return self._dense_step_of_tiles(x, state, float(cost))
+        if self.precision == "bf16" or not is_small(state.encoder):
             return None
         gradient, firing = self._buffer("gradient", x.shape), self._buffer("firing", state.b_enc.shape, torch.int32)
         given = ((state.encoder, state.b_enc, state.W_dec), state.charged_norms, float(cost), 0, gradient, firing)
         rows, totals = relu_step(self._call, self._buffer, "dense", x, None, *given)
         return DenseStep(Rows(None, *rows), gradient, firing, totals[0], totals[1])
 
+    def _dense_step_of_tiles(self, x: Tensor, state: State, cost: float) -> DenseStep:
+        (batch, d_in), d_sae, buffer = x.shape, len(state.b_enc), self._buffer
+        gradient, firing = buffer("gradient", x.shape), buffer("firing", (d_sae,), torch.int32)
+        rows = [buffer(f"dense_{side}", (d_sae, d_in)) for side in ("encoder", "W_dec")]
+        bias, totals = buffer("dense_bias", (d_sae,)), buffer("totals", (2,))
+        size, scratch = 0, x.new_empty(0)
+        for block in blocks(batch, d_sae, base.DENSE_TILE_ENTRIES):
+            part = x[block]
+            n_chunks = -(-len(part) // DENSE_ROWS)
+            if not block.start:  # the first is the largest
+                size = self._call("dense_scratch", len(part), d_sae, d_in)
+                scratch = buffer("dense_tiles", (size,), torch.bfloat16)
+            sums = buffer("dense_sums", (n_chunks, 3, d_sae))
+            squares = buffer("dense_squares", (n_chunks,), torch.float64)
+            sizes = (len(part), d_sae, d_in, int(block.start > 0))
+            given = (part, self._encoder_tiles(state), state.b_enc, state.W_dec, state.charged_norms, cost, 2 / batch)
+            self._call(
+                "dense_step", *given, *sizes, scratch, sums, squares, gradient[block], *rows, bias, firing, totals
+            )
+        return DenseStep(Rows(None, *rows, bias), gradient, firing, totals[0], totals[1])
+
     def aux_k(
         self, gradient: Tensor, x: Tensor, encoder: Tensor, b_enc: Tensor, W_dec: Tensor, k: int
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        if not self._small(encoder) or encoder.shape != W_dec.shape:
+        if not is_small(encoder) or encoder.shape != W_dec.shape:
             return losses.aux_k(gradient, x, encoder, b_enc, W_dec, k)
         firing = self._buffer("aux_firing", b_enc.shape, torch.int32)
         given = ((encoder, b_enc, W_dec), None, 0.0, k, None, firing)
         rows, totals = relu_step(self._call, self._buffer, "aux", x, gradient, *given)
         return totals[0] / x.shape[0], rows
-
-    def _small(self, weight: Tensor) -> bool:
-        return self.precision != "bf16" and is_small(weight)
 
     # -------------------------------------------------------------------------------------------------- update
 

@@ -31,16 +31,31 @@ enum { SIDE = 16, DEPTH = 32, TILE_ENTRIES = SIDE * DEPTH, CHUNK_ROWS = 256 };
 
 static long tile_steps(long d) { return (d + DEPTH - 1) / DEPTH; }
 
+#if TILES
+/* Of 16 entries those that exist where `left` are left. */
+static inline __mmask16 first_of(long left) { return (__mmask16)(left >= SIDE ? 0xffff : left > 0 ? (1u << left) - 1 : 0); }
+
+/* 32 numbers from `row` on, 0 where fewer are left, rounded. */
+static inline __m512i rounded_32(const float *row, long left) {
+    __m512 low = _mm512_maskz_loadu_ps(first_of(left), row), high = _mm512_maskz_loadu_ps(first_of(left - SIDE), row + SIDE);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+/* Sixteen pairs of one number from each, rounded. */
+static inline __m512i in_pairs(__m512 first, __m512 second) {
+    __m512i order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
+                                     0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+#endif
+
 /* Row j of the encoder, to its place in the tiles. */
 static inline void tile_latent(const real *row, long j, long d, bf16 *tiles) {
 #if TILES
     uint32_t *panel = (uint32_t *)(tiles + j / SIDE * tile_steps(d) * TILE_ENTRIES) + j % SIDE;
     for (long i = 0; i < d; i += DEPTH) {
-        __mmask16 low = (__mmask16)(d - i >= 16 ? 0xffff : (1u << (d - i)) - 1);
-        __mmask16 high = (__mmask16)(d - i >= 32 ? 0xffff : d - i > 16 ? (1u << (d - i - 16)) - 1 : 0);
         uint32_t pairs[SIDE];
-        __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, row + i + 16), _mm512_maskz_loadu_ps(low, row + i));
-        memcpy(pairs, &rounded, sizeof pairs);
+        _mm512_storeu_si512(pairs, rounded_32(row + i, d - i));
         for (long p = 0; p < SIDE; p++) panel[(i / 2 + p) * SIDE] = pairs[p];
     }
 #else
@@ -76,41 +91,49 @@ static void use_tiles(void) {
     _tile_loadconfig(&shapes);
 }
 
+/* m rows of x, `stride` apart: 16 rows a tile, an even number of tiles, 0 where there are none. */
 static void tile_rows(const float *x, long d, long stride, long m, bf16 *tiles) {
     long steps = tile_steps(d);
     for (long r = 0; r < (m + 2 * SIDE - 1) / (2 * SIDE) * 2 * SIDE; r++)
         for (long s = 0; s < steps; s++) {
-            const float *from = x + r * stride * d + s * DEPTH;
-            long left = r < m ? d - s * DEPTH : 0;
-            __mmask16 low = (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1);
-            __mmask16 high = (__mmask16)(left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0);
-            __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, from + 16), _mm512_maskz_loadu_ps(low, from));
-            memcpy(tiles + (r / SIDE * steps + s) * TILE_ENTRIES + r % SIDE * DEPTH, &rounded, sizeof rounded);
+            __m512i rounded = rounded_32(x + r * stride * d + s * DEPTH, r < m ? d - s * DEPTH : 0);
+            _mm512_storeu_si512(tiles + (r / SIDE * steps + s) * TILE_ENTRIES + r % SIDE * DEPTH, rounded);
         }
 }
 
-/* 32 rows times 32 latents, into out [32, 32]. */
-static inline __attribute__((always_inline)) void four_tiles(const bf16 *rows, const bf16 *latents, long steps, float *out) {
-    const bf16 *more_rows = rows + steps * TILE_ENTRIES, *more_latents = latents + steps * TILE_ENTRIES;
-    enum { IN = 2 * DEPTH, OUT = 2 * SIDE * sizeof(float) };
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (long s = 0; s < steps * TILE_ENTRIES; s += TILE_ENTRIES) {
-        _tile_loadd(4, rows + s, IN);
-        _tile_loadd(6, latents + s, IN);
-        _tile_loadd(7, more_latents + s, IN);
-        _tile_loadd(5, more_rows + s, IN);
+/* out [32, 32] = left right, or added to it: two tiles of rows times two of columns, in each of n steps of 32 numbers that
+   they share. The second of each lies `left_apart`, `right_apart` behind the first; rows of `out` lie ld apart. */
+static inline __attribute__((always_inline)) void four_tiles(const bf16 *left, long left_apart, const bf16 *right,
+                                                             long right_apart, long n, float *out, long ld, int add) {
+    const bf16 *more_left = left + left_apart, *more_right = right + right_apart;
+    enum { IN = 2 * DEPTH };
+    float *below = out + SIDE * ld;
+    size_t apart = (size_t)ld * sizeof(float);
+    if (add) {
+        _tile_loadd(0, out, apart);
+        _tile_loadd(1, out + SIDE, apart);
+        _tile_loadd(2, below, apart);
+        _tile_loadd(3, below + SIDE, apart);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long s = 0; s < n * TILE_ENTRIES; s += TILE_ENTRIES) {
+        _tile_loadd(4, left + s, IN);
+        _tile_loadd(6, right + s, IN);
+        _tile_loadd(7, more_right + s, IN);
+        _tile_loadd(5, more_left + s, IN);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, out, OUT);
-    _tile_stored(1, out + SIDE, OUT);
-    _tile_stored(2, out + SIDE * 2 * SIDE, OUT);
-    _tile_stored(3, out + SIDE * 2 * SIDE + SIDE, OUT);
+    _tile_stored(0, out, apart);
+    _tile_stored(1, out + SIDE, apart);
+    _tile_stored(2, below, apart);
+    _tile_stored(3, below + SIDE, apart);
 }
 
 /* A bound that at least k of the values reach and not many more do; what does not is dropped. Returns the bound: nothing
@@ -130,7 +153,7 @@ static float tighten(Kept *kept, float least, long k) {
     }
     long n = 0;
     for (long e = 0; e < kept->n; e += SIDE) {
-        __mmask16 there = (__mmask16)(kept->n - e >= SIDE ? 0xffff : (1u << (kept->n - e)) - 1);
+        __mmask16 there = first_of(kept->n - e);
         __m512 v = _mm512_maskz_loadu_ps(there, values + e);
         __m512i who = _mm512_maskz_loadu_epi32(there, kept->latents + e);
         __mmask16 stays = _mm512_mask_cmp_ps_mask(there, v, _mm512_set1_ps(low), _CMP_GE_OQ);
@@ -151,17 +174,15 @@ static inline void keep(Kept *kept, __mmask16 which, __m512 values, __m512i late
 /* The pre-latents of m rows that are larger than their row's `least`, in the order of their latents; of these, where k > 0,
    at least the k largest. */
 static void keep_from_tiles(const Scores *scores, const bf16 *rows, long m, long k, float *least, Kept *kept) {
-    long n_latents = scores->n_latents, steps = tile_steps(scores->d);
+    long n_latents = scores->n_latents, steps = tile_steps(scores->d), panel = steps * TILE_ENTRIES;
     float out[2 * SIDE * 2 * SIDE] __attribute__((aligned(64)));
     __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (long c = 0; c < n_latents; c += 2 * SIDE) {
-        long left = n_latents - c;
-        __mmask16 there = (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1);
-        __mmask16 more_there = (__mmask16)(left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0);
+        __mmask16 there = first_of(n_latents - c), more_there = first_of(n_latents - c - SIDE);
         __m512 bias = _mm512_maskz_loadu_ps(there, scores->bias + c), more_bias = _mm512_maskz_loadu_ps(more_there, scores->bias + c + SIDE);
         __m512i who = _mm512_add_epi32(counting, _mm512_set1_epi32((int)c)), more_who = _mm512_add_epi32(who, _mm512_set1_epi32(SIDE));
         for (long r = 0; r < m; r += 2 * SIDE) {
-            four_tiles(rows + r * steps * DEPTH, scores->tiles + c * steps * DEPTH, steps, out);
+            four_tiles(rows + r * steps * DEPTH, panel, scores->tiles + c * steps * DEPTH, panel, steps, out, 2 * SIDE, 0);
             for (long b = r; b < MIN(r + 2 * SIDE, m); b++) {
                 __m512 v = _mm512_add_ps(_mm512_load_ps(out + (b - r) * 2 * SIDE), bias);
                 __m512 w = _mm512_add_ps(_mm512_load_ps(out + (b - r) * 2 * SIDE + SIDE), more_bias);

@@ -119,13 +119,18 @@ class Selection:
 
         return Scores(x, state.encoder, state.b_enc, product, screens=self.precision == "exact")
 
-    def _tiled(self, x: Tensor, state: State) -> Scores:
-        """Scores that are selected from as they are made; as a matrix they are asked for by autograd alone."""
-        if "encoder_tiles" not in self._buffer.kept:  # from then on, updates keep them
+    def _encoder_tiles(self, state: State) -> Tensor:
+        """Made once; from then on, updates keep them."""
+        if "encoder_tiles" not in self._buffer.kept:
             d_sae, d_in = state.encoder.shape
             size = -(-d_sae // TILE_COLUMNS) * TILE_COLUMNS * -(-d_in // TILE_DEPTH) * TILE_DEPTH
             tiles = self._buffer("encoder_tiles", (size,), torch.bfloat16)
             self._call("tile_encoder", state.encoder, d_sae, d_in, tiles)
+        return self._buffer.kept["encoder_tiles"]
+
+    def _tiled(self, x: Tensor, state: State) -> Scores:
+        """Scores that are selected from as they are made; as a matrix they are asked for by autograd alone."""
+        self._encoder_tiles(state)
 
         def product(rows: slice) -> Tensor:
             return (x[rows].bfloat16() @ state.encoder.bfloat16().T).float()

@@ -113,7 +113,7 @@ class JumpReLU(Sparsifier):
         """All slots that theta has a gradient from: those that fire, and the silent ones just below."""
         threshold = self.threshold.detach()
         bias = scores.bias - threshold + self.bandwidth / 2
-        found = kernels.positive(dataclasses.replace(scores, bias=bias), capacity(scores, kernels.precision))
+        found = kernels.positive(dataclasses.replace(scores, bias=bias), capacity(scores))
         if found is None:
             return None
         own = threshold.index_select(0, found.latents)

@@ -41,4 +41,4 @@ class ReLU(Penalised):
 
 def positive(kernels: Kernels, scores: Scores) -> Codes | None:
     """All positive pre-latents, where they are few enough to count as sparse."""
-    return kernels.positive(scores, capacity(scores, kernels.precision))
+    return kernels.positive(scores, capacity(scores))
