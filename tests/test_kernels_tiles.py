@@ -175,7 +175,7 @@ def test_dense_step(shape, entries, unit_norm, monkeypatch):
     g_decoder = z.bfloat16().double().T @ rounded
     if not unit_norm:
         g_decoder += (cost * z.sum(dim=0) / norms)[:, None] * state.W_dec.double()
-    # A number next to a midpoint may be rounded the other way after another order of sums: 2^-8 of one of many summands.
+    # A number next to a midpoint may be rounded the other way after another order of sums: 2^-8 of one summand.
     assert share(step.gradient, gradient) < 1e-3
     assert share(step.rows.encoder, through.bfloat16().double().T @ a) < 1e-3
     assert share(step.rows.W_dec, g_decoder) < 1e-3

@@ -787,18 +787,20 @@ static void fill_slots(const int32_t *who, const real *found, long n, long k, in
 #include "native_amx.h"
 
 /* Each row's k largest positive pre-latents, k slots a row; a slot without one has value 0. `cuts`, where given,
-   receives the k-th largest value of each row (0 where fewer are positive). */
+   receives the k-th largest value of each row (0 where fewer are positive; of tiles, see top_k_of_tiles). */
 API void top_k(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent, long sign,
                const real *x, const real *encoder, real *panels, const int16_t *whole, const real *scales,
-               const bf16 *tiles, long d, long batch, long n_latents, long k, int32_t *latents, real *values, real *cuts, long threads) {
+               const bf16 *tiles, long d, long batch, long n_latents, long k, real guess, int32_t *latents, real *values,
+               real *cuts, long threads) {
     Scores given = {pre, bias,    slack_row, slack_latent, batch, n_latents, rounded, sign,
                     x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
 #if TILES
     if (tiles) {
-        top_k_of_tiles(&given, k, latents, values, threads);
+        top_k_of_tiles(&given, k, guess, latents, values, cuts, threads);
         return;
     }
 #endif
+    (void)guess;
     long groups = n_groups(n_latents, k), at_once = rows_at_once(&given), room = room_for(&given, at_once);
     prepare(&given, panels, threads);
 #pragma omp parallel num_threads((int)threads)

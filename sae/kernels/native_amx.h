@@ -206,9 +206,12 @@ static long rows_of_chunk(long n_rows, long threads) {
 
 /* A thread's part of a batch: lists for the rows of a chunk, and the rows themselves. */
 typedef struct {
-    Kept *kept;
-    float *least, *work;
+    float *values;
+    int32_t *latents;
     bf16 *rows;
+    long room; /* of a list */
+    Kept *kept;
+    float *least, *norms, *work;
 } Chunk;
 
 static Chunk chunk_of(long rows, long n_latents, long d) {
@@ -216,31 +219,70 @@ static Chunk chunk_of(long rows, long n_latents, long d) {
        apart would share the few places that a cache has for them. */
     long room = (n_latents + 2 * SIDE) / SIDE * SIDE + 3 * SIDE;
     size_t lists = (size_t)(rows * room) * sizeof(float), tiles = (size_t)(rows * tile_steps(d) * DEPTH) * sizeof(bf16);
-    char *memory = own_memory(2 * lists + tiles + (size_t)rows * (sizeof(Kept) + sizeof(float)) + (size_t)n_latents * sizeof(float));
-    Chunk chunk = {.kept = (Kept *)(memory + 2 * lists + tiles), .rows = (bf16 *)(memory + 2 * lists)};
-    chunk.least = (float *)(chunk.kept + rows), chunk.work = chunk.least + rows;
-    for (long b = 0; b < rows; b++)
-        chunk.kept[b] = (Kept){(int32_t *)(memory + lists) + b * room, (float *)memory + b * room, 0, 0};
+    size_t rest = (size_t)rows * (sizeof(Kept) + 2 * sizeof(float)) + (size_t)n_latents * sizeof(float);
+    char *memory = own_memory(2 * lists + tiles + rest);
+    Chunk chunk = {.values = (float *)memory, .latents = (int32_t *)(memory + lists), .rows = (bf16 *)(memory + 2 * lists), .room = room};
+    chunk.kept = (Kept *)(memory + 2 * lists + tiles);
+    chunk.least = (float *)(chunk.kept + rows), chunk.norms = chunk.least + rows, chunk.work = chunk.norms + rows;
     return chunk;
 }
 
-static void top_k_of_tiles(const Scores *scores, long k, int32_t *latents, float *values, long threads) {
-    long n_rows = scores->batch, d = scores->d, rows = rows_of_chunk(n_rows, threads);
+/* Empty lists of m rows. */
+static void begin(const Chunk *chunk, long m, long full) {
+    for (long b = 0; b < m; b++)
+        chunk->kept[b] = (Kept){chunk->latents + b * chunk->room, chunk->values + b * chunk->room, 0, full};
+}
+
+/* Only the rows that `which` names are left, from the first on: their tiles and their lists. */
+static void leave_rows(const Chunk *chunk, const int32_t *which, long n, long steps, long full) {
+    for (long i = 0; i < n; i++) {
+        long b = which[i];
+        for (long s = 0; s < steps; s++)
+            memmove(chunk->rows + (i / SIDE * steps + s) * TILE_ENTRIES + i % SIDE * DEPTH,
+                    chunk->rows + (b / SIDE * steps + s) * TILE_ENTRIES + b % SIDE * DEPTH, DEPTH * sizeof(bf16));
+        chunk->kept[i] = chunk->kept[b], chunk->kept[i].n = 0, chunk->kept[i].full = full, chunk->least[i] = 0;
+    }
+}
+
+/* The search in row b begins at `guess` * |x_b|. Where that was too high, it begins again at 0: the guess changes how long
+   it takes, and nothing else. `cuts`, where given, receives the k-th largest pre-latent as a share of |x_b|. */
+static void top_k_of_tiles(const Scores *scores, long k, float guess, int32_t *latents, float *values, float *cuts, long threads) {
+    long n_rows = scores->batch, d = scores->d, rows = rows_of_chunk(n_rows, threads), full = 4 * k + 2 * SIDE;
 #pragma omp parallel num_threads((int)threads)
     {
         Chunk chunk = chunk_of(rows, scores->n_latents, d);
         use_tiles();
 #pragma omp for schedule(dynamic, 1)
         for (long first = 0; first < n_rows; first += rows) {
-            long m = MIN(rows, n_rows - first);
-            for (long b = 0; b < m; b++) chunk.kept[b].n = 0, chunk.kept[b].full = 4 * k + 2 * SIDE, chunk.least[b] = 0;
-            tile_rows(scores->x + first * d, d, 1, m, chunk.rows);
-            keep_from_tiles(scores, chunk.rows, m, k, chunk.least, chunk.kept);
+            long m = MIN(rows, n_rows - first), left = m;
+            int32_t which[CHUNK_ROWS];
+            begin(&chunk, m, full);
             for (long b = 0; b < m; b++) {
-                Kept *kept = chunk.kept + b;
-                float cut;
-                long n = keep_largest(kept->latents, kept->values, kept->n, k, chunk.work, &cut);
-                fill_slots(kept->latents, kept->values, n, k, latents + (first + b) * k, values + (first + b) * k);
+                const float *x = scores->x + (first + b) * d;
+                chunk.norms[b] = sqrtf(dot(x, x, d)), chunk.least[b] = guess * chunk.norms[b], which[b] = (int32_t)b;
+                if (!(chunk.least[b] < INFINITY)) chunk.least[b] = 0;
+            }
+            tile_rows(scores->x + first * d, d, 1, m, chunk.rows);
+            while (left > 0) {
+                long again = 0, of = left;
+                keep_from_tiles(scores, chunk.rows, of, k, chunk.least, chunk.kept);
+                for (long i = 0; i < of; i++) {
+                    Kept *kept = chunk.kept + i;
+                    long b = first + which[i];
+                    if (kept->n < k && chunk.least[i] > 0) { /* which happens in the first round alone: row i is still there */
+                        which[again++] = (int32_t)i;
+                        continue;
+                    }
+                    float cut;
+                    long n = keep_largest(kept->latents, kept->values, kept->n, k, chunk.work, &cut);
+                    fill_slots(kept->latents, kept->values, n, k, latents + b * k, values + b * k);
+                    if (!cuts) continue;
+                    if (n == k && cut == 0)
+                        for (long e = 0; e < k; e++) cut = e ? MIN(cut, kept->values[e]) : kept->values[0];
+                    cuts[b] = chunk.norms[b - first] > 0 ? cut / chunk.norms[b - first] : 0;
+                }
+                if (again > 0) leave_rows(&chunk, which, again, tile_steps(d), full);
+                left = again;
             }
         }
         _tile_release();
@@ -257,9 +299,10 @@ static long at_least_of_tiles(const Scores *scores, long stride, float least, co
 #pragma omp for schedule(dynamic, 1)
         for (long first = 0; first < n_rows; first += rows) {
             long m = MIN(rows, n_rows - first);
+            begin(&chunk, m, 0);
             for (long b = 0; b < m; b++) {
                 float limit = row_least ? row_least[(first + b) * stride] : least;
-                chunk.kept[b].n = 0, chunk.least[b] = limit > 0 ? nextafterf(limit, 0) : 0;
+                chunk.least[b] = limit > 0 ? nextafterf(limit, 0) : 0;
             }
             tile_rows(scores->x + first * stride * d, d, stride, m, chunk.rows);
             keep_from_tiles(scores, chunk.rows, m, 0, chunk.least, chunk.kept);

@@ -24,6 +24,9 @@ REALS: dict[torch.dtype, str] = {torch.float32: "float", torch.float64: "double"
 # A batch's cut is close to the last one's: nearly all that reaches this share of it belongs to the n largest.
 GUESS = 0.92
 MAX_GUESSES = 40
+# Where a TopK begins to look in a row, as a share of |x|: nearly all rows of the last batch had their k-th code above
+# it. One in so many is computed twice.
+ROW_GUESS, FEW_ROWS = 0.95, 256
 # Where the search begins when some rows tell nothing of the cut.
 SMALLEST = 1e-37
 # As in native.c: latents of a panel of whole numbers, and what is known of all of them.
@@ -78,7 +81,7 @@ class Selection:
         self._buffer = Buffers(dtype, torch.device("cpu"))
         self._can_screen = precision == "fp32" and bool(self._call("screens"))
         self._tiles = precision == "bf16" and bool(self._call("multiplies_tiles"))
-        self.cut = 0.0
+        self.cut = self.row_cut = 0.0
 
     # ------------------------------------------------------------------------------------------------ encoder
 
@@ -156,13 +159,16 @@ class Selection:
             if self.precision == "exact":
                 self._exact_top_k(block, k, *own)
             else:
-                self._call("top_k", *self._parts(block), *block.shape, k, *own, None)
+                cuts = self._buffer("cuts", (batch,)) if self._tiles else None
+                self._call("top_k", *self._parts(block), *block.shape, k, self.row_cut, *own, cuts)
+        if self._tiles:
+            self.row_cut = ROW_GUESS * float(cuts.kthvalue(1 + batch // FEW_ROWS).values)
         return Codes(_every(batch, k), latents, values)
 
     def _exact_top_k(self, block: Block, k: int, latents: Tensor, values: Tensor) -> None:
         n_rows, d_sae = block.shape
         least = self._buffer("least", (n_rows,))
-        self._call("top_k", *self._parts(block, -1), n_rows, d_sae, k, None, None, least)
+        self._call("top_k", *self._parts(block, -1), n_rows, d_sae, k, 0.0, None, None, least)
         found = self._at_least(block, least, n_rows * d_sae, +1)
         self._rescore(block, found)
         self._call("keep_top_k", *found[:-1], n_rows, k, latents, values)
