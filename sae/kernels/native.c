@@ -583,11 +583,12 @@ static void load_row(Row *row, long b) {
 
 enum { FEW = 8 };
 
-/* The k-th largest of the maxima for k up to FEW: the largest so far are kept in order, without a branch to guess. */
-static inline __attribute__((always_inline)) real bound_of(const Row *row, long k) {
+/* The k-th largest of n values that are not negative, for k up to FEW, 0 where there are fewer: the largest so far are kept
+   in order, without a branch to guess. */
+static inline __attribute__((always_inline)) real best_of(const real *values, long n, long k) {
     real best[FEW] = {0};
-    for (long g = 0; g < row->n; g++) {
-        real value = row->maxima[g];
+    for (long e = 0; e < n; e++) {
+        real value = values[e];
         for (long i = 0; i < k; i++) {
             real kept = best[i];
             best[i] = kept > value ? kept : value;
@@ -597,23 +598,23 @@ static inline __attribute__((always_inline)) real bound_of(const Row *row, long 
     return best[k - 1];
 }
 
-static real bound_of_few(const Row *row, long k) {
+static real kth_of_few(const real *values, long n, long k) {
     switch (k) { /* a constant k keeps them in registers */
-    case 1: return bound_of(row, 1);
-    case 2: return bound_of(row, 2);
-    case 3: return bound_of(row, 3);
-    case 4: return bound_of(row, 4);
-    case 5: return bound_of(row, 5);
-    case 6: return bound_of(row, 6);
-    case 7: return bound_of(row, 7);
-    default: return bound_of(row, FEW);
+    case 1: return best_of(values, n, 1);
+    case 2: return best_of(values, n, 2);
+    case 3: return best_of(values, n, 3);
+    case 4: return best_of(values, n, 4);
+    case 5: return best_of(values, n, 5);
+    case 6: return best_of(values, n, 6);
+    case 7: return best_of(values, n, 7);
+    default: return best_of(values, n, FEW);
     }
 }
 
 /* A positive bound that at least k of the maxima reach and few others do, or 0 where fewer than k are positive. The
    k-th largest value is at least as large: k values in k groups reach the bound. */
 static real bound(const Row *row, long k) {
-    if (k <= FEW) return bound_of_few(row, k);
+    if (k <= FEW) return kth_of_few(row->maxima, row->n, k);
     const real *restrict maxima = row->maxima;
     real low = 0, high = 0;
     long g = 0;
@@ -751,7 +752,7 @@ static real kth_largest(real *values, long n, long k) {
 static long keep_largest(int32_t *latents, real *values, long n, long k, real *work, real *cut) {
     *cut = 0;
     if (n <= k) return n;
-    if (n <= k + 4) { /* few too many: drop the smallest one by one, of equal ones the last */
+    if (n <= k + 4 && k > FEW) { /* few too many: drop the smallest one by one, of equal ones the last */
         for (; n > k; n--) {
             long smallest = 0;
             for (long e = 1; e < n; e++)
@@ -761,7 +762,9 @@ static long keep_largest(int32_t *latents, real *values, long n, long k, real *w
         return k;
     }
     real least;
-    if (n <= COUNTED) {
+    if (k <= FEW) {
+        least = kth_of_few(values, n, k);
+    } else if (n <= COUNTED) {
         least = kth_by_counting(values, n, k);
     } else {
         memcpy(work, values, (size_t)n * sizeof(real));

@@ -140,8 +140,10 @@ static inline __attribute__((always_inline)) void four_tiles(const bf16 *left, l
    that comes later and is no larger can be among the k largest, of equal ones the first. */
 static float tighten(Kept *kept, float least, long k) {
     float low = least, high = least, *restrict values = kept->values;
-    for (long e = 0; e < kept->n; e++) high = values[e] > high ? values[e] : high;
-    for (int halving = 0; halving < 24; halving++) {
+    if (k <= FEW) low = kth_of_few(values, kept->n, k);
+    else
+        for (long e = 0; e < kept->n; e++) high = values[e] > high ? values[e] : high;
+    for (int halving = 0; k > FEW && halving < 24; halving++) {
         float middle = (low + high) / 2;
         if (!(middle > low && middle < high)) break;
         int32_t count = 0;

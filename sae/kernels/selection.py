@@ -25,8 +25,8 @@ REALS: dict[torch.dtype, str] = {torch.float32: "float", torch.float64: "double"
 GUESS = 0.92
 MAX_GUESSES = 40
 # Where a TopK begins to look in a row, as a share of |x|: nearly all rows of the last batch had their k-th code above
-# it. One in so many is computed twice.
-ROW_GUESS, FEW_ROWS = 0.95, 256
+# it, if they had one. One in so many is computed twice, and those without; if these are too many, it begins at 0.
+ROW_GUESS, FEW_ROWS, MANY_ROWS = 0.95, 256, 0.4
 # Where the search begins when some rows tell nothing of the cut.
 SMALLEST = 1e-37
 # As in native.c: latents of a panel of whole numbers, and what is known of all of them.
@@ -162,7 +162,9 @@ class Selection:
                 cuts = self._buffer("cuts", (batch,)) if self._tiles else None
                 self._call("top_k", *self._parts(block), *block.shape, k, self.row_cut, *own, cuts)
         if self._tiles:
-            self.row_cut = ROW_GUESS * float(cuts.kthvalue(1 + batch // FEW_ROWS).values)
+            short = int(batch - cuts.count_nonzero())  # rows in which fewer than k are positive
+            rank = short + 1 + (batch - short) // FEW_ROWS
+            self.row_cut = ROW_GUESS * float(cuts.kthvalue(rank).values) if short < MANY_ROWS * batch else 0.0
         return Codes(_every(batch, k), latents, values)
 
     def _exact_top_k(self, block: Block, k: int, latents: Tensor, values: Tensor) -> None:
