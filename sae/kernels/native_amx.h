@@ -140,18 +140,25 @@ static inline __attribute__((always_inline)) void four_tiles(const bf16 *left, l
    that comes later and is no larger can be among the k largest, of equal ones the first. */
 static float tighten(Kept *kept, float least, long k) {
     float low = least, high = least, *restrict values = kept->values;
-    if (k <= FEW) low = kth_of_few(values, kept->n, k);
-    else
+    if (k <= FEW) { /* the k-th largest maximum of sixteen groups: k values reach it */
+        __m512 largest = _mm512_setzero_ps();
+        for (long e = 0; e < kept->n; e += SIDE)
+            largest = _mm512_max_ps(largest, _mm512_maskz_loadu_ps(first_of(kept->n - e), values + e));
+        float maxima[SIDE];
+        _mm512_storeu_ps(maxima, largest);
+        low = MAX(low, kth_of_few(maxima, SIDE, k));
+    } else {
         for (long e = 0; e < kept->n; e++) high = values[e] > high ? values[e] : high;
-    for (int halving = 0; k > FEW && halving < 24; halving++) {
-        float middle = (low + high) / 2;
-        if (!(middle > low && middle < high)) break;
-        int32_t count = 0;
+        for (int halving = 0; halving < 24; halving++) {
+            float middle = (low + high) / 2;
+            if (!(middle > low && middle < high)) break;
+            int32_t count = 0;
 #pragma omp simd reduction(+ : count)
-        for (long e = 0; e < kept->n; e++) count += values[e] >= middle;
-        if (count >= k) low = middle;
-        else high = middle;
-        if (count >= k && count <= k + k / 2) break;
+            for (long e = 0; e < kept->n; e++) count += values[e] >= middle;
+            if (count >= k) low = middle;
+            else high = middle;
+            if (count >= k && count <= k + k / 2) break;
+        }
     }
     long n = 0;
     for (long e = 0; e < kept->n; e += SIDE) {
