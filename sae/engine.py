@@ -199,10 +199,12 @@ class Engine:
         kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity)
         cost = weight / len(x)
         at_once = kernels.dense_step(x, state, cost) if target is x else None
-        rows, gradient, firing, squares, code_sum = at_once or self._dense_by_blocks(x, target, cost)
+        rows, gradient, firing, squares, code_sum, plan = at_once or self._dense_by_blocks(x, target, cost)
         auxiliary, extra = self._auxiliary(x, gradient, dead)
         self._skip(x, gradient)
-        kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
+        extra = extra if rows is None else _with(rows, extra)
+        own_cost = cost if plan is not None and state.weighted else 0.0
+        kernels.update_(state, now, x, gradient, plan=plan, extra=extra, firing=firing, cost=own_cost)
         mse = squares / len(x)
         return Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
 

@@ -379,7 +379,7 @@ def test_a_dense_step_in_one_call(unit_norm, batch, d_in, d_sae):
     kernels = make("native")
     for scale in (1.0, 0.5):  # twice, as buffers are kept
         step = kernels.dense_step(scale * x, state, 0.3)
-        ours = (*step.rows[1:], *step[1:])
+        ours = (*step.rows[1:], *step[1:5])
         for mine, other in zip(ours, by_products(scale * x, state, 0.3), strict=True):
             close(mine, other)
 
@@ -403,7 +403,7 @@ def test_no_number_of_threads_changes_a_dense_step(two_threads):
     two = make("native", torch.float32).dense_step(x, state, 0.3)
     torch.set_num_threads(1)
     one = make("native", torch.float32).dense_step(x, state, 0.3)
-    for ours, theirs in zip((*two.rows[1:], *two[1:]), (*one.rows[1:], *one[1:]), strict=True):
+    for ours, theirs in zip((*two.rows[1:], *two[1:5]), (*one.rows[1:], *one[1:5]), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import Codes, State
+from sae.kernels import Codes, DenseStep, Rows, State
 from sae.kernels.native import Native
 from sae.kernels.reference import dense
 from sae.optim import Now
@@ -153,45 +153,60 @@ def share(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
-@pytest.mark.parametrize("unit_norm", [False, True])
-@pytest.mark.parametrize("entries", [2**24, 130 * 333])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 45, 333), (300, 64, 512), (259, 70, 333), (128, 32, 31)])
-def test_dense_step(shape, entries, unit_norm, monkeypatch):
-    """Against the same products of rounded numbers in float64, in one block and in several."""
-    monkeypatch.setattr("sae.kernels.base.DENSE_TILE_ENTRIES", entries)
-    x, state = case("spread", *shape, 0)
-    state.unit_norm = unit_norm
-    kernels, cost = Native(torch.float32, "bf16"), 0.3
+def updated(x: Tensor, state: State, cost: float, extra: Rows | None = None) -> tuple[DenseStep, State]:
+    """A dense step and its update, by SGD as it were: Adam's first moments are a tenth of the gradients."""
+    kernels = Native(torch.float32, "bf16")
     kernels.refresh(state)
     step = kernels.dense_step(x, state, cost)
-    a, encoder, decoder = (t.bfloat16().double() for t in (x, state.encoder, state.W_dec))
-    norms = state.norms.double()
+    now = Now(0.0, 0.1, 0.001, 1.0)
+    kernels.update_(state, now, x, step.gradient, plan=step.plan, extra=extra, firing=step.firing, cost=cost)
+    return step, state
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 45, 333), (300, 64, 512), (259, 70, 333), (128, 32, 31)])
+def test_dense_step(shape, unit_norm):
+    """Against the same products of rounded numbers in float64."""
+    (x, state), cost, (batch, _, d_sae) = case("spread", *shape, 0), 0.3, shape
     if unit_norm:
-        norms = torch.ones_like(norms)
+        state.W_dec /= state.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        state.unit_norm = True
+    a, encoder, decoder = (t.bfloat16().double() for t in (x, state.encoder, state.W_dec))
+    norms, W_dec = state.W_dec.double().norm(dim=1), state.W_dec.double().clone()
+    some = Rows(torch.arange(0, d_sae, 3), *(torch.randn(-(-d_sae // 3), d) for d in (shape[1], shape[1])), None)
+    some = some._replace(b_enc=torch.randn(-(-d_sae // 3)))
+    step, state = updated(x, state, cost, some)
+    charged = torch.ones_like(norms) if unit_norm else norms
     z = (a @ encoder.T + state.b_enc.double()).clamp_min(0)
-    gradient = (z.bfloat16().double() @ decoder - x.double()) * 2 / len(x)
+    gradient = (z.bfloat16().double() @ decoder - x.double()) * 2 / batch
     rounded = gradient.bfloat16().double()
-    through = (rounded @ decoder.T + cost * norms) * (z > 0)
+    through = (rounded @ decoder.T + cost * charged) * (z > 0)
+    g_encoder, g_bias = through.bfloat16().double().T @ a, through.sum(dim=0)
     g_decoder = z.bfloat16().double().T @ rounded
-    if not unit_norm:
-        g_decoder += (cost * z.sum(dim=0) / norms)[:, None] * state.W_dec.double()
+    for total, part in zip((g_encoder, g_decoder, g_bias), some[1:], strict=True):
+        total.index_add_(0, some.latents, part.double())
+    if unit_norm:
+        g_decoder -= (g_decoder * W_dec).sum(dim=1, keepdim=True) * W_dec
+    else:
+        g_decoder += (cost * z.sum(dim=0) / norms)[:, None] * W_dec
     # A number next to a midpoint may be rounded the other way after another order of sums: 2^-8 of one summand.
     assert share(step.gradient, gradient) < 1e-3
-    assert share(step.rows.encoder, through.bfloat16().double().T @ a) < 1e-3
-    assert share(step.rows.W_dec, g_decoder) < 1e-3
-    assert share(step.rows.b_enc, through.sum(dim=0)) < 1e-3
+    assert share(10 * state.first["encoder"], g_encoder) < 1e-3
+    assert share(10 * state.first["W_dec"], g_decoder) < 1e-3
+    assert share(10 * state.first["b_enc"], g_bias) < 1e-3
     assert torch.equal(step.firing.long(), (z > 0).sum(dim=0))
-    assert float(step.squares) == pytest.approx(float((gradient * len(x) / 2).square().sum()), rel=1e-3)
-    assert float(step.code_sum) == pytest.approx(float((z * norms).sum()), rel=1e-5)
+    assert torch.equal(state.window_firing, (z > 0).sum(dim=0))
+    assert int(step.plan.n_codes) == int((z > 0).sum())
+    assert float(step.squares) == pytest.approx(float((gradient * batch / 2).square().sum()), rel=1e-3)
+    assert float(step.code_sum) == pytest.approx(float((z * charged).sum()), rel=1e-5)
 
 
 def test_threads_change_nothing_in_a_dense_step():
-    x, state = case("spread", 600, 65, 300, 3)
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        step = Native(torch.float32, "bf16").dense_step(x, state, 0.1)
-        found.append([part.clone() for part in (*step.rows[1:], *step[1:])])
+        step, state = updated(*case("spread", 600, 65, 300, 3), 0.1)
+        found.append([part.clone() for part in (*step[1:5], *state.first.values(), *state.second.values())])
     torch.set_num_threads(1)
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)

@@ -33,8 +33,6 @@ SMALL_ENTRIES = 2**16
 # the gradients of the weights. More blocks cost speed: the product packs the encoder anew for each.
 BLOCK_ENTRIES = 13 * 2**20
 DENSE_BLOCK_ENTRIES = 5 * 2**20
-# The same where both are bf16 and nothing else is as large.
-DENSE_TILE_ENTRIES = 2**24
 # Slots of sparse codes for each code at that share; a batch that needs more is computed densely.
 HEADROOM = 2
 
@@ -165,13 +163,17 @@ class DenseCodes(NamedTuple):
 
 class DenseStep(NamedTuple):
     """What a ReLU's dense step computes, up to the update: gradient rows of all latents, the reconstruction's gradient,
-    how often each latent fires, sum |x_hat - target|^2 and sum_j z_j |W_dec_j|."""
+    how often each latent fires, sum |x_hat - target|^2 and sum_j z_j |W_dec_j|.
 
-    rows: Rows
+    Where the update makes the rows itself, `rows` is None and `plan` is what it needs; it charges the penalty, too.
+    """
+
+    rows: Rows | None
     gradient: Float[Tensor, "batch d_out"]
     firing: Int[Tensor, " d_sae"]
     squares: Float[Tensor, ""]
     code_sum: Float[Tensor, ""]
+    plan: Plan | None = None
 
 
 @dataclass

@@ -1282,6 +1282,8 @@ API long invert(const int64_t *offsets, const int32_t *latents, const real *valu
     return fired;
 }
 
+#include "native_amx_dense.h"
+
 /* ----------------------------------------------------------------------------------------------------------- update */
 
 typedef struct {
@@ -1313,11 +1315,12 @@ static inline void adam_row(real *restrict w, real *restrict m, real *restrict v
    `blocks` [n_blocks, d_in], where given, receives the sums over latents of (bias gradient) * (encoder row), which is
    what b_dec gets through the encoder. Row i of the extra gradients is that of latent extra_latents[i]; `extra_of` is
    scratch for the way back, [n_latents]. Null: row j is that of latent j.
+   After a dense step on AMX units `dense` is its plan, and blocks have VISITED latents: gradients are made here.
    `pull[j]` is added to the gradient in the norm of decoder row j. `encoder_m` is null where the encoder is the
    decoder's: it then has no gradient of its own. */
 API void update(long n_latents, long d_in, long d_out, long block, const int32_t *latent_offsets, const int32_t *rows,
                 const int32_t *decoder_rows, const real *codes, const real *gradients, const real *x,
-                const real *residual_gradient, int32_t *extra_of, const int64_t *extra_latents, long n_extra,
+                const real *residual_gradient, const void *dense, int32_t *extra_of, const int64_t *extra_latents, long n_extra,
                 const real *extra_encoder,
                 const real *extra_decoder, const real *extra_bias, real rate, real correction1, real correction2,
                 real beta1, real rest1, real beta2, real rest2, real epsilon, long unit_norm, real cost, const real *pull, real *encoder, real *encoder_m, real *encoder_v, real *decoder, real *decoder_m, real *decoder_v, real *bias, real *bias_m,
@@ -1332,9 +1335,20 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
 #pragma omp parallel num_threads((int)threads)
     {
         unsigned before = flush_subnormals();
-        real *g_encoder = own_memory((size_t)(d_in + d_out) * sizeof(real)), *g_decoder = g_encoder + d_in;
+        size_t own_rows = ((size_t)(d_in + d_out) * sizeof(real) + 63) / 64 * 64, visited = 0;
+#if TILES
+        if (dense) visit_of(dense, NULL, &visited);
+#endif
+        real *g_encoder = own_memory(own_rows + visited), *g_decoder = g_encoder + d_in;
+#if TILES
+        Visit visit = {0};
+        if (dense) visit = visit_of(dense, (char *)g_encoder + own_rows, &visited), use_tiles();
+#endif
 #pragma omp for schedule(dynamic, 1)
         for (long c = 0; c < n_blocks; c++) {
+#if TILES
+            if (dense) visit_latents(dense, c * block, &visit);
+#endif
             real *restrict through_bias = blocks ? blocks + c * d_in : NULL;
             if (blocks) memset(through_bias, 0, (size_t)d_in * sizeof(real));
             for (long j = c * block; j < MIN((c + 1) * block, n_latents); j++) {
@@ -1351,6 +1365,14 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
                 } else {
                     memset(g_encoder, 0, (size_t)(d_in + d_out) * sizeof(real));
                 }
+#if TILES
+                if (dense) {
+                    long at = j - c * block;
+                    for (long i = 0; i < d_in; i++) g_encoder[i] += visit.encoder[at * d_in + i];
+                    for (long i = 0; i < d_out; i++) g_decoder[i] += visit.decoder[at * d_out + i];
+                    g_bias += visit.bias[at], sum = visit.sums[at], fired = (long)visit.sums[VISITED + at];
+                }
+#endif
                 if (encoder_m) add_rows(g_encoder, x, rows + first, gradients + first, n, d_in);
                 add_rows(g_decoder, residual_gradient, decoder_rows + first, codes + first, n, d_out);
                 for (long e = first; e < first + n; e++)
@@ -1386,8 +1408,12 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
                 window[j] += fired;
             }
         }
+#if TILES
+        if (dense) _tile_release();
+#endif
         restore_subnormals(before);
     }
+    (void)dense;
 }
 
 /* b_dec: the residual's gradient summed over samples, less what went through the encoder's bias. */
@@ -1465,8 +1491,6 @@ API void relu_backward_(real *gradient, const real *h, const real *norms, real c
         bias_gradient[j] = sum;
     }
 }
-
-#include "native_amx_dense.h"
 
 /* A ReLU's whole step, of all latents or of the dead ones that AuxK trains, at sizes whose products are small:
 

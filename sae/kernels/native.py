@@ -35,6 +35,13 @@ class Plan(NamedTuple):
     n_codes: Int[Tensor, ""]
 
 
+class DensePlan(NamedTuple):
+    """What a dense step left for the update: addresses, to which its buffers must still belong."""
+
+    address: Int[Tensor, " bytes"]
+    n_codes: Int[Tensor, ""]
+
+
 class Native(Selection):
     """The fast version for CPUs."""
 
@@ -123,23 +130,14 @@ class Native(Selection):
     def _dense_step_of_tiles(self, x: Tensor, state: State, cost: float) -> DenseStep:
         (batch, d_in), d_sae, buffer = x.shape, len(state.b_enc), self._buffer
         gradient, firing = buffer("gradient", x.shape), buffer("firing", (d_sae,), torch.int32)
-        rows = [buffer(f"dense_{side}", (d_sae, d_in)) for side in ("encoder", "W_dec")]
-        bias, totals = buffer("dense_bias", (d_sae,)), buffer("totals", (2,))
-        size, scratch = 0, x.new_empty(0)
-        for block in blocks(batch, d_sae, base.DENSE_TILE_ENTRIES):
-            part = x[block]
-            n_chunks = -(-len(part) // DENSE_ROWS)
-            if not block.start:  # the first is the largest
-                size = self._call("dense_scratch", len(part), d_sae, d_in)
-                scratch = buffer("dense_tiles", (size,), torch.bfloat16)
-            sums = buffer("dense_sums", (n_chunks, 3, d_sae))
-            squares = buffer("dense_squares", (n_chunks,), torch.float64)
-            sizes = (len(part), d_sae, d_in, int(block.start > 0))
-            given = (part, self._encoder_tiles(state), state.b_enc, state.W_dec, state.charged_norms, cost, 2 / batch)
-            self._call(
-                "dense_step", *given, *sizes, scratch, sums, squares, gradient[block], *rows, bias, firing, totals
-            )
-        return DenseStep(Rows(None, *rows, bias), gradient, firing, totals[0], totals[1])
+        scratch = buffer("dense_tiles", (self._call("dense_scratch", batch, d_sae, d_in),), torch.bfloat16)
+        n_chunks = -(-batch // DENSE_ROWS)
+        sums, squares = buffer("dense_sums", (n_chunks, 2, d_sae)), buffer("squares_64", (n_chunks,), torch.float64)
+        plan, totals = buffer("dense_plan", (256,), torch.uint8), buffer("totals", (2,))
+        given = (x, self._encoder_tiles(state), state.b_enc, state.W_dec, state.charged_norms, cost, 2 / batch)
+        filled = (scratch, sums, squares, gradient, firing, totals, plan)
+        self._call("dense_step", *given, batch, d_sae, d_in, *filled)
+        return DenseStep(None, gradient, firing, totals[0], totals[1], DensePlan(plan, firing.sum()))
 
     def aux_k(
         self, gradient: Tensor, x: Tensor, encoder: Tensor, b_enc: Tensor, W_dec: Tensor, k: int
@@ -159,7 +157,7 @@ class Native(Selection):
         now: Now,
         x: Tensor,
         gradient: Tensor,
-        plan: Plan | None = None,
+        plan: Plan | DensePlan | None = None,
         extra: Rows | None = None,
         firing: Tensor | None = None,
         cost: Scalar = 0.0,
@@ -179,8 +177,8 @@ class Native(Selection):
         self._call(
             "update",
             *(d_sae, d_in, d_out, BLOCK),
-            *(plan[:-1] if plan else [None] * 5),
-            *(x, gradient, extra_of, extra_latents, n_extra),
+            *(plan[:-1] if isinstance(plan, Plan) else [None] * 5),
+            *(x, gradient, plan.address if isinstance(plan, DensePlan) else None, extra_of, extra_latents, n_extra),
             *([t.contiguous() for t in extra[1:]] if extra else (None, None, None)),
             *(*adam, int(state.unit_norm), float(cost), pull),
             *(state.encoder, first.get("encoder"), second.get("encoder")),

@@ -1,28 +1,29 @@
-/* A ReLU's dense step on AMX units, up to the update. Part of native.c.
+/* A ReLU's dense step on AMX units. Part of native.c.
 
        z = max(0, x encoder^T + bias),  gradient = scale (z decoder - x),  through = (gradient decoder^T + cost norms) where z > 0
        g_encoder = through^T x,  g_decoder = z^T gradient,  g_bias = sum of through over samples
 
-   and cost * sum z / norms along decoder rows that are free. Products are of bf16 numbers, summed in float32. Samples come
-   in chunks: a chunk's z is multiplied by the decoder, 512 latents at a time, as soon as it is made. What is written
-   of z and `through` are pairs of samples in bf16, as tiles that the products over samples read.
+   Products are of bf16 numbers, summed in float32. Samples come in chunks: a chunk's z is multiplied by the decoder, 512
+   latents at a time, as soon as it is made. z is the one matrix as large as a batch's pre-latents that is written, in
+   bf16; `through` and both gradients are made for 64 latents at a time, when the update visits these.
 
    Beside the tiles of native_amx.h there are tiles of columns (16 columns of a matrix, 32 samples of each) and of pairs
    of rows (16 pairs, in each side by side the numbers of 16 columns). */
 
-enum { DENSE_ROWS = 128, SHARED_STEPS = 16, N_SUMS = 3 };
+enum { DENSE_ROWS = 128, SHARED_STEPS = 16, N_SUMS = 2, VISITED = 64 };
 
 /* Samples of a batch that are worked on together. */
 static long dense_rows(long batch) { return (batch + DENSE_ROWS - 1) / DENSE_ROWS * DENSE_ROWS; }
 
 #if TILES
+/* What a dense step leaves for the update. */
 typedef struct {
-    const float *x, *bias, *norms;
+    const float *x, *bias, *norms, *decoder;
     float cost, scale;
     long batch, n, d, rows; /* of the batch, latents, width, rows rounded up */
-    const bf16 *encoder, *decoder, *decoder_pairs;
-    bf16 *z, *through, *x_columns, *gradient_columns;
-    float *gradient, *sums; /* sums [chunks, N_SUMS, n]: of through, of z, of how often latents fire */
+    const bf16 *encoder, *decoder_pairs;
+    bf16 *z, *x_columns, *gradient_columns, *gradient_rows;
+    float *gradient, *sums; /* sums [chunks, N_SUMS, n]: of z, of how often latents fire */
     double *squares;
 } Dense;
 
@@ -83,22 +84,22 @@ static inline __attribute__((always_inline)) void fire(const Dense *step, const 
             _mm512_storeu_si512(pairs + h * panel + b / 2 * DEPTH, in_pairs(z[0][h], z[1][h]));
     }
     for (long h = 0; h < 2; h++) {
-        float *z_sum = sums + step->n + c + h * SIDE, *n_fires = z_sum + step->n;
+        float *z_sum = sums + c + h * SIDE, *n_fires = z_sum + step->n;
         _mm512_mask_storeu_ps(z_sum, there[h], _mm512_add_ps(_mm512_maskz_loadu_ps(there[h], z_sum), sum[h]));
         _mm512_mask_storeu_ps(n_fires, there[h], _mm512_add_ps(_mm512_maskz_loadu_ps(there[h], n_fires), fires[h]));
     }
 }
 
-/* The gradient in the pre-latents, where they fire. */
-static inline __attribute__((always_inline)) void flow_back(const Dense *step, const float *out, long c, long at, float *sums) {
+/* The gradient in the pre-latents of 32 samples, where they fire, in pairs; and its sum over samples, added to `sums`. */
+static inline __attribute__((always_inline)) void flow_back(const Dense *step, const float *out, long c, long at, bf16 *through,
+                                                            float *sums) {
     long panel = step->rows / DEPTH * TILE_ENTRIES;
     for (long h = 0; h < 2; h++) {
         long j = c + h * SIDE;
-        __mmask16 there = first_of(step->n - j);
-        __m512 norm = step->norms ? _mm512_maskz_loadu_ps(there, step->norms + j) : _mm512_set1_ps(1);
-        __m512 cost = _mm512_mul_ps(_mm512_set1_ps(step->cost), norm), sum = _mm512_maskz_loadu_ps(there, sums + j);
+        __m512 norm = step->norms ? _mm512_maskz_loadu_ps(first_of(step->n - j), step->norms + j) : _mm512_set1_ps(1);
+        __m512 cost = _mm512_mul_ps(_mm512_set1_ps(step->cost), norm), sum = _mm512_loadu_ps(sums + h * SIDE);
         const bf16 *z = step->z + j / SIDE * panel + at * TILE_ENTRIES;
-        bf16 *pairs = step->through + j / SIDE * panel + at * TILE_ENTRIES;
+        bf16 *pairs = through + h * panel + at * TILE_ENTRIES;
         for (long b = 0; b < DEPTH; b += 2) {
             __m512i fired = _mm512_loadu_si512(z + b / 2 * DEPTH);
             __m512 first = _mm512_add_ps(_mm512_load_ps(out + b * DEPTH + h * SIDE), cost);
@@ -108,11 +109,11 @@ static inline __attribute__((always_inline)) void flow_back(const Dense *step, c
             sum = _mm512_add_ps(sum, _mm512_add_ps(first, second));
             _mm512_storeu_si512(pairs + b / 2 * DEPTH, in_pairs(first, second));
         }
-        _mm512_mask_storeu_ps(sums + j, there, sum);
+        _mm512_storeu_ps(sums + h * SIDE, sum);
     }
 }
 
-/* A chunk of samples, from x to the pairs of z and `through`. */
+/* A chunk of samples, from x to z and the gradient. */
 static void dense_chunk(const Dense *step, long first) {
     long n = step->n, d = step->d, m = MIN(DENSE_ROWS, step->batch - first), steps = tile_steps(d), panel = steps * TILE_ENTRIES;
     long n_steps = tile_steps(n), ld = steps * DEPTH + SIDE;
@@ -152,92 +153,122 @@ static void dense_chunk(const Dense *step, long first) {
         squares += square;
     }
     step->squares[first / DENSE_ROWS] = squares;
-    tile_rows(step->gradient + first * d, d, 1, m, rows);
+    tile_rows(step->gradient + first * d, d, 1, m, step->gradient_rows + first * steps * DEPTH);
     tile_columns(step->gradient + first * d, d, m, step->gradient_columns + first / DEPTH * TILE_ENTRIES, step->rows / DEPTH);
-    for (long c = 0; c < n_steps * DEPTH; c += DEPTH)
-        for (long r = 0; r < all; r += DEPTH) {
-            four_tiles(rows + r * steps * DEPTH, panel, step->decoder + c * steps * DEPTH, panel, steps, out, DEPTH, 0);
-            flow_back(step, out, c, (first + r) / DEPTH, sums);
-        }
 }
 
-/* to [32 latents, d] = pairs^T columns, summed over `n_steps` times 32 samples, or added to what is there. */
+/* to [n_latents, d] = pairs^T columns, summed over `n_steps` times 32 samples. Up to VISITED latents at a time: what is read
+   of the columns is as large as a cache. */
 static void over_samples(const bf16 *pairs, const bf16 *columns, long apart, long n_steps, long n_latents, long d, float *out,
-                         float *to, int add) {
+                         float *to) {
+    long steps = tile_steps(d);
     for (long begin = 0; begin < n_steps; begin += SHARED_STEPS)
-        for (long i = 0; i < tile_steps(d); i++)
-            four_tiles(columns + (2 * i * apart + begin) * TILE_ENTRIES, apart * TILE_ENTRIES, pairs + begin * TILE_ENTRIES,
-                       apart * TILE_ENTRIES, MIN(SHARED_STEPS, n_steps - begin), out + i * DEPTH * DEPTH, DEPTH, begin > 0);
+        for (long i = 0; i < steps; i++)
+            for (long j = 0; j < n_latents; j += DEPTH)
+                four_tiles(columns + (2 * i * apart + begin) * TILE_ENTRIES, apart * TILE_ENTRIES,
+                           pairs + (j / SIDE * apart + begin) * TILE_ENTRIES, apart * TILE_ENTRIES,
+                           MIN(SHARED_STEPS, n_steps - begin), out + (j / DEPTH * steps + i) * DEPTH * DEPTH, DEPTH, begin > 0);
     __m512i down = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(DEPTH));
     for (long j = 0; j < n_latents; j++)
         for (long i = 0; i < d; i += SIDE) {
-            __m512 sum = _mm512_i32gather_ps(down, out + i * DEPTH + j, 4);
-            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first_of(d - i), to + j * d + i));
-            _mm512_mask_storeu_ps(to + j * d + i, first_of(d - i), sum);
+            const float *from = out + (j / DEPTH * steps * DEPTH + i) * DEPTH + j % DEPTH;
+            _mm512_mask_storeu_ps(to + j * d + i, first_of(d - i), _mm512_i32gather_ps(down, from, 4));
         }
+}
+
+/* Gradient rows of some latents. */
+typedef struct {
+    float *encoder, *decoder, *bias, *sums, *work;
+    bf16 *through, *decoder_rows;
+} Visit;
+
+/* A visit's memory, `size` bytes of it; nothing is written where `memory` is null. */
+static Visit visit_of(const Dense *step, char *memory, size_t *size) {
+    size_t width = (size_t)(tile_steps(step->d) * DEPTH), rows = VISITED * (size_t)step->d * sizeof(float);
+    size_t through = VISITED * (size_t)step->rows * sizeof(bf16), decoder_rows = VISITED * width * sizeof(bf16);
+    size_t at = 0;
+    Visit visit = {0};
+#define TAKE(field, bytes) (memory ? (void)(visit.field = (void *)(memory + at)) : (void)0, at += ((bytes) + 63) / 64 * 64)
+    TAKE(encoder, rows);
+    TAKE(decoder, rows);
+    TAKE(bias, VISITED * sizeof(float));
+    TAKE(sums, VISITED * sizeof(float) * N_SUMS);
+    TAKE(work, VISITED * width * sizeof(float));
+    TAKE(through, through);
+    TAKE(decoder_rows, decoder_rows);
+#undef TAKE
+    *size = at;
+    return visit;
+}
+
+/* Gradients of latents c to c + VISITED - 1, and their sums over chunks. */
+static void visit_latents(const Dense *step, long c, const Visit *visit) {
+    long d = step->d, n = step->n, steps = tile_steps(d), panel = steps * TILE_ENTRIES;
+    long apart = step->rows / DEPTH, n_steps = (step->batch + DEPTH - 1) / DEPTH, n_chunks = step->rows / DENSE_ROWS;
+    long own = MIN(VISITED, n - c);
+    memset(visit->bias, 0, VISITED * sizeof(float));
+    memset(visit->decoder_rows, 0, (size_t)(VISITED / SIDE * panel) * sizeof(bf16));
+    for (long j = 0; j < own; j++) tile_latent(step->decoder + (c + j) * d, j, d, visit->decoder_rows);
+    for (long s = 0; s < n_steps; s++)
+        for (long j = 0; j < own; j += DEPTH) {
+            four_tiles(step->gradient_rows + s * 2 * panel, panel, visit->decoder_rows + j / SIDE * panel, panel, steps, visit->work, DEPTH, 0);
+            flow_back(step, visit->work, c + j, s, visit->through + j / SIDE * apart * TILE_ENTRIES, visit->bias + j);
+        }
+    over_samples(visit->through, step->x_columns, apart, n_steps, own, d, visit->work, visit->encoder);
+    const bf16 *z = step->z + c / SIDE * apart * TILE_ENTRIES;
+    over_samples(z, step->gradient_columns, apart, n_steps, own, d, visit->work, visit->decoder);
+    memset(visit->sums, 0, VISITED * N_SUMS * sizeof(float));
+    for (long chunk = 0; chunk < n_chunks; chunk++)
+        for (long i = 0; i < N_SUMS; i++)
+            for (long j = c; j < MIN(c + VISITED, n); j++)
+                visit->sums[i * VISITED + j - c] += step->sums[(chunk * N_SUMS + i) * n + j];
 }
 #endif
 
-/* Numbers of bf16 that a step of so many rows needs as scratch: the decoder twice, z, through, the columns of both sides. */
+/* Numbers of bf16 that a step of so many rows needs as scratch: the decoder, z, the columns of x, columns and rows of the
+   gradient. */
 API long dense_scratch(long batch, long n, long d, long threads) {
     (void)threads;
     long rows = dense_rows(batch), width = tile_steps(d) * DEPTH, latents = tile_steps(n) * DEPTH;
-    return 2 * rows * latents + 2 * rows * width + 2 * latents * width;
+    return latents * width + rows * latents + 3 * rows * width;
 }
 
-/* Rows of a batch from x on. `encoder` are its tiles; `scratch` has dense_scratch numbers, `sums` N_SUMS n for each chunk of
-   DENSE_ROWS rows, `squares` one. Gradients of weights, `firing` and `totals` are added to what is there where `add`. */
+/* Up to the gradient. `encoder` are its tiles; `scratch` has dense_scratch numbers, `sums` N_SUMS n for each chunk of
+   DENSE_ROWS rows, `squares` one; all of them, and x, are read again by the update, which is given `plan` (256 bytes). */
 API void dense_step(const real *x, const bf16 *encoder, const real *bias, const real *decoder, const real *norms, real cost,
-                    real scale, long batch, long n, long d, long add, bf16 *scratch, real *sums, double *squares,
-                    real *gradient, real *g_encoder, real *g_decoder, real *g_bias, int32_t *firing, real *totals,
-                    long threads) {
+                    real scale, long batch, long n, long d, bf16 *scratch, real *sums, double *squares, real *gradient,
+                    int32_t *firing, real *totals, void *plan, long threads) {
 #if TILES
     long rows = dense_rows(batch), width = tile_steps(d) * DEPTH, latents = tile_steps(n) * DEPTH, n_chunks = rows / DENSE_ROWS;
-    bf16 *rows_of_decoder = scratch, *decoder_pairs = rows_of_decoder + latents * width; /* made once for all blocks */
-    bf16 *z = decoder_pairs + latents * width, *through = z + rows * latents;
-    bf16 *x_columns = through + rows * latents, *gradient_columns = x_columns + rows * width;
-    Dense step = {x, bias, norms, cost, scale, batch, n, d, rows, encoder, rows_of_decoder, decoder_pairs, z, through,
-                  x_columns, gradient_columns, gradient, sums, squares};
-    if (!add) {
-        tile_encoder(decoder, n, d, rows_of_decoder, threads);
-        tile_pairs(decoder, n, d, decoder_pairs, threads);
-    }
-    long n_steps = (batch + DEPTH - 1) / DEPTH, apart = rows / DEPTH;
-    double code_sum = 0;
+    bf16 *decoder_pairs = scratch, *z = decoder_pairs + latents * width, *x_columns = z + rows * latents;
+    bf16 *gradient_columns = x_columns + rows * width, *gradient_rows = gradient_columns + rows * width;
+    Dense step = {x, bias, norms, decoder, cost, scale, batch, n, d, rows, encoder, decoder_pairs, z, x_columns,
+                  gradient_columns, gradient_rows, gradient, sums, squares};
+    _Static_assert(sizeof step <= 256, "a plan is larger than its room");
+    memcpy(plan, &step, sizeof step);
+    tile_pairs(decoder, n, d, decoder_pairs, threads);
 #pragma omp parallel num_threads((int)threads)
     {
         use_tiles();
 #pragma omp for schedule(dynamic, 1)
         for (long first = 0; first < batch; first += DENSE_ROWS) dense_chunk(&step, first);
-        float *out = own_memory((size_t)(width * DEPTH) * sizeof(float));
-#pragma omp for schedule(dynamic, 1)
-        for (long c = 0; c < latents; c += DEPTH) {
-            long own = MIN(DEPTH, n - c);
-            const bf16 *pairs = through + c / SIDE * apart * TILE_ENTRIES, *codes = z + c / SIDE * apart * TILE_ENTRIES;
-            over_samples(pairs, x_columns, apart, n_steps, own, d, out, g_encoder + c * d, (int)add);
-            over_samples(codes, gradient_columns, apart, n_steps, own, d, out, g_decoder + c * d, (int)add);
-            for (long j = c; j < c + own; j++) {
-                float sum[N_SUMS] = {0};
-                for (long chunk = 0; chunk < n_chunks; chunk++)
-                    for (long i = 0; i < N_SUMS; i++) sum[i] += sums[(chunk * N_SUMS + i) * n + j];
-                float norm = norms ? norms[j] : 1, pull = norms ? cost * sum[1] / MAX(norm, 1e-12f) : 0;
-                if (pull != 0)
-                    for (long i = 0; i < d; i++) g_decoder[j * d + i] += pull * decoder[j * d + i];
-                g_bias[j] = (add ? g_bias[j] : 0) + sum[0];
-                firing[j] = (add ? firing[j] : 0) + (int32_t)sum[2];
-                sums[n + j] = sum[1] * norm; /* read by nobody else from here on */
-            }
-        }
         _tile_release();
     }
-    totals[0] = add ? totals[0] : 0, totals[1] = add ? totals[1] : 0;
-    for (long chunk = 0; chunk < n_chunks; chunk++) totals[0] += (real)squares[chunk];
-    for (long j = 0; j < n; j++) code_sum += sums[n + j];
-    totals[1] += (real)code_sum;
+    double code_sum = 0, square = 0;
+    for (long chunk = 0; chunk < n_chunks; chunk++) square += squares[chunk];
+    for (long j = 0; j < n; j++) {
+        float z_sum = 0, fires = 0;
+        for (long chunk = 0; chunk < n_chunks; chunk++) {
+            z_sum += sums[chunk * N_SUMS * n + j];
+            fires += sums[(chunk * N_SUMS + 1) * n + j];
+        }
+        firing[j] = (int32_t)fires;
+        code_sum += z_sum * (norms ? norms[j] : 1);
+    }
+    totals[0] = (real)square, totals[1] = (real)code_sum;
 #else
     (void)x, (void)encoder, (void)bias, (void)decoder, (void)norms, (void)cost, (void)scale, (void)batch, (void)n, (void)d;
-    (void)add, (void)scratch, (void)sums, (void)squares, (void)gradient, (void)g_encoder, (void)g_decoder, (void)g_bias;
-    (void)firing, (void)totals;
+    (void)scratch, (void)sums, (void)squares, (void)gradient, (void)firing, (void)totals, (void)plan;
 #endif
     (void)threads;
 }

@@ -161,10 +161,8 @@ class Selection:
             else:
                 cuts = self._buffer("cuts", (batch,)) if self._tiles else None
                 self._call("top_k", *self._parts(block), *block.shape, k, self.row_cut, *own, cuts)
-        if self._tiles:
-            short = int(batch - cuts.count_nonzero())  # rows in which fewer than k are positive
-            rank = short + 1 + (batch - short) // FEW_ROWS
-            self.row_cut = ROW_GUESS * float(cuts.kthvalue(rank).values) if short < MANY_ROWS * batch else 0.0
+                if cuts is not None:
+                    self.row_cut = _guess(cuts)
         return Codes(_every(batch, k), latents, values)
 
     def _exact_top_k(self, block: Block, k: int, latents: Tensor, values: Tensor) -> None:
@@ -302,6 +300,15 @@ class Selection:
         a tensor that is not contiguous among it."""
         given = [one.data_ptr() if type(one) is Tensor and one.is_contiguous() else one for one in arguments]
         return getattr(self._library, function)(*given, torch.get_num_threads())
+
+
+def _guess(cuts: Float[Tensor, " batch"]) -> float:
+    """Where the next batch's rows begin to look, from the k-th codes of this one's, 0 where fewer than k are positive."""
+    batch = len(cuts)
+    short = batch - int(cuts.count_nonzero())
+    if short >= MANY_ROWS * batch:
+        return 0.0
+    return ROW_GUESS * float(cuts.kthvalue(short + 1 + (batch - short) // FEW_ROWS).values)
 
 
 @lru_cache(maxsize=4)
