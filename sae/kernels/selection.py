@@ -303,7 +303,7 @@ class Selection:
 
 
 def _guess(cuts: Float[Tensor, " batch"]) -> float:
-    """Where the next batch's rows begin to look, from the k-th codes of this one's, 0 where fewer than k are positive."""
+    """Where the next batch's rows begin to look, from this one's k-th codes (0 where fewer than k are positive)."""
     batch = len(cuts)
     short = batch - int(cuts.count_nonzero())
     if short >= MANY_ROWS * batch:
