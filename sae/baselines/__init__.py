@@ -14,14 +14,14 @@ oracle_pursuit, sae_pursuit   these dictionaries, coded by k steps of matching p
 """
 
 from sae.baselines.base import Baseline
+from sae.baselines.by_name import BASELINES, Given, applicable, measured, prepare, run
 from sae.baselines.coding import SparseCoding, oracle, pursuit, sparse_coding
 from sae.baselines.fixed import data_points, random_dictionary
-from sae.baselines.ksvd import ksvd, learn_ksvd
+from sae.baselines.ksvd import learn_ksvd
 from sae.baselines.linear import pca
-from sae.baselines.omp import omp
-from sae.baselines.run import BASELINES, Given, applicable, measured, prepare, run
+from sae.baselines.orthogonal_pursuit import omp
 from sae.baselines.scikit_learn import dictionary_learning, ica, require_sklearn
-from sae.baselines.semi_nmf import learn_semi_nmf, semi_nmf
+from sae.baselines.semi_nmf import learn_semi_nmf
 
 __all__ = [
     "BASELINES",
@@ -32,7 +32,6 @@ __all__ = [
     "data_points",
     "dictionary_learning",
     "ica",
-    "ksvd",
     "learn_ksvd",
     "learn_semi_nmf",
     "measured",
@@ -44,6 +43,5 @@ __all__ = [
     "random_dictionary",
     "require_sklearn",
     "run",
-    "semi_nmf",
     "sparse_coding",
 ]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.baselines.base import Baseline, signed_pairs, unit_rows
-from sae.baselines.omp import SignedCodes, omp
+from sae.baselines.orthogonal_pursuit import SignedCodes, omp
 from toymodels.streams import generator
 
 # Atoms that fewer samples use, or that are as close to another one, are replaced (Rubinstein's KSVD-Box).
@@ -82,7 +82,6 @@ def replace_atoms_(
     worst_rows = worst.indices[worst.values > 0]
     D[bad[: len(worst_rows)]] = unit_rows(x[worst_rows])
     return len(worst_rows)
-
 
 
 def ksvd(x: Float[Tensor, "batch d_in"], d_sae: int, k: int, seed: int) -> Baseline:

@@ -17,6 +17,8 @@ from sae.held_out import HeldOut
 
 logger = logging.getLogger("sae")
 
+ICA_ROUNDS = 500
+
 
 def ica(x: Float[Tensor, "batch d_in"], seed: int) -> Baseline:
     """Independent components (FastICA), d_in of them, with both signs."""
@@ -24,12 +26,12 @@ def ica(x: Float[Tensor, "batch d_in"], seed: int) -> Baseline:
     from sklearn.decomposition import FastICA  # noqa: PLC0415
     from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
 
-    model = FastICA(whiten="unit-variance", max_iter=500, tol=1e-3, random_state=seed)
+    model = FastICA(whiten="unit-variance", max_iter=ICA_ROUNDS, tol=1e-3, random_state=seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x.numpy())
     if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-        logger.warning("ica did not converge in %d rounds; its components are those of the last", model.max_iter)
+        logger.warning("ica did not converge in %d rounds; its components are those of the last", ICA_ROUNDS)
     unmixing, mixing = (torch.from_numpy(m).float() for m in (model.components_, model.mixing_.T))
     norms = torch.linalg.vector_norm(mixing, dim=1, keepdim=True)
     read_out = unmixing * norms

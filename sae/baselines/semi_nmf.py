@@ -8,23 +8,31 @@ from torch import Tensor
 
 from sae.baselines.base import Baseline, unit_rows
 from sae.baselines.coding import sparse_coding
+from sae.errors import UsageError
 from sae.held_out import HeldOut
 from toymodels.streams import generator
 
 
 def learn_semi_nmf(
-    x: Float[Tensor, "batch d"], n_atoms: int, *, n_rounds: int = 100, seed: int = 0
+    x: Float[Tensor, "batch d"], n_atoms: int, *, n_rounds: int = 30, seed: int = 0
 ) -> tuple[Float[Tensor, "n_atoms d"], Float[Tensor, "batch n_atoms"]]:
-    """argmin_{F, G ≥ 0} |x - G F|^2, by turns
+    """argmin_{F, G ≥ 0} |x - G F|^2 in float64, by turns
 
         F <- (G^T G)^+ G^T x,    G <- G ∘ sqrt(([x F^T]_+ + G [F F^T]_-) / ([x F^T]_- + G [F F^T]_+)),
 
     where [A]_± = (|A| ± A) / 2; neither raises the objective.
-    Source: Ding, Li & Jordan 2010, section 3. G begins as clusters + 0.2: each sample's nearest of randomly chosen
-    samples.
+    Source: Ding, Li & Jordan 2010, section 3. G begins as clusters + 0.2: each sample's nearest of some samples, which
+    are chosen at random and belong to themselves.
+
+    Raises:
+        UsageError: there are fewer samples than atoms.
     """
-    centres = x[torch.randperm(len(x), generator=generator(seed, "semi-nmf"))[:n_atoms]]
-    G = torch.nn.functional.one_hot(torch.cdist(x, centres).argmin(dim=1), n_atoms).to(x.dtype) + 0.2
+    if len(x) < n_atoms:
+        raise UsageError(f"a semi-NMF with {n_atoms} atoms needs as many samples, got {len(x)}; lower d_sae")
+    chosen = torch.randperm(len(x), generator=generator(seed, "semi-nmf"))[:n_atoms]
+    nearest = torch.cdist(x, x[chosen]).argmin(dim=1)
+    nearest[chosen] = torch.arange(n_atoms)
+    G = torch.nn.functional.one_hot(nearest, n_atoms).to(x.dtype) + 0.2
     F = fitted_directions(x, G)
     for _ in range(n_rounds):
         G = updated_codes(x, G, F)
@@ -34,19 +42,18 @@ def learn_semi_nmf(
 
 def fitted_directions(x: Float[Tensor, "batch d"], G: Float[Tensor, "batch n"]) -> Float[Tensor, "n d"]:
     """(G^T G)^+ G^T x."""
-    gram, of_x = (G.T @ G).double(), (G.T @ x).double()
-    # What the products' rounding leaves of a direction that is not there would be divided by.
-    return (torch.linalg.pinv(gram, hermitian=True, rtol=len(gram) * torch.finfo(G.dtype).eps) @ of_x).to(x.dtype)
+    return torch.linalg.pinv(G.T @ G, hermitian=True) @ (G.T @ x)
 
 
 def updated_codes(
     x: Float[Tensor, "batch d"], G: Float[Tensor, "batch n"], F: Float[Tensor, "n d"]
 ) -> Float[Tensor, "batch n"]:
-    """One multiplicative step, its two large products had from one: [F F^T]_± = (|F F^T| ± F F^T) / 2."""
-    of_x, in_size, signed = x @ F.T, G @ (F @ F.T).abs(), (G @ F) @ F.T
-    up = of_x.clamp_min(0) + (in_size - signed).clamp_min(0) / 2
-    down = (-of_x).clamp_min(0) + (in_size + signed).clamp_min(0) / 2
-    return G * (up / down.clamp_min(torch.finfo(G.dtype).tiny)).sqrt()
+    """One multiplicative step. Twice its numerator and denominator are |x F^T| + G |F F^T| ± (x - G F) F^T."""
+    size = (x @ F.T).abs_().addmm_(G, (F @ F.T).abs_())
+    slope = (x - G @ F) @ F.T
+    up = (size + slope).clamp_min_(0)
+    down = size.sub_(slope).clamp_min_(torch.finfo(G.dtype).tiny)
+    return up.div_(down).sqrt_().mul_(G)
 
 
 def semi_nmf(
@@ -63,5 +70,5 @@ def semi_nmf(
     feature being found: it shows what non-negative codes give alone.
     """
     mean = x.mean(dim=0)
-    F, _ = learn_semi_nmf(x - mean, d_sae, seed=seed)
-    return sparse_coding(unit_rows(F), truth, validation, k, mean)
+    F, _ = learn_semi_nmf((x - mean).double(), d_sae, seed=seed)
+    return sparse_coding(unit_rows(F).float(), truth, validation, k, mean)
