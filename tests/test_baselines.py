@@ -1,5 +1,6 @@
 """Baselines against slow, plain versions of themselves, and through the metrics of SAEs."""
 
+import json
 import math
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from torch.nn.functional import normalize
 
 import sae
 from sae import HeldOut, TrainConfig, UsageError, baselines
+from sae.baselines.beside import budget
 from sae.baselines.coding import offset
 from sae.baselines.ksvd import learn_ksvd, replace_atoms_, update_atoms_
 from sae.baselines.orthogonal_pursuit import SignedCodes, omp
@@ -283,6 +285,41 @@ def test_every_baseline_gets_every_metric_of_an_sae(source, tmp_path):
     assert (
         by_name["pca"]["recovery/mcc_chance"] < random["recovery/mcc_chance"] < by_name["ksvd"]["recovery/mcc_chance"]
     )
+
+
+def test_baselines_beside_a_run(run_cli, tmp_path):
+    config = TrainConfig(
+        source={"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 50},
+        sae={"kind": "relu", "d_sae": 24},
+        train={"n_samples": 6400, "batch_size": 64},
+        evaluation={"n_samples": 300},
+        out=tmp_path / "run",
+    )
+    trained = sae.train(config, report=False)
+    outcome = run_cli("eval", tmp_path / "run", "--baselines")
+    assert outcome.code == 0
+    rows = json.loads((tmp_path / "run" / "baselines.json").read_text())
+    assert [row["method"] for row in rows] == ["relu", *baselines.BASELINES]
+    assert rows[0] | trained.metrics == rows[0]
+    assert all(row["method"] in outcome.out for row in rows)
+    k = round(trained.metrics["metrics/l0"])
+    assert {row["metrics/l0"] for row in rows if row["method"] == "random"} == {k}
+    page = write_report([tmp_path / "run"]).read_text()
+    assert "K-SVD" in page
+    assert "semi-NMF" in page
+    sae.train(config, overwrite=True, report=False)
+    assert not (tmp_path / "run" / "baselines.json").exists()
+
+
+def test_the_budget_is_the_saes_own_k_or_its_l0():
+    def config(**options: object) -> TrainConfig:
+        return TrainConfig(sae={"d_sae": 24} | options)
+
+    assert budget(config(kind="topk", k=3), 2.2, 10) == 3
+    assert budget(config(kind="batchtopk", k=2.6), 2.2, 10) == 3
+    assert budget(config(kind="relu"), 4.4, 10) == 4
+    assert budget(config(kind="relu"), 0.2, 10) == 1
+    assert budget(config(kind="relu"), 20.0, 10) == 10
 
 
 def test_a_source_without_truth_has_baselines_too():

@@ -63,7 +63,7 @@ BASELINES: dict[str, Callable[[Given], Baseline]] = {
     "data_points": lambda g: data_points(g.x, g.d_sae, g.k, g.seed),
     "pca": lambda g: pca(g.x),
     "ica": lambda g: scikit_learn.ica(g.x, g.seed),
-    "semi_nmf": lambda g: semi_nmf(g.x[: max(N_SEMI_NMF, 2 * g.d_sae)], g.d_sae, g.truth, g.validation, g.k, g.seed),
+    "semi_nmf": lambda g: semi_nmf(g.x[: max(N_SEMI_NMF, 2 * g.d_sae)], g.d_sae, g.k, g.seed),
     "dictionary_learning": lambda g: scikit_learn.dictionary_learning(
         g.x[:N_DICTIONARY_LEARNING], g.d_sae, g.truth, g.validation, g.k, g.seed
     ),

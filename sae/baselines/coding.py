@@ -5,6 +5,7 @@ With the true features this is an oracle, with a trained SAE's it is what the SA
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from sae.errors import UsageError
 from sae.held_out import HeldOut
 from sae.metrics import match_dictionary
 from sae.sparsifiers import MatchingPursuit
-from toymodels.sparse_coding import select_penalty, sparse_code
+from toymodels.sparse_coding import PenaltyChoice, select_penalty, sparse_code
 
 # Tried penalties of sparse coding, as shares of the median row's largest projection.
 PENALTIES = torch.logspace(-2, -0.3, 8)
@@ -53,8 +54,15 @@ def sparse_coding(
     # Smaller penalties than these buy no F1, and cost a dictionary that is off its truth very long supports.
     penalties = (PENALTIES * (x @ dictionary.T).amax(dim=1).median()).tolist()
     if truth is None or validation.acts is None:
-        penalty = _least_error(x, dictionary, penalties, k)
-        return Baseline(dictionary, centre, SparseCoding(dictionary, penalty, 0.0, k))
+        if k is None:
+            raise UsageError("without the true activations a penalty can be chosen at a given k only; give k")
+
+        def by_error(penalty: float) -> PenaltyChoice:
+            error = (x - sparse_code(x, dictionary, penalty, k=k) @ dictionary).square().sum()
+            return PenaltyChoice(penalty, 0.0, -float(error))
+
+        choice = _descend(penalties, by_error)
+        return Baseline(dictionary, centre, SparseCoding(dictionary, choice.penalty, 0.0, k))
     latent = match_dictionary(dictionary, truth).latent
     matched = latent >= 0
     # In the order of the features; a latent without a feature comes after them, where it may still explain.
@@ -63,15 +71,20 @@ def sparse_coding(
     order = torch.cat([latent[matched], rest.nonzero().squeeze(1)])
     fires = validation.acts.dense()[:, matched.cpu()]
     fires = torch.nn.functional.pad(fires, (0, len(order) - fires.shape[1]))
-    choice = select_penalty(x, fires, dictionary[order], penalties=penalties, k=k)
+    choice = _descend(penalties, lambda p: select_penalty(x, fires, dictionary[order], penalties=[p], k=k))
     return Baseline(dictionary, centre, SparseCoding(dictionary, choice.penalty, choice.threshold, k))
 
 
-def _least_error(x: Tensor, dictionary: Tensor, penalties: list[float], k: int | None) -> float:
-    if k is None:
-        raise UsageError("without the true activations a penalty can be chosen at a given k only; give k")
-    errors = [float((x - sparse_code(x, dictionary, p, k=k) @ dictionary).square().sum()) for p in penalties]
-    return penalties[errors.index(min(errors))]
+def _descend(penalties: list[float], choose: Callable[[float], PenaltyChoice]) -> PenaltyChoice:
+    """The best of the penalties from the largest on, until two in a row are worse: the small ones take longest."""
+    best, n_worse = choose(penalties[-1]), 0
+    for penalty in reversed(penalties[:-1]):
+        choice = choose(penalty)
+        n_worse = 0 if choice.f1 > best.f1 else n_worse + 1
+        best = max(best, choice, key=lambda each: each.f1)
+        if n_worse == 2:
+            break
+    return best
 
 
 def oracle(truth: Float[Tensor, "n_features d_in"], validation: HeldOut, k: int | None = None) -> Baseline:

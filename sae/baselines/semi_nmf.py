@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.baselines.base import Baseline, unit_rows
-from sae.baselines.coding import sparse_coding
+from sae.baselines.base import Baseline
+from sae.baselines.coding import pursuit
 from sae.errors import UsageError
-from sae.held_out import HeldOut
 from toymodels.streams import generator
 
 
@@ -56,19 +55,12 @@ def updated_codes(
     return up.div_(down).sqrt_().mul_(G)
 
 
-def semi_nmf(
-    x: Float[Tensor, "batch d_in"],
-    d_sae: int,
-    truth: Float[Tensor, "n_features d_in"] | None,
-    validation: HeldOut,
-    k: int,
-    seed: int,
-) -> Baseline:
-    """The directions of a semi-NMF, coded with at most k.
+def semi_nmf(x: Float[Tensor, "batch d_in"], d_sae: int, k: int, seed: int) -> Baseline:
+    """The directions of a semi-NMF, coded by matching pursuit with at most k, as its own codes are not sparse.
 
-    Nothing in it asks for sparse codes, and with more directions than dimensions its error can reach 0 without any
-    feature being found: it shows what non-negative codes give alone.
+    With more directions than dimensions its error can reach 0 without any feature being found: it shows what
+    non-negative codes give alone.
     """
     mean = x.mean(dim=0)
     F, _ = learn_semi_nmf((x - mean).double(), d_sae, seed=seed)
-    return sparse_coding(unit_rows(F).float(), truth, validation, k, mean)
+    return pursuit(F.to(x.dtype), k, mean)
