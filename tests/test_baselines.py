@@ -184,7 +184,7 @@ def test_the_oracle_knows_the_offset(source):
     assert validation.x.mean(dim=0).norm() > 2
     (row,) = baselines.run(["oracle"], source, d_sae=24, k=2, n_fit=500, n_evaluation=1000)
     assert row["recovery/f1"] > 0.95
-    assert row["metrics/fvu"] < 0.01
+    assert row["metrics/fvu"] < 0.03
 
 
 def test_penalty_and_threshold_are_chosen_on_calibration_rows_alone(source):
@@ -302,7 +302,7 @@ def test_baselines_beside_a_run(run_cli, tmp_path):
     assert [row["method"] for row in rows] == ["relu", *baselines.BASELINES]
     assert rows[0] | trained.metrics == rows[0]
     assert all(row["method"] in outcome.out for row in rows)
-    k = round(trained.metrics["metrics/l0"])
+    k = min(6, round(trained.metrics["metrics/l0"]))
     assert {row["metrics/l0"] for row in rows if row["method"] == "random"} == {k}
     page = write_report([tmp_path / "run"]).read_text()
     assert "K-SVD" in page
