@@ -144,9 +144,7 @@ def measured(name: str, given: Given, source: Source, n_evaluation: int = N_EVAL
     """A row of `run`."""
     began = time.perf_counter()
     coder = BASELINES[name](given)
-    values: Mapping[str, float] = evaluate(
-        coder, source.held_out_stream("evaluation", n_evaluation), source.truth
-    ).metrics
+    values = evaluate(coder, source.held_out_stream("evaluation", n_evaluation), source.truth).metrics
     if isinstance(coder.code, SparseCoding):
         values = {**values, "codes/penalty": coder.code.penalty, "codes/firing_threshold": coder.code.threshold}
     return {"method": name, "seed": given.seed, **values, "seconds": time.perf_counter() - began}
