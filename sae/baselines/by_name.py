@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae.baselines import scikit_learn
 from sae.baselines.base import Baseline
-from sae.baselines.coding import SparseCoding, oracle, pursuit, sparse_coding
+from sae.baselines.coding import SparseCoding, offset, oracle, pursuit, sparse_coding
 from sae.baselines.fixed import data_points, random_dictionary
 from sae.baselines.ksvd import ksvd
 from sae.baselines.linear import pca
@@ -70,7 +70,7 @@ BASELINES: dict[str, Callable[[Given], Baseline]] = {
     "ksvd": lambda g: ksvd(g.x, g.d_sae, g.k, g.seed),
     "sae_pursuit": lambda g: pursuit(g.learnt.W_dec.detach(), g.k, g.learnt.b_dec.detach()),
     "sae_oracle": lambda g: sparse_coding(g.learnt.W_dec.detach(), g.truth, g.validation, g.k, g.learnt.b_dec.detach()),
-    "oracle_pursuit": lambda g: pursuit(g.known, g.k, g.validation.x.mean(dim=0)),
+    "oracle_pursuit": lambda g: pursuit(g.known, g.k, offset(g.known, g.validation)),
     "oracle_k": lambda g: oracle(g.known, g.validation, g.k),
     "oracle": lambda g: oracle(g.known, g.validation),
 }
