@@ -137,13 +137,21 @@ class Eval(WithPlugins):
     """Measure a trained SAE again: every metric that applies, and recovery when the truth is known."""
 
     run_dir: Positional[Path]
+    baselines: bool = False
+    """Other methods on the same activations too, at as many latents; takes seconds to minutes for each."""
 
     def run(self) -> None:
         from sae.console import print_metrics  # noqa: PLC0415
         from sae.run import evaluate_run  # noqa: PLC0415
 
         self.load_plugins()
-        print_metrics(evaluate_run(self.run_dir).metrics)
+        if not self.baselines:
+            print_metrics(evaluate_run(self.run_dir).metrics)
+            return
+        from sae.baselines.beside import beside_run  # noqa: PLC0415
+        from sae.baselines.show import print_beside  # noqa: PLC0415
+
+        print_beside(self.run_dir, *beside_run(self.run_dir, lambda name: logger.info("fitting %s", name)))
 
 
 @dataclass
@@ -213,6 +221,8 @@ class Bench(WithPlugins):
             )
         )
 
+
+logger = logging.getLogger("sae")
 
 COMMANDS = {"demo": Demo, "train": Train, "sweep": Sweep, "eval": Eval, "report": Report, "bench": Bench}
 Command = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,18 @@ HEADLINES = (
     "polysemanticity/latent_purity",
     "polysemanticity/neuron_purity",
 )
+
+# Column -> where its values are, and how many digits they deserve.
+METHOD_COLUMNS = {
+    "MCC": ("recovery/mcc", 3),
+    "MMCS": ("recovery/mmcs", 3),
+    "cov": ("recovery/coverage_0.9", 3),
+    "F1": ("recovery/f1", 3),
+    "FVU": ("metrics/fvu", 3),
+    "L0": ("metrics/l0", 2),
+    "dead": ("sparsity/dead_features", 0),
+    "s": ("seconds", 0),
+}
 
 
 def postfix(values: Mapping[str, float]) -> str:
@@ -89,6 +102,22 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console.print(table)
     if caption:
         console.print(caption, style="dim", highlight=False)
+
+
+def print_methods(title: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
+    """A row for each method, mean ± sd over its seeds; columns that no method has a value for are left out."""
+    columns = {name: place for name, place in METHOD_COLUMNS.items() if any(place[0] in row for row in rows)}
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        table.append([method, *(mean_sd([row[key] for row in own], digits) for key, digits in columns.values())])
+    print_table(title, ["", *columns], table, caption)
+
+
+def mean_sd(values: Sequence[float], digits: int) -> str:
+    """`.998` over `±.001`, so that eight columns fit a terminal; or one value alone."""
+    spread = f"\n±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}".replace("±0.", "±.")
 
 
 def print_headlines(metrics: Mapping[str, float]) -> None:

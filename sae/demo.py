@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -22,10 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae import baselines
-from sae.baselines import Baseline, SparseCoding, require_sklearn
-from sae.config import EvaluationSection, TrainConfig
-from sae.console import postfix, print_table
-from sae.evaluation import evaluate
+from sae.baselines import require_sklearn
+from sae.config import TrainConfig
+from sae.console import postfix, print_methods
 from sae.kernels import choose
 from sae.model import load
 from sae.run import check_out, require_report, train
@@ -36,9 +34,6 @@ from toymodels.worlds import ToyRecipe
 N_SEEDS = 3
 K = 3
 D_SAE = 256
-N_VALIDATION = 2000
-N_FIT = 20_000
-N_FIT_SLOW = 16_000
 SUMMARY, TOY = "summary.json", "toy.safetensors"
 
 # The SAEs. `l1_low` is the control: too little penalty gives low error, many active latents, and the wrong features.
@@ -51,26 +46,16 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
 # Number of seeds of each baseline; only the random dictionary is a draw that matters.
 BASELINES = {
     "random": N_SEEDS,
+    "data_points": 1,
     "oracle": 1,
     "oracle_k": 1,
     "topk_oracle": 1,
     "pca": 1,
     "ica": 1,
     "dictionary_learning": 1,
+    "ksvd": 1,
 }
 TRAIN = {"n_samples": 6_144_000, "batch_size": 2048, "lr": 3.0e-3}
-
-# Column -> where its values are, and how many digits they deserve.
-COLUMNS = {
-    "MCC": ("recovery/mcc", 3),
-    "MMCS": ("recovery/mmcs", 3),
-    "cov": ("recovery/coverage_0.9", 3),
-    "F1": ("recovery/f1", 3),
-    "FVU": ("metrics/fvu", 3),
-    "L0": ("metrics/l0", 2),
-    "dead": ("sparsity/dead_features", 0),
-    "s": ("seconds", 0),
-}
 
 
 def run(out: Path, seed: int, overwrite: bool) -> None:
@@ -188,54 +173,20 @@ def sae_row(method: str, seed: int, config: TrainConfig, lines: Any) -> dict[str
 
 def baseline_row(method: str, seed: int, toy: ToySourceConfig, out: Path) -> dict[str, Any]:
     """Fits and measures one baseline on the same held-out activations as the SAEs."""
-    began = time.perf_counter()
     source = toy.open()
-    test = source.held_out("evaluation", EvaluationSection().n_samples)
-    validation = source.held_out("calibration", N_VALIDATION)
-    x = next(source.batches(N_FIT, seed))
-    truth = source.truth
-    assert truth is not None
-    coder: Baseline
-    match method:
-        case "random":
-            coder = baselines.random_dictionary(D_SAE, x.mean(dim=0), K, seed)
-        case "oracle":
-            coder = baselines.sparse_coding(truth, truth, validation)
-        case "oracle_k":
-            coder = baselines.sparse_coding(truth, truth, validation, K)
-        case "topk_oracle":
-            topk = load(out)
-            coder = baselines.sparse_coding(topk.W_dec, truth, validation, K, topk.b_dec)
-        case "pca":
-            coder = baselines.pca(x)
-        case "ica":
-            coder = baselines.ica(x, seed)
-        case _:
-            coder = baselines.dictionary_learning(x[:N_FIT_SLOW], D_SAE, truth, validation, K, seed)
-    values = evaluate(coder, test, truth).metrics
-    if isinstance(coder.code, SparseCoding):
-        values |= {"codes/penalty": coder.code.penalty, "codes/firing_threshold": coder.code.threshold}
-    return {"method": method, "seed": seed, **values, "seconds": time.perf_counter() - began}
+    sae, name = (load(out), "sae_oracle") if method == "topk_oracle" else (None, method)
+    given = baselines.prepare([name], source, d_sae=D_SAE, k=K, seed=seed, sae=sae)
+    return {**baselines.measured(name, given, source), "method": method}
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the table of methods, mean ± sd over seeds."""
-    table = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == method]
-        table.append([method, *(mean_sd([row[key] for row in own], digits) for key, digits in COLUMNS.values())])
-    print_table(
+    """Prints the table of methods."""
+    print_methods(
         "256 features in 64 dimensions: who finds them?",
-        ["", *COLUMNS],
-        table,
+        rows,
         "mean ± sd over seeds. cov: share of features found with cosine > .9. A random dictionary of this shape has "
         f"MCC {rows[0]['recovery/mcc_chance']:.3f}.\n"
         f"oracle: the true features with non-negative sparse coding, _k with at most {K} latents; topk_oracle: TopK's "
-        "dictionary coded likewise.\npca, ica: at most 64 components, each with both signs.",
+        "dictionary coded likewise.\ndata_points: activations as dictionary. pca, ica: at most 64 components, each "
+        "with both signs; ksvd: 256 of them.",
     )
-
-
-def mean_sd(values: Sequence[float], digits: int) -> str:
-    """`.998` over `±.001`, so that eight columns fit a terminal; or one value alone."""
-    spread = f"\n±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}".replace("±0.", "±.")

@@ -33,6 +33,8 @@ from toymodels.streams import generator
 logger = logging.getLogger("sae")
 
 CONFIG, RESULT, TABLES, REPORT = ("config.yaml", "result.json", "evaluation.safetensors", "report.html")
+BASELINES = "baselines.json"
+"""Other methods on the same activations, and this one, when they were asked for."""
 STATUS = "status.json"
 """Of a member of a sweep that was given up: why."""
 # Rows, at most, that the centre and the scale are fitted on; sources that hold fewer rows back give fewer.
@@ -41,7 +43,20 @@ N_CALIBRATION = 65_536
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
 # What a run writes into its directory, and --overwrite deletes.
-OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, STATUS, "classes.json", "wandb")
+OWN = (
+    CONFIG,
+    RESULT,
+    TABLES,
+    REPORT,
+    LINES,
+    WEIGHTS,
+    MANIFEST,
+    CHECKPOINTS,
+    STATUS,
+    BASELINES,
+    "classes.json",
+    "wandb",
+)
 
 
 @dataclass(frozen=True)
@@ -297,13 +312,22 @@ def evaluate_run(out: Path) -> Evaluation:
     Raises:
         UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again.
     """
+    return measure_again(out, *open_again(out))
+
+
+def open_again(out: Path) -> tuple[SAE, TrainConfig, Source]:
+    """A finished run's SAE, configuration and source."""
     sae = load(out)
     config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
     if config.source is None:
         raise UsageError(
             f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate(model, sae.HeldOut(x))"
         )
-    source = config.source.open()
+    return sae, config, config.source.open()
+
+
+def measure_again(out: Path, sae: SAE, config: TrainConfig, source: Source) -> Evaluation:
+    """Every metric, written into the run's directory."""
     evaluation = evaluate(sae, source.held_out_stream("evaluation", config.evaluation.n_samples), source.truth)
     save_evaluation(out, evaluation)
     return evaluation

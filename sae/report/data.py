@@ -27,6 +27,7 @@ CONFIG, LINES, RESULT, TABLES, WEIGHTS = FILES = (
     "sae.safetensors",
 )
 SUMMARY = "summary.json"
+BASELINES = "baselines.json"
 SWEEP = "sweep.json"
 CLASSES = "classes.json"
 # A feature is found when its own latent has a cosine above this.
@@ -107,7 +108,7 @@ class Collection:
 
 
 def collect(paths: Sequence[Path]) -> Collection:
-    """Reads the given run directories, their summaries, and the runs that the summaries name.
+    """Reads the given run directories, their summaries and baselines, and the runs that the summaries name.
 
     Raises:
         UsageError: there is no directory, or one holds no finished run or a damaged file.
@@ -131,6 +132,8 @@ def collect(paths: Sequence[Path]) -> Collection:
                 for row, folder in zip(rows, folders, strict=True)
                 if all((folder / file).is_file() for file in FILES)
             ]
+        if (path / BASELINES).is_file():
+            summaries.append(_read_json(path / BASELINES))
         given.append(run)
     return Collection(given, siblings, summaries)
 

@@ -55,8 +55,15 @@ METHODS = {
     "topk_oracle": "TopK's dictionary, sparse coding",
     "pca": "PCA",
     "ica": "ICA",
-    "nmf": "NMF",
+    "semi_nmf": "semi-NMF",
     "dictionary_learning": "dictionary learning",
+    "ksvd": "K-SVD",
+    "data_points": "activations as dictionary",
+    "sae_oracle": "its dictionary, sparse coding",
+    "sae_pursuit": "its dictionary, matching pursuit",
+    "oracle_pursuit": "true dictionary, matching pursuit",
+    "p_annealing": "p-annealing",
+    "matching_pursuit": "matching pursuit",
 }
 
 

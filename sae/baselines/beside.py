@@ -1,0 +1,46 @@
+"""Baselines beside a finished run, on its own activations."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae.baselines.by_name import applicable, measured, prepare
+from sae.config import TrainConfig
+from sae.evaluation import Evaluation
+from sae.run import BASELINES, measure_again, open_again
+from toymodels.files import write_text
+
+
+def beside_run(out: Path, on_row: Callable[[str], None] | None = None) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Measures a run again, and every baseline that its source has all for: at as many latents, of which as many fire.
+
+    The rows, that of the SAE first, go into baselines.json of the run's directory too, where `sae report` finds them.
+    `on_row` hears which baseline is next.
+
+    Raises:
+        UsageError: the run cannot be measured again, or its source has a target.
+    """
+    sae, config, source = open_again(out)
+    names = applicable(source, sae)
+    began = time.perf_counter()
+    evaluation = measure_again(out, sae, config, source)
+    own = {"method": config.sae.kind, "seed": config.train.seed, **evaluation.metrics}
+    rows: list[dict[str, Any]] = [{**own, "seconds": time.perf_counter() - began}]
+    k = budget(config, evaluation.metrics["metrics/l0"], source.d_in)
+    given = prepare(names, source, d_sae=config.sae.d_sae, k=k, seed=config.train.seed, sae=sae)
+    for name in names:
+        if on_row is not None:
+            on_row(name)
+        rows.append(measured(name, given, source, config.evaluation.n_samples))
+    write_text(out / BASELINES, json.dumps(rows, indent=1) + "\n")
+    return evaluation, rows
+
+
+def budget(config: TrainConfig, l0: float, d_in: int) -> int:
+    """The latents that fire for a sample at most: the SAE's own k, or what its L0 comes to."""
+    k = getattr(config.sae, "k", None) or l0
+    return max(1, min(round(k), d_in, config.sae.d_sae))
