@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
 
-TARGET = GPUTarget("cuda", 80, 32)
+TARGETS = [GPUTarget("cuda", capability, 32) for capability in (80, 90)]
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 compiled: set[str] = set()
 
@@ -25,7 +25,8 @@ def compile_only(self, *arguments, grid, warmup=False, **options) -> None:
             "constexpr" if parameter.is_constexpr else TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         )
     source = ASTSource(self, signature=signature, constexprs=constants)
-    compile(source, target=TARGET, options=settings)
+    for target in TARGETS:
+        compile(source, target=target, options=settings)
     compiled.add(self.__name__)
 
 

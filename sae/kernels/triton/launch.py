@@ -46,4 +46,4 @@ def rows_at_once(n_rows: int, width: int, entries: int = 2048) -> int:
 
 def warps(entries: int) -> int:
     """Warps for a program that holds so many numbers."""
-    return 8 if entries >= 4096 else 4 if entries >= 512 else 2
+    return min(max(entries // 1024, 8), 32) if entries >= 4096 else 4 if entries >= 512 else 2

@@ -23,8 +23,8 @@ from sae.optim import BETA1, BETA2, EPSILON
 B1, B2, EPS = tl.constexpr(BETA1), tl.constexpr(BETA2), tl.constexpr(EPSILON)
 # Below this norm a decoder row has no direction.
 LEAST_NORM = tl.constexpr(1e-12)
-# Latents that a program owns.
-GROUP = 8
+# Latents that a program owns, where there are enough of them to give each processor programs.
+GROUP, MIN_PROGRAMS = 8, 1024
 
 
 @triton.jit
@@ -192,7 +192,8 @@ def update_rows(
     """
     (d_sae, d_out), d_in = state.W_dec.shape, x.shape[1]
     own = "encoder" in state.first  # else it is W_dec
-    n_programs = triton.cdiv(d_sae, GROUP)
+    group = min(power(triton.cdiv(d_sae, MIN_PROGRAMS)), GROUP)
+    n_programs = triton.cdiv(d_sae, group)
     to_b_dec = buffer("to_b_dec", (n_programs, d_in)) if state.tied else None
     chunks = None if plan is None else sum_chunks(plan, x, gradient, d_sae, buffer)
     extra_of = None if extra is None else _places(extra.latents, d_sae, buffer)
@@ -225,7 +226,7 @@ def update_rows(
         ROUNDED=rounded is not None,
         TIED=to_b_dec is not None,
         CHUNK=chunks.size if chunks is not None else 1,
-        GROUP=GROUP,
+        GROUP=group,
         D_IN=power(d_in),
         D_OUT=power(d_out),
         K=entries,
