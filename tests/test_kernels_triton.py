@@ -180,12 +180,12 @@ def test_batch_top_k(data, batch, d_sae, n, dtype):
         assert codes.offsets.diff().amax() - codes.offsets.diff().amin() <= 1
 
 
-@pytest.mark.parametrize("shift", [0.0, 9.0, 99.0])
-def test_batch_top_k_scores_its_candidates_again(shift):
+@pytest.mark.parametrize(("shift", "steps"), [(0.0, 4), (9.0, 2**12), (99.0, 4)])
+def test_batch_top_k_scores_its_candidates_again(shift, steps):
     """Products in steps of 1/4 tie by the dozen at the cut; what fires is decided by float32, and has its values."""
     state, x, n = state_of(300, 13, 13), normal(9, 13), 200
     state.b_enc -= shift  # at 9 fewer than n are positive, at 99 none
-    rounded = ((x @ state.encoder.T) * 4).round() / 4
+    rounded = ((x @ state.encoder.T) * steps).round() / steps
     scores = Scores(x, state.encoder, state.b_enc, lambda rows: rounded[rows])
     expected = (x.double() @ state.encoder.double().T + state.b_enc.double()).relu()
     least = expected.flatten().topk(n).values[-1].clamp_min(1e-9)
