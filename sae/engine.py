@@ -26,6 +26,7 @@ from sae import losses
 from sae.codes import SparseCodes
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
+from sae.gradients import Change, Gradients, shrinkage
 from sae.kernels import (
     WEIGHTS,
     Buffers,
@@ -78,8 +79,15 @@ class Engine:
         UsageError: the kernels or the precision asked for cannot work on the SAE's device.
     """
 
-    def __init__(self, sae: SAE, kernels: KernelName = "auto", precision: PrecisionName = "auto") -> None:
-        self.sae = sae
+    def __init__(
+        self,
+        sae: SAE,
+        kernels: KernelName = "auto",
+        precision: PrecisionName = "auto",
+        clip_norm: float | None = None,
+        n_parts: int = 1,
+    ) -> None:
+        self.sae, self.clip_norm, self.n_parts = sae, clip_norm, n_parts
         self.kernels = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
         self.state = State.of(
             dict(sae.named_parameters(remove_duplicate=False)),
@@ -114,7 +122,50 @@ class Engine:
         """One batch. `dead` are the latents that AuxK trains, as `padded` leaves them. `target` is what to reconstruct,
         in the trainer's units already, where that is not the activations themselves."""
         with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            return self._finish(self._begin(activations, unit, target), now, dead)
+            if self.n_parts == 1:
+                return self._finish(self._begin(activations, unit, target), now, dead)
+            terms, whole = self._gradients(activations, unit, now, dead, target)
+            return self._conclude(terms, whole.change(self.state.W_dec), now)
+
+    def gradients(
+        self,
+        activations: Float[Tensor, "batch d_in"],
+        unit: float,
+        now: Now,
+        dead: Int[Tensor, " n"],
+        target: Float[Tensor, "batch d_out"] | None = None,
+    ) -> tuple[Terms, dict[str, Tensor]]:
+        """What a step would give Adam, by the names of the weights, the sparsifier's own among them; none changes."""
+        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
+            terms, whole = self._gradients(activations, unit, now, dead, target)
+        found = whole.named(self.state)
+        for name, (weight, _, _) in self.own.items():
+            if weight.grad is not None:
+                found[name], weight.grad = weight.grad, None
+        return terms, found
+
+    def _gradients(
+        self, activations: Tensor, unit: float, now: Now, dead: Tensor, target: Tensor | None
+    ) -> tuple[Terms, Gradients]:
+        """Summed over parts of the batch: memory holds the intermediate results of one part at a time."""
+        n_parts = min(self.n_parts, len(activations))
+        targets = [None] * n_parts if target is None else target.tensor_split(n_parts)
+        total: Gradients | None = None
+        terms: list[Tensor] = []
+        own: dict[str, Tensor] = {}
+        for part, wanted in zip(activations.tensor_split(n_parts), targets, strict=True):
+            share = len(part) / len(activations)
+            measured, change = self._measure(self._begin(part, unit, wanted), now, dead)
+            terms.append(share * torch.stack([term.double() for term in measured]))
+            found = Gradients.of(self.kernels, self.state, change).times(share)
+            total = found if total is None else total.plus(found)
+            for name, (weight, _, _) in self.own.items():
+                if weight.grad is not None:
+                    own[name] = own.get(name, 0) + share * weight.grad
+        for name, (weight, _, _) in self.own.items():
+            weight.grad = own.get(name)
+        assert total is not None
+        return Terms(*torch.stack(terms).sum(dim=0).unbind()), total
 
     def begin(
         self, activations: Float[Tensor, "batch d_in"], unit: float, target: Float[Tensor, "batch d_out"] | None = None
@@ -147,13 +198,27 @@ class Engine:
         return sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
 
     def _finish(self, begun: Begun, now: Now, dead: Tensor) -> Terms:
-        (x, target, codes), sparsifier = begun, self.sae.sparsifier
+        return self._conclude(*self._measure(begun, now, dead), now)
+
+    def _measure(self, begun: Begun, now: Now, dead: Tensor) -> tuple[Terms, Change]:
+        """From codes to what the weights are to change by; own parameters have their `grad`."""
+        x, target, codes = begun
         if codes is not None:
-            terms = self._sparse(x, target, codes, now, dead)
-        elif self.dense_products and not self.by_autograd:
-            terms = self._dense(x, target, now, dead)
-        else:
-            terms = self._by_autograd(x, target, now, dead)
+            return self._sparse(x, target, codes, now, dead)
+        if self.dense_products and not self.by_autograd:
+            return self._dense(x, target, now, dead)
+        return self._by_autograd(x, target, now, dead)
+
+    def _conclude(self, terms: Terms, change: Change, now: Now) -> Terms:
+        sparsifier, grads = self.sae.sparsifier, [weight.grad for weight, _, _ in self.own.values()]
+        own = [grad for grad in grads if grad is not None]
+        if self.clip_norm is not None:
+            whole = Gradients.of(self.kernels, self.state, change)
+            factor = shrinkage([*whole.named(self.state).values(), *own], self.clip_norm)
+            change = whole.times(factor).change(change.x)
+            for grad in own:
+                grad.mul_(factor)
+        self.kernels.update_(self.state, now, *change)
         self.l0.copy_(terms.l0)
         sparsifier.observe_(terms.l0, now.sparsity)
         for weight, first, second in self.own.values():
@@ -163,7 +228,7 @@ class Engine:
         sparsifier.constrain_()
         return terms
 
-    def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> Terms:
+    def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         kernels, state = self.kernels, self.state
         if len(self.prefixes) > 1:
             levels = self.level_of.index_select(0, codes.latents)
@@ -185,16 +250,15 @@ class Engine:
             n_codes = fires.sum()
         l0 = n_codes / x.shape[0]
         cost = cost if state.weighted else 0.0
-        kernels.update_(state, now, x, gradient, plan=plan, extra=extra, firing=firing, cost=cost, pull=pull)
         mse = error if self.error_is_mse and len(codes.weights) == 1 else decoded.squares.mean()
-        return Terms(error, mse, auxiliary, penalty, l0)
+        return Terms(error, mse, auxiliary, penalty, l0), Change(x, gradient, plan, extra, firing, cost, pull)
 
     def _skip(self, x: Tensor, gradient: Tensor) -> None:
         """The gradient of x W_skip, which is part of x_hat."""
         if self.sae.W_skip is not None:
             self.sae.W_skip.grad = x.T @ gradient[: len(x)]
 
-    def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
+    def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """z = max(0, pre) with most of z positive: five dense products."""
         kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity)
         cost = weight / len(x)
@@ -202,9 +266,9 @@ class Engine:
         rows, gradient, firing, squares, code_sum = at_once or self._dense_by_blocks(x, target, cost)
         auxiliary, extra = self._auxiliary(x, gradient, dead)
         self._skip(x, gradient)
-        kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
         mse = squares / len(x)
-        return Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
+        terms = Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
+        return terms, Change(x, gradient, extra=_with(rows, extra), firing=firing)
 
     def _dense_by_blocks(self, x: Tensor, target: Tensor, cost: Scalar) -> DenseStep:
         """A block of rows at a time."""
@@ -232,7 +296,7 @@ class Engine:
             rows.W_dec.addcmul_((cost * charged / state.norms.clamp_min(1e-12))[:, None], state.W_dec)
         return DenseStep(rows._replace(b_enc=bias), gradient, firing, squares, code_sum)
 
-    def _by_autograd(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
+    def _by_autograd(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
         state, sparsifier = self.state, self.sae.sparsifier
         pre_latents = (x @ state.encoder.T).add_(state.b_enc).requires_grad_()
@@ -254,9 +318,10 @@ class Engine:
         g_pre, g_decoder = (t.grad if t.grad is not None else torch.zeros_like(t) for t in (pre_latents, W_dec))
         rows = Rows(None, g_pre.T @ x, g_decoder, g_pre.sum(dim=0))
         firing = codes.firing()
-        self.kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
         charged = x.new_zeros(()) if penalty is None else penalty.detach() * now.sparsity
-        return Terms(errors.detach(), residual.square().sum(dim=1).mean(), auxiliary, charged, firing.sum() / len(x))
+        mse = residual.square().sum(dim=1).mean()
+        terms = Terms(errors.detach(), mse, auxiliary, charged, firing.sum() / len(x))
+        return terms, Change(x, gradient, extra=_with(rows, extra), firing=firing)
 
     def _auxiliary(
         self, x: Tensor, gradient: Tensor, dead: Tensor, codes: Codes | None = None

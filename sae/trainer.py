@@ -37,7 +37,8 @@ class Trainer:
     def __init__(self, sae: SAE, config: TrainConfig, unit: float, target_unit: float | None = None) -> None:
         self.sae, self.config, self.unit = sae, config, unit
         self.target_unit = unit if target_unit is None else target_unit
-        self.engine = Engine(sae, config.train.kernels, config.train.precision)
+        train = config.train
+        self.engine = Engine(sae, train.kernels, train.precision, train.clip_norm, train.accumulate)
         self.n_steps_done = 0
         device = sae.W_dec.device
         self.clock = schedules.Clock(REFRESH_STEPS, sae.W_dec.dtype, device)
@@ -92,6 +93,9 @@ class Trainer:
     def _recorder(self) -> Any:
         """What takes steps in place of `advance`, with Triton's kernels on CUDA: it records and replays them."""
         if self.window.device.type != "cuda" or self.engine.kernels.name != "triton":
+            return None
+        if self.engine.n_parts > 1:
+            logger.info("steps are not recorded, as train.accumulate=%d takes each in parts", self.engine.n_parts)
             return None
         from sae.capture import Recorder  # noqa: PLC0415 - where there is no CUDA it is not imported
 

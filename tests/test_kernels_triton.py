@@ -434,6 +434,23 @@ def test_latents_that_fire_often_are_summed_in_chunks(size, monkeypatch):
     same_state(state, theirs)
 
 
+@pytest.mark.parametrize("n_levels", [1, 3])
+@every_size
+def test_gradient_rows(n_levels, batch, d_in, d_out, d_sae, k, monkeypatch):
+    monkeypatch.setattr(index, "CHUNK", 4)
+    state = state_of(d_sae, d_in, d_out)
+    codes, x = codes_of(state, batch, k, True, n_levels), normal(batch, d_in, seed=30)
+    gradient, through = normal(n_levels * batch, d_out, seed=31), normal(len(codes.values), seed=32)
+    through[::3] = 0
+    kernels, judge = make(), Reference()
+    plans = kernels.invert(codes, through, d_sae), judge.invert(as_double(codes), through.double(), d_sae)
+    rows, sums, firing = kernels.gradient_rows(state, x, gradient, plans[0])
+    expected, expected_sums, expected_firing = judge.gradient_rows(double(state), x.double(), gradient.double(), plans[1])
+    for ours, theirs in zip((*rows, sums), (*expected, expected_sums), strict=True):
+        close(ours, theirs)
+    assert torch.equal(firing, expected_firing)
+
+
 def test_one_memory_for_encoder_and_decoder():
     """As matching pursuit has it: the encoder has no gradient and no moments of its own."""
     ours = state_of(19, 7, 7)

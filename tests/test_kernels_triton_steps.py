@@ -96,6 +96,18 @@ def test_steps(case, monkeypatch):
     same_run(ours, judge)
 
 
+@pytest.mark.parametrize("case", ["topk", "jumprelu"])
+def test_clipped_steps_in_parts(case):
+    ours, judge = make_trainer(case, "triton", torch.float32), make_trainer(case, "reference", torch.float64)
+    for x in batches(D_IN, 2, 2):
+        for trainer in (ours, judge):
+            trainer.engine.n_parts, trainer.engine.clip_norm = 2, 0.05
+            trainer.step(x)
+    moments = torch.cat([moment.flatten() for moment in judge.engine.state.first.values()])
+    assert 0.005 < moments.norm() < 0.01, "both must have been clipped"
+    same_run(ours, judge)
+
+
 # Inference
 
 

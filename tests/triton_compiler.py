@@ -56,6 +56,7 @@ def main() -> None:
     plan = kernels.invert(codes, torch.rand(300), d_sae)
     extra = Rows(torch.arange(7), torch.randn(7, d), torch.randn(7, d), torch.randn(7))
     now = Now(*(value.float() for value in Now.at(3, 1e-3, 1.0)))
+    kernels.gradient_rows(state, x, decoded.gradient, plan)
     kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, pull=torch.rand(d_sae))
     kernels.aux_k(x, x, extra.encoder, extra.b_enc, extra.W_dec, k)
     kernels.reconstruct(torch.rand(batch, k), torch.zeros(batch, k, dtype=torch.int64), state.W_dec)

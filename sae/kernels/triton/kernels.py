@@ -143,6 +143,14 @@ class Triton(Plain):
             g_b_dec -= through_encoder
         adam_(state.b_dec, g_b_dec, state.first["b_dec"], state.second["b_dec"], now)
 
+    def gradient_rows(
+        self, state: State, x: Tensor, gradient: Tensor, plan: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        if plan is None:
+            return super().gradient_rows(state, x, gradient, None)
+        rows, sums = update.gradient_rows(plan, x, gradient, len(state.b_enc), self.buffer)
+        return rows, sums, plan.firing
+
     # -------------------------------------------------------------------------------------------- dense products
 
     def relu(self, x: Tensor, state: State) -> DenseCodes:

@@ -1,0 +1,91 @@
+"""The gradients of a step as matrices, where something is to be done to them before Adam: clipping by their common
+norm, adding up those of several parts of a batch, an exchange between processes.
+
+A fused update never writes them to memory. It takes them as well, as rows of all latents, so that every device's
+update serves both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels import Kernels, Rows, Scalar, State
+from sae.kernels.plain import rows_of_plan
+from sae.kernels.reference import Reference
+
+
+class Change(NamedTuple):
+    """What `Kernels.update_` changes the weights by; it names the parts."""
+
+    x: Float[Tensor, "batch d_in"]
+    gradient: Float[Tensor, "rows d_out"]
+    plan: Any = None
+    extra: Rows | None = None
+    firing: Int[Tensor, " d_sae"] | None = None
+    cost: Scalar = 0.0
+    pull: Float[Tensor, " d_sae"] | None = None
+
+
+class Gradients(NamedTuple):
+    """Of the mean loss of `n_samples`: rows of all latents, what x_hat gives b_dec, and how often each latent fired."""
+
+    rows: Rows
+    through_x_hat: Float[Tensor, " d_out"]
+    firing: Int[Tensor, " d_sae"]
+    n_samples: int
+
+    @classmethod
+    def of(cls, kernels: Kernels, state: State, change: Change) -> Gradients:
+        """As the update would have them: those of decoder rows of norm 1 are projected, penalties on norms are in."""
+        x, gradient, plan, extra, firing, cost, pull = change
+        by = kernels.gradient_rows if isinstance(kernels, Reference) else rows_of_plan
+        (g_encoder, g_decoder, g_bias), sums, fires = by(state, x, gradient, plan)
+        if extra is not None:
+            latents = torch.arange(len(g_bias), device=x.device) if extra.latents is None else extra.latents
+            for total, part in zip((g_encoder, g_decoder, g_bias), extra[1:], strict=True):
+                total.index_add_(0, latents, part)
+        if state.unit_norm:
+            g_decoder -= (g_decoder * state.W_dec).sum(dim=1, keepdim=True) * state.W_dec
+        else:
+            along = cost * sums if pull is None else cost * sums + pull
+            g_decoder += (along / state.norms.clamp_min(1e-12))[:, None] * state.W_dec
+        fires = (fires if firing is None else firing).long()
+        return cls(Rows(None, g_encoder, g_decoder, g_bias), gradient[: len(x)].sum(dim=0), fires, len(x))
+
+    def named(self, state: State) -> dict[str, Tensor]:
+        """By the names of the weights that are trained. b_dec also centres the input where it is tied."""
+        _, g_encoder, g_decoder, g_bias = self.rows
+        g_b_dec = self.through_x_hat - g_bias @ state.encoder if state.tied else self.through_x_hat
+        every = {"encoder": g_encoder, "W_dec": g_decoder, "b_enc": g_bias, "b_dec": g_b_dec}
+        return {name: every[name] for name in state.first}
+
+    def times(self, share: Scalar) -> Gradients:
+        """All of them multiplied by a number, in place."""
+        for part in (*self.rows[1:], self.through_x_hat):
+            part.mul_(share)
+        return self
+
+    def plus(self, other: Gradients) -> Gradients:
+        """Those of more samples added, in place."""
+        for part, more in zip((*self.rows[1:], self.through_x_hat), (*other.rows[1:], other.through_x_hat), strict=True):
+            part.add_(more)
+        return self._replace(firing=self.firing + other.firing, n_samples=self.n_samples + other.n_samples)
+
+    def change(self, like: Tensor) -> Change:
+        """For the update, which of x wants the size alone, and of x_hat's gradient the sum."""
+        rows = self.rows
+        x = like.new_empty(self.n_samples, rows.encoder.shape[1])
+        gradient = like.new_zeros(self.n_samples, len(self.through_x_hat))
+        gradient[0] = self.through_x_hat
+        return Change(x, gradient, extra=rows, firing=self.firing)
+
+
+def shrinkage(gradients: Iterable[Tensor], most: float) -> Tensor:
+    """min(1, most / |g|), g being all gradients together. The host does not learn it."""
+    norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+    return (most / norm).clamp_max(1)
