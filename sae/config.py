@@ -170,7 +170,7 @@ class TrainSection(Section):
     data_seed: int | None = Field(default=None, ge=0)
     """Order of the data; default seed. Runs that differ in `seed` alone see the same batches where this is given."""
     device: str = "cpu"
-    """A torch device: cpu, cuda, cuda:1."""
+    """A torch device: cpu, cuda, cuda:1; auto is cuda where torch can use it, else cpu."""
     precision: PrecisionName = "auto"
     """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX and on CUDA, else
     fp32."""

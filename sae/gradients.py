@@ -43,8 +43,7 @@ class Gradients(NamedTuple):
     def of(cls, kernels: Kernels, state: State, change: Change) -> Gradients:
         """As the update would have them: those of decoder rows of norm 1 are projected, penalties on norms are in."""
         x, gradient, plan, extra, firing, cost, pull = change
-        by = kernels.gradient_rows if isinstance(kernels, Reference) else rows_of_plan
-        (g_encoder, g_decoder, g_bias), sums, fires = by(state, x, gradient, plan)
+        (g_encoder, g_decoder, g_bias), sums, fires = _of_codes(kernels, state, x, gradient, plan)
         if extra is not None:
             latents = torch.arange(len(g_bias), device=x.device) if extra.latents is None else extra.latents
             for total, part in zip((g_encoder, g_decoder, g_bias), extra[1:], strict=True):
@@ -83,6 +82,17 @@ class Gradients(NamedTuple):
         gradient = like.new_zeros(self.n_samples, len(self.through_x_hat))
         gradient[0] = self.through_x_hat
         return Change(x, gradient, extra=rows, firing=self.firing)
+
+
+def _of_codes(
+    kernels: Kernels, state: State, x: Tensor, gradient: Tensor, plan: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """`Reference.gradient_rows`. Those in C have no such stage: their plan is like that of torch operations."""
+    if isinstance(kernels, Reference):
+        return kernels.gradient_rows(state, x, gradient, plan)
+    if plan is None:
+        return Reference().gradient_rows(state, x, gradient, None)
+    return rows_of_plan(state, x, gradient, plan, int(plan.offsets[-1]))
 
 
 def shrinkage(gradients: Iterable[Tensor], most: float) -> Tensor:

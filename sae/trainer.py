@@ -110,7 +110,10 @@ class Trainer:
         rule = f"a batch of {batch} at d_sae={self.sae.d_sae} does not fit on {self.window.device}"
         if fits < 1:
             return f"{rule}, nor would a smaller one; lower sae.d_sae={self.sae.d_sae}"
-        return f"{rule} ({free / 2**30:.1f} of {whole / 2**30:.1f} GiB free); lower train.batch_size to {fits}"
+        return (
+            f"{rule} ({free / 2**30:.1f} of {whole / 2**30:.1f} GiB free); lower train.batch_size to {fits}, "
+            f"or raise train.accumulate to {-(-batch * self.engine.n_parts // fits)}"
+        )
 
     def _at(self, step: int) -> tuple[float, float]:
         config = self.config

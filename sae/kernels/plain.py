@@ -107,7 +107,9 @@ class Plain(Reference):
     def gradient_rows(
         self, state: State, x: Tensor, gradient: Tensor, plan: Any
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-        return rows_of_plan(state, x, gradient, plan)
+        if plan is None:
+            return super().gradient_rows(state, x, gradient, None)
+        return rows_of_plan(state, x, gradient, plan, len(plan.rows))
 
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
         for name, weight in state.weights():
@@ -115,12 +117,10 @@ class Plain(Reference):
 
 
 def rows_of_plan(
-    state: State, x: Tensor, gradient: Tensor, plan: Any
+    state: State, x: Tensor, gradient: Tensor, plan: Any, n: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """`Reference.gradient_rows` of any kernels' plan; on a GPU each of its entries must have an owner."""
-    if plan is None:
-        return Reference().gradient_rows(state, x, gradient, None)
-    d_sae, n = len(state.b_enc), int(plan.offsets[-1]) if host_sees(x) else len(plan.rows)
+    """`Reference.gradient_rows` of any kernels' plan whose first n entries have owners."""
+    d_sae = len(state.b_enc)
     owners = torch.repeat_interleave(torch.arange(d_sae, device=x.device), plan.offsets.diff(), output_size=n)
     codes, through, rows, decoder_rows = (part[:n] for part in (*plan[3:5], *plan[1:3]))
     given = (codes, through, (codes > 0).to(x.dtype))

@@ -196,6 +196,20 @@ class Triton(Plain):
             codes = self._top_k(pre_latents, torch.zeros_like(pre_latents[0]), k)
         return codes.values.view(-1, k).clone(), codes.latents.view(-1, k).long()
 
+    def encode_above(self, pre_latents: Tensor, least: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`values` where a pre-latent exceeds `least` (one number, or one for each latent), and their latents; padded
+        to the row with the most of them, which the host waits for."""
+        batch, d_sae = pre_latents.shape
+        with torch.cuda.device_of(pre_latents):
+            below, pre_latents = (-least).expand(d_sae).contiguous(), pre_latents.contiguous()
+            counts = torch.empty(batch, dtype=torch.int32, device=pre_latents.device)
+            positive.count(pre_latents, below, counts)
+            k_cap = max(int(counts.max()), 1)
+            found, latents = pre_latents.new_zeros(batch * k_cap), torch.zeros_like(counts).repeat(k_cap)
+            starts = torch.arange(0, batch * k_cap, k_cap, device=counts.device)
+            positive.write(pre_latents, below, starts, latents, found, values.contiguous())
+        return found.view(batch, k_cap), latents.view(batch, k_cap).long()
+
     def reconstruct(self, values: Tensor, latents: Tensor, W_dec: Tensor) -> Tensor:
         """z W_dec of padded codes."""
         with torch.cuda.device_of(values):

@@ -41,12 +41,14 @@ def _count_positive(product, bias, counts, batch, d_sae, ROWS: tl.constexpr, COL
 def _write_positive(
     product,
     bias,
+    given,
     offsets,
     latents,
     values,
     batch,
     d_sae,
     n_slots,
+    GIVEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -59,6 +61,8 @@ def _write_positive(
         slots = place[:, None] + tl.cumsum(fires.to(tl.int32), axis=1) - 1
         fits = fires & (slots < n_slots)
         tl.store(latents + slots, tl.broadcast_to(columns, (ROWS, COLUMNS)), mask=fits)
+        if GIVEN:
+            scores = tl.load(given + rows[:, None] * d_sae + columns, mask=fits, other=0.0)
         tl.store(values + slots, scores, mask=fits)
         place += tl.sum(fires.to(tl.int32), axis=1)
 
@@ -78,11 +82,14 @@ def write(
     offsets: Int[Tensor, " rows"],
     latents: Int[Tensor, " slots"],
     values: Float[Tensor, " slots"],
+    given: Float[Tensor, "batch d_sae"] | None = None,
 ) -> None:
-    """Writes them, row b's from slot offsets[b] on, where they fit."""
+    """Writes them (or what is `given` in their places), row b's from slot offsets[b] on, where they fit."""
     batch, d_sae = product.shape
     grid, constants = _by_rows(batch, d_sae)
-    _write_positive[grid](product, bias, offsets, latents, values, batch, d_sae, len(values), **constants)
+    sizes, has = (batch, d_sae, len(values)), given is not None
+    places = (product if given is None else given, offsets, latents, values)
+    _write_positive[grid](product, bias, *places, *sizes, GIVEN=has, **constants)
 
 
 def _by_rows(batch: int, d_sae: int) -> tuple[tuple[int], dict[str, int]]:
