@@ -71,7 +71,9 @@ class Gradients(NamedTuple):
 
     def plus(self, other: Gradients) -> Gradients:
         """Those of more samples added, in place."""
-        for part, more in zip((*self.rows[1:], self.through_x_hat), (*other.rows[1:], other.through_x_hat), strict=True):
+        for part, more in zip(
+            (*self.rows[1:], self.through_x_hat), (*other.rows[1:], other.through_x_hat), strict=True
+        ):
             part.add_(more)
         return self._replace(firing=self.firing + other.firing, n_samples=self.n_samples + other.n_samples)
 

@@ -1,4 +1,4 @@
-"""Gradients as matrices: those of autograd, of a whole batch and summed over its parts; and what clipping makes of them."""
+"""Gradients as matrices: those of autograd, of whole batches and summed over parts; and what clipping does to them."""
 
 import copy
 

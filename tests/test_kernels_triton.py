@@ -445,7 +445,9 @@ def test_gradient_rows(n_levels, batch, d_in, d_out, d_sae, k, monkeypatch):
     kernels, judge = make(), Reference()
     plans = kernels.invert(codes, through, d_sae), judge.invert(as_double(codes), through.double(), d_sae)
     rows, sums, firing = kernels.gradient_rows(state, x, gradient, plans[0])
-    expected, expected_sums, expected_firing = judge.gradient_rows(double(state), x.double(), gradient.double(), plans[1])
+    expected, expected_sums, expected_firing = judge.gradient_rows(
+        double(state), x.double(), gradient.double(), plans[1]
+    )
     for ours, theirs in zip((*rows, sums), (*expected, expected_sums), strict=True):
         close(ours, theirs)
     assert torch.equal(firing, expected_firing)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sae.codes import SparseCodes, cut_between
+from sae.codes import cut_between
 from sae.config import SAEConfig
 from sae.kernels import Scalar
 from sae.sparsifiers.base import Sparsifier

@@ -249,7 +249,7 @@ def largest(
 ) -> Kept:
     """The n largest keys of all rows, those above 0, in n slots; row b owns the entries from starts[b] to starts[b + 1].
 
-    An entry is known by its place in its row; where `columns` are given, by its place in tile `columns[entry // tile]`.
+    An entry is known by its place in its row; where `columns` are given, by that in tile `columns[entry // tile]`.
     """
     batch = len(starts) - 1
     cut = nth_largest(keys, n, buffer, name)

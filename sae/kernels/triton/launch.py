@@ -33,8 +33,8 @@ def require(device: torch.device, dtype: torch.dtype) -> None:
     problem = trial(device)
     if problem:
         raise CannotRun(
-            f"triton cannot compile or start them on {device} ({problem}); it needs a C compiler, Python's headers and a "
-            "driver that is not too old; use train.kernels torch"
+            f"triton cannot compile or start them on {device} ({problem}); it needs a C compiler, Python's headers and "
+            "a driver that is not too old; use train.kernels torch"
         )
 
 

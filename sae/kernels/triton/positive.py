@@ -1,10 +1,9 @@
-"""All positive pre-latents, in as many slots as there are: how many is counted first, then they are written in order."""
+"""All positive pre-latents, in as many slots as there are: they are counted first, and then written in order."""
 
 from __future__ import annotations
 
 from typing import no_type_check
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -67,9 +66,7 @@ def _write_positive(
         place += tl.sum(fires.to(tl.int32), axis=1)
 
 
-def count(
-    product: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"], counts: Int[Tensor, " batch"]
-) -> None:
+def count(product: Float[Tensor, "batch d_sae"], bias: Float[Tensor, " d_sae"], counts: Int[Tensor, " batch"]) -> None:
     """How many of each row's product + bias are positive."""
     batch, d_sae = product.shape
     grid, constants = _by_rows(batch, d_sae)
