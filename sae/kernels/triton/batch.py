@@ -247,7 +247,7 @@ def largest(
     tile: int = 1,
     empty: int = 0,
 ) -> Kept:
-    """The n largest keys of all rows, those above 0, in n slots; row b owns the entries from starts[b] to starts[b + 1].
+    """The n largest keys above 0 of all rows, in n slots; row b owns the entries from starts[b] to starts[b + 1].
 
     An entry is known by its place in its row; where `columns` are given, by that in tile `columns[entry // tile]`.
     """
