@@ -26,7 +26,7 @@ from sae import losses
 from sae.codes import SparseCodes
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
-from sae.gradients import Change, Gradients, shrinkage
+from sae.gradients import Change, Gradients, clipped, inner_product_, summed, with_extra
 from sae.kernels import (
     WEIGHTS,
     Buffers,
@@ -47,8 +47,6 @@ from sae.optim import Now, adam_
 from sae.sparsifiers import Decode, Sparsifier
 
 logger = logging.getLogger("sae")
-# Columns up to which a product is faster by its transpose.
-NARROW = 256
 
 
 class Terms(NamedTuple):
@@ -123,17 +121,12 @@ class Engine:
         in the trainer's units already, where that is not the activations themselves."""
         with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
             if self.n_parts == 1:
-                return self._finish(self._begin(activations, unit, target), now, dead)
+                return self._conclude(*self._measure(self._begin(activations, unit, target), now, dead), now)
             terms, whole = self._gradients(activations, unit, now, dead, target)
             return self._conclude(terms, whole.change(self.state.W_dec), now)
 
     def gradients(
-        self,
-        activations: Float[Tensor, "batch d_in"],
-        unit: float,
-        now: Now,
-        dead: Int[Tensor, " n"],
-        target: Float[Tensor, "batch d_out"] | None = None,
+        self, activations: Tensor, unit: float, now: Now, dead: Tensor, target: Tensor | None = None
     ) -> tuple[Terms, dict[str, Tensor]]:
         """What a step would give Adam, by the names of the weights, the sparsifier's own among them; none changes."""
         with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
@@ -147,25 +140,13 @@ class Engine:
     def _gradients(
         self, activations: Tensor, unit: float, now: Now, dead: Tensor, target: Tensor | None
     ) -> tuple[Terms, Gradients]:
-        """Summed over parts of the batch: memory holds the intermediate results of one part at a time."""
-        n_parts = min(self.n_parts, len(activations))
-        targets = [None] * n_parts if target is None else target.tensor_split(n_parts)
-        total: Gradients | None = None
-        terms: list[Tensor] = []
-        own: dict[str, Tensor] = {}
-        for part, wanted in zip(activations.tensor_split(n_parts), targets, strict=True):
-            share = len(part) / len(activations)
-            measured, change = self._measure(self._begin(part, unit, wanted), now, dead)
-            terms.append(share * torch.stack([term.double() for term in measured]))
-            found = Gradients.of(self.kernels, self.state, change).times(share)
-            total = found if total is None else total.plus(found)
-            for name, (weight, _, _) in self.own.items():
-                if weight.grad is not None:
-                    own[name] = own.get(name, 0) + share * weight.grad
-        for name, (weight, _, _) in self.own.items():
-            weight.grad = own.get(name)
-        assert total is not None
-        return Terms(*torch.stack(terms).sum(dim=0).unbind()), total
+        def measure(rows: slice) -> tuple[Terms, Change]:
+            wanted = None if target is None else target[rows]
+            return self._measure(self._begin(activations[rows], unit, wanted), now, dead)
+
+        own = [weight for weight, _, _ in self.own.values()]
+        terms, whole = summed(measure, len(activations), self.n_parts, self.kernels, self.state, own)
+        return Terms(*terms), whole
 
     def begin(
         self, activations: Float[Tensor, "batch d_in"], unit: float, target: Float[Tensor, "batch d_out"] | None = None
@@ -177,7 +158,7 @@ class Engine:
     def finish(self, begun: Begun, now: Now, dead: Int[Tensor, " n"]) -> Terms:
         """The rest of it."""
         with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            return self._finish(begun, now, dead)
+            return self._conclude(*self._measure(begun, now, dead), now)
 
     def _begin(self, activations: Tensor, unit: float, target: Tensor | None) -> Begun:
         state = self.state
@@ -197,9 +178,6 @@ class Engine:
             return None
         return sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
 
-    def _finish(self, begun: Begun, now: Now, dead: Tensor) -> Terms:
-        return self._conclude(*self._measure(begun, now, dead), now)
-
     def _measure(self, begun: Begun, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """From codes to what the weights are to change by; own parameters have their `grad`."""
         x, target, codes = begun
@@ -210,14 +188,10 @@ class Engine:
         return self._by_autograd(x, target, now, dead)
 
     def _conclude(self, terms: Terms, change: Change, now: Now) -> Terms:
-        sparsifier, grads = self.sae.sparsifier, [weight.grad for weight, _, _ in self.own.values()]
-        own = [grad for grad in grads if grad is not None]
+        sparsifier = self.sae.sparsifier
         if self.clip_norm is not None:
-            whole = Gradients.of(self.kernels, self.state, change)
-            factor = shrinkage([*whole.named(self.state).values(), *own], self.clip_norm)
-            change = whole.times(factor).change(change.x)
-            for grad in own:
-                grad.mul_(factor)
+            own = [weight.grad for weight, _, _ in self.own.values() if weight.grad is not None]
+            change = clipped(self.kernels, self.state, change, own, self.clip_norm)
         self.kernels.update_(self.state, now, *change)
         self.l0.copy_(terms.l0)
         sparsifier.observe_(terms.l0, now.sparsity)
@@ -233,7 +207,6 @@ class Engine:
         if len(self.prefixes) > 1:
             levels = self.level_of.index_select(0, codes.latents)
             codes = codes._replace(levels=levels, weights=self.weights)
-
         decode = Decode(kernels, state, target)
         decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
         auxiliary, extra = self._auxiliary(x, decoded.gradient, dead, codes)
@@ -268,7 +241,7 @@ class Engine:
         self._skip(x, gradient)
         mse = squares / len(x)
         terms = Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
-        return terms, Change(x, gradient, extra=_with(rows, extra), firing=firing)
+        return terms, Change(x, gradient, extra=with_extra(rows, extra), firing=firing)
 
     def _dense_by_blocks(self, x: Tensor, target: Tensor, cost: Scalar) -> DenseStep:
         """A block of rows at a time."""
@@ -285,8 +258,8 @@ class Engine:
             own = residual.mul_(2 / len(x))
             through = torch.mm(own, state.W_dec.T, out=buffer("through", tuple(z.values.shape)))
             masked, g_bias = kernels.relu_backward(through, z, state, cost)
-            _inner_product_(rows.encoder, masked, part, add)
-            _inner_product_(rows.W_dec, z.values, own, add)
+            inner_product_(rows.encoder, masked, part, add)
+            inner_product_(rows.W_dec, z.values, own, add)
             bias += g_bias
             firing += z.firing
             code_sum += z.code_sums.sum()
@@ -321,7 +294,7 @@ class Engine:
         charged = x.new_zeros(()) if penalty is None else penalty.detach() * now.sparsity
         mse = residual.square().sum(dim=1).mean()
         terms = Terms(errors.detach(), mse, auxiliary, charged, firing.sum() / len(x))
-        return terms, Change(x, gradient, extra=_with(rows, extra), firing=firing)
+        return terms, Change(x, gradient, extra=with_extra(rows, extra), firing=firing)
 
     def _auxiliary(
         self, x: Tensor, gradient: Tensor, dead: Tensor, codes: Codes | None = None
@@ -425,24 +398,3 @@ def _of_reading(gradient: Tensor, codes: Codes) -> Tensor:
     """2 (x_hat - target) / batch of the reading that inference gives, from what all readings together give levels."""
     own, *later = gradient.view(len(codes.weights), len(codes.offsets) - 1, -1)[codes.reading % len(codes.weights) :]
     return (own - later[0] if later else own) / codes.weights[codes.reading]
-
-
-def _inner_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    """out = left^T right, or added to it.
-
-    The threads of a BLAS share a narrow product better by its transpose: a third of the time at 64 columns.
-    """
-    if right.shape[1] > NARROW:
-        torch.addmm(out, left.T, right, beta=float(add), out=out)
-    elif add:
-        out.add_((right.T @ left).T)
-    else:
-        out.copy_((right.T @ left).T)
-
-
-def _with(rows: Rows, extra: Rows | None) -> Rows:
-    """Rows of all latents, with those of some added."""
-    if extra is not None and extra.latents is not None:
-        for total, part in zip(rows[1:], extra[1:], strict=True):
-            total.index_add_(0, extra.latents, part)
-    return rows
