@@ -42,6 +42,17 @@ class Rows:
         """Of the whole table."""
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} to {self.names[-1]}"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.parts[0].device
+
+    def sent(self, indices: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """The indices on the rows' device; the host does not wait for it."""
+        if self.device.type == "cpu":
+            return indices
+        return indices.pin_memory().to(self.device, non_blocking=True)
+
     def read(self, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
         """Consecutive rows, checked, in the dtype they are stored in."""
         pieces = [
@@ -100,6 +111,15 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.left)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.left.device
+
+    def sent(self, indices: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """The indices on the rows' device; the host does not wait for it."""
+        return self.left.sent(indices)
 
     def read(self, start: int, stop: int) -> Float[Tensor, "rows d_both"]:
         """Consecutive rows, checked, in a dtype that holds both."""

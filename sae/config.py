@@ -152,6 +152,11 @@ class TrainSection(Section):
     batch_size: int = Field(default=2048, gt=0)
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae))."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of all gradients together: longer ones are shortened to it, before Adam; default no clipping."""
+    accumulate: int = Field(default=1, gt=0)
+    """Parts that a batch is computed in, one after the other, to save memory; their gradients are added up. A batch's
+    budget and a target L0 hold for each part."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
@@ -165,7 +170,7 @@ class TrainSection(Section):
     data_seed: int | None = Field(default=None, ge=0)
     """Order of the data; default seed. Runs that differ in `seed` alone see the same batches where this is given."""
     device: str = "cpu"
-    """A torch device: cpu, cuda, cuda:1."""
+    """A torch device: cpu, cuda, cuda:1; auto is cuda where torch can use it, else cpu."""
     precision: PrecisionName = "auto"
     """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX and on CUDA, else
     fp32."""
@@ -232,6 +237,15 @@ class TrainConfig(Section):
         if isinstance(value, Mapping):
             return {key: section for key, section in value.items() if section is not None}
         return value
+
+    @field_validator("train")
+    @classmethod
+    def _parts_have_rows(cls, train: TrainSection) -> TrainSection:
+        if train.accumulate > train.batch_size:
+            raise ValueError(
+                f"accumulate must lie in 1..batch_size={train.batch_size}, got {train.accumulate}; lower it"
+            )
+        return train
 
     @model_validator(mode="after")
     def _resampling_happens(self) -> TrainConfig:

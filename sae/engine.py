@@ -26,6 +26,7 @@ from sae import losses
 from sae.codes import SparseCodes
 from sae.config import KernelName, PrecisionName
 from sae.errors import UsageError
+from sae.gradients import Change, Gradients, clipped, inner_product_, summed, with_extra
 from sae.kernels import (
     WEIGHTS,
     Buffers,
@@ -46,8 +47,6 @@ from sae.optim import Now, adam_
 from sae.sparsifiers import Decode, Sparsifier
 
 logger = logging.getLogger("sae")
-# Columns up to which a product is faster by its transpose.
-NARROW = 256
 
 
 class Terms(NamedTuple):
@@ -78,8 +77,15 @@ class Engine:
         UsageError: the kernels or the precision asked for cannot work on the SAE's device.
     """
 
-    def __init__(self, sae: SAE, kernels: KernelName = "auto", precision: PrecisionName = "auto") -> None:
-        self.sae = sae
+    def __init__(
+        self,
+        sae: SAE,
+        kernels: KernelName = "auto",
+        precision: PrecisionName = "auto",
+        clip_norm: float | None = None,
+        n_parts: int = 1,
+    ) -> None:
+        self.sae, self.clip_norm, self.n_parts = sae, clip_norm, n_parts
         self.kernels = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
         self.state = State.of(
             dict(sae.named_parameters(remove_duplicate=False)),
@@ -114,7 +120,33 @@ class Engine:
         """One batch. `dead` are the latents that AuxK trains, as `padded` leaves them. `target` is what to reconstruct,
         in the trainer's units already, where that is not the activations themselves."""
         with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            return self._finish(self._begin(activations, unit, target), now, dead)
+            if self.n_parts == 1:
+                return self._conclude(*self._measure(self._begin(activations, unit, target), now, dead), now)
+            terms, whole = self._gradients(activations, unit, now, dead, target)
+            return self._conclude(terms, whole.change(self.state.W_dec), now)
+
+    def gradients(
+        self, activations: Tensor, unit: float, now: Now, dead: Tensor, target: Tensor | None = None
+    ) -> tuple[Terms, dict[str, Tensor]]:
+        """What a step would give Adam, by the names of the weights, the sparsifier's own among them; none changes."""
+        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
+            terms, whole = self._gradients(activations, unit, now, dead, target)
+        found = whole.named(self.state)
+        for name, (weight, _, _) in self.own.items():
+            if weight.grad is not None:
+                found[name], weight.grad = weight.grad, None
+        return terms, found
+
+    def _gradients(
+        self, activations: Tensor, unit: float, now: Now, dead: Tensor, target: Tensor | None
+    ) -> tuple[Terms, Gradients]:
+        def measure(rows: slice) -> tuple[Terms, Change]:
+            wanted = None if target is None else target[rows]
+            return self._measure(self._begin(activations[rows], unit, wanted), now, dead)
+
+        own = [weight for weight, _, _ in self.own.values()]
+        terms, whole = summed(measure, len(activations), self.n_parts, self.kernels, self.state, own)
+        return Terms(*terms), whole
 
     def begin(
         self, activations: Float[Tensor, "batch d_in"], unit: float, target: Float[Tensor, "batch d_out"] | None = None
@@ -126,7 +158,7 @@ class Engine:
     def finish(self, begun: Begun, now: Now, dead: Int[Tensor, " n"]) -> Terms:
         """The rest of it."""
         with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            return self._finish(begun, now, dead)
+            return self._conclude(*self._measure(begun, now, dead), now)
 
     def _begin(self, activations: Tensor, unit: float, target: Tensor | None) -> Begun:
         state = self.state
@@ -146,14 +178,21 @@ class Engine:
             return None
         return sparsifier.choose(self.kernels, self.kernels.scores(x, self.state))
 
-    def _finish(self, begun: Begun, now: Now, dead: Tensor) -> Terms:
-        (x, target, codes), sparsifier = begun, self.sae.sparsifier
+    def _measure(self, begun: Begun, now: Now, dead: Tensor) -> tuple[Terms, Change]:
+        """From codes to what the weights are to change by; own parameters have their `grad`."""
+        x, target, codes = begun
         if codes is not None:
-            terms = self._sparse(x, target, codes, now, dead)
-        elif self.dense_products and not self.by_autograd:
-            terms = self._dense(x, target, now, dead)
-        else:
-            terms = self._by_autograd(x, target, now, dead)
+            return self._sparse(x, target, codes, now, dead)
+        if self.dense_products and not self.by_autograd:
+            return self._dense(x, target, now, dead)
+        return self._by_autograd(x, target, now, dead)
+
+    def _conclude(self, terms: Terms, change: Change, now: Now) -> Terms:
+        sparsifier = self.sae.sparsifier
+        if self.clip_norm is not None:
+            own = [weight.grad for weight, _, _ in self.own.values() if weight.grad is not None]
+            change = clipped(self.kernels, self.state, change, own, self.clip_norm)
+        self.kernels.update_(self.state, now, *change)
         self.l0.copy_(terms.l0)
         sparsifier.observe_(terms.l0, now.sparsity)
         for weight, first, second in self.own.values():
@@ -163,12 +202,11 @@ class Engine:
         sparsifier.constrain_()
         return terms
 
-    def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> Terms:
+    def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         kernels, state = self.kernels, self.state
         if len(self.prefixes) > 1:
             levels = self.level_of.index_select(0, codes.latents)
             codes = codes._replace(levels=levels, weights=self.weights)
-
         decode = Decode(kernels, state, target)
         decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
         auxiliary, extra = self._auxiliary(x, decoded.gradient, dead, codes)
@@ -185,28 +223,26 @@ class Engine:
             n_codes = fires.sum()
         l0 = n_codes / x.shape[0]
         cost = cost if state.weighted else 0.0
-        kernels.update_(state, now, x, gradient, plan=plan, extra=extra, firing=firing, cost=cost, pull=pull)
         mse = error if self.error_is_mse and len(codes.weights) == 1 else decoded.squares.mean()
-        return Terms(error, mse, auxiliary, penalty, l0)
+        return Terms(error, mse, auxiliary, penalty, l0), Change(x, gradient, plan, extra, firing, cost, pull)
 
     def _skip(self, x: Tensor, gradient: Tensor) -> None:
         """The gradient of x W_skip, which is part of x_hat."""
         if self.sae.W_skip is not None:
             self.sae.W_skip.grad = x.T @ gradient[: len(x)]
 
-    def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
+    def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """z = max(0, pre) with most of z positive: five dense products."""
-        kernels, state, weight = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity)
-        cost = weight / len(x)
+        kernels, state, cost = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity) / len(x)
         at_once = kernels.dense_step(x, state, cost) if target is x else None
         rows, gradient, firing, squares, code_sum, plan = at_once or self._dense_by_blocks(x, target, cost)
         auxiliary, extra = self._auxiliary(x, gradient, dead)
         self._skip(x, gradient)
-        extra = extra if rows is None else _with(rows, extra)
-        own_cost = cost if plan is not None and state.weighted else 0.0
-        kernels.update_(state, now, x, gradient, plan=plan, extra=extra, firing=firing, cost=own_cost)
         mse = squares / len(x)
-        return Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
+        terms = Terms(mse, mse, auxiliary, cost * code_sum, firing.sum() / len(x))
+        if rows is None:
+            return terms, Change(x, gradient, plan, extra, firing, cost if state.weighted else 0.0)
+        return terms, Change(x, gradient, extra=with_extra(rows, extra), firing=firing)
 
     def _dense_by_blocks(self, x: Tensor, target: Tensor, cost: Scalar) -> DenseStep:
         """A block of rows at a time."""
@@ -223,8 +259,8 @@ class Engine:
             own = residual.mul_(2 / len(x))
             through = torch.mm(own, state.W_dec.T, out=buffer("through", tuple(z.values.shape)))
             masked, g_bias = kernels.relu_backward(through, z, state, cost)
-            _inner_product_(rows.encoder, masked, part, add)
-            _inner_product_(rows.W_dec, z.values, own, add)
+            inner_product_(rows.encoder, masked, part, add)
+            inner_product_(rows.W_dec, z.values, own, add)
             bias += g_bias
             firing += z.firing
             code_sum += z.code_sums.sum()
@@ -234,7 +270,7 @@ class Engine:
             rows.W_dec.addcmul_((cost * charged / state.norms.clamp_min(1e-12))[:, None], state.W_dec)
         return DenseStep(rows._replace(b_enc=bias), gradient, firing, squares, code_sum)
 
-    def _by_autograd(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> Terms:
+    def _by_autograd(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
         state, sparsifier = self.state, self.sae.sparsifier
         pre_latents = (x @ state.encoder.T).add_(state.b_enc).requires_grad_()
@@ -256,9 +292,10 @@ class Engine:
         g_pre, g_decoder = (t.grad if t.grad is not None else torch.zeros_like(t) for t in (pre_latents, W_dec))
         rows = Rows(None, g_pre.T @ x, g_decoder, g_pre.sum(dim=0))
         firing = codes.firing()
-        self.kernels.update_(state, now, x, gradient, extra=_with(rows, extra), firing=firing)
         charged = x.new_zeros(()) if penalty is None else penalty.detach() * now.sparsity
-        return Terms(errors.detach(), residual.square().sum(dim=1).mean(), auxiliary, charged, firing.sum() / len(x))
+        mse = residual.square().sum(dim=1).mean()
+        terms = Terms(errors.detach(), mse, auxiliary, charged, firing.sum() / len(x))
+        return terms, Change(x, gradient, extra=with_extra(rows, extra), firing=firing)
 
     def _auxiliary(
         self, x: Tensor, gradient: Tensor, dead: Tensor, codes: Codes | None = None
@@ -289,9 +326,8 @@ class Engine:
         share = float(self.l0) / self.sae.d_sae
         dense = share >= sparse_share(self.state.encoder, self.kernels.precision)
         if dense != self.dense:
-            logger.info(
-                "step %d: %.1f %% of latents fire, steps go %s", step, 100 * share, "dense" if dense else "sparse"
-            )
+            how = "dense" if dense else "sparse"
+            logger.info("step %d: %.1f %% of latents fire, steps go %s", step, 100 * share, how)
             self.dense = dense
             self.buffer.kept.clear()
 
@@ -362,24 +398,3 @@ def _of_reading(gradient: Tensor, codes: Codes) -> Tensor:
     """2 (x_hat - target) / batch of the reading that inference gives, from what all readings together give levels."""
     own, *later = gradient.view(len(codes.weights), len(codes.offsets) - 1, -1)[codes.reading % len(codes.weights) :]
     return (own - later[0] if later else own) / codes.weights[codes.reading]
-
-
-def _inner_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    """out = left^T right, or added to it.
-
-    The threads of a BLAS share a narrow product better by its transpose: a third of the time at 64 columns.
-    """
-    if right.shape[1] > NARROW:
-        torch.addmm(out, left.T, right, beta=float(add), out=out)
-    elif add:
-        out.add_((right.T @ left).T)
-    else:
-        out.copy_((right.T @ left).T)
-
-
-def _with(rows: Rows, extra: Rows | None) -> Rows:
-    """Rows of all latents, with those of some added."""
-    if extra is not None and extra.latents is not None:
-        for total, part in zip(rows[1:], extra[1:], strict=True):
-            total.index_add_(0, extra.latents, part)
-    return rows

@@ -1,15 +1,20 @@
-"""Several trainers given one batch at once: each takes its step on a thread of its own.
+"""Several trainers given one batch at once: each takes its step on a thread of its own, or on a CUDA stream of its own.
 
 The step of one small SAE does not fill several cores: after each stage its threads wait for each other. Members need
 not wait for each other at all, so that each runs its whole step on a thread of its own; outside the operations that
 hold no lock (products, kernels) little is left to wait for. A member's step is the same as when it trains alone.
+
+Nor does it fill a GPU, whose streams take its place there: recorded steps of several members run at the same time, and
+the host, which only starts them, needs no threads. What a trainer allocates in its steps belongs to its stream, which
+is therefore always the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,9 +30,18 @@ class Members:
 
     def __init__(self, trainers: Sequence[Trainer]) -> None:
         cores = torch.get_num_threads()
-        on_cpu = all(trainer.sae.W_dec.device.type == "cpu" for trainer in trainers)
+        on_cpu = all(_device(trainer).type == "cpu" for trainer in trainers)
         bf16 = {trainer.engine.kernels.precision == "bf16" for trainer in trainers}
         self.pool: ThreadPoolExecutor | None = None
+        self.streams: WeakKeyDictionary[Trainer, torch.cuda.Stream] = WeakKeyDictionary()
+        if len(trainers) > 1:
+            self.streams.update(
+                {
+                    trainer: torch.cuda.Stream(device)
+                    for trainer in trainers
+                    if (device := _device(trainer)).type == "cuda"
+                }
+            )
         if on_cpu and cores > 1 and len(trainers) > 1 and len(bf16) == 1:
             n = min(cores, len(trainers))
             self.pool = ThreadPoolExecutor(n, "member", torch.set_num_threads, (cores // n,))
@@ -44,9 +58,25 @@ class Members:
                 return error
             return None
 
+        if trainers and all(trainer in self.streams for trainer in trainers):
+            return self._on_streams(trainers, attempt)
         if self.pool is None or len(trainers) == 1:
             return [attempt(trainer) for trainer in trainers]
         return list(self.pool.map(attempt, trainers))
+
+    def _on_streams(
+        self, trainers: Sequence[Trainer], attempt: Callable[[Trainer], Exception | None]
+    ) -> list[Exception | None]:
+        """Each begins once the batch is there; whatever comes after on this stream finds all of them done."""
+        here, ended = torch.cuda.current_stream(_device(trainers[0])), []
+        for trainer in trainers:
+            stream = self.streams[trainer]
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                ended.append(attempt(trainer))
+        for trainer in trainers:
+            here.wait_stream(self.streams[trainer])
+        return ended
 
     def __enter__(self) -> Members:
         return self
@@ -54,3 +84,7 @@ class Members:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.pool is not None:
             self.pool.shutdown()
+
+
+def _device(trainer: Trainer) -> torch.device:
+    return trainer.sae.W_dec.device

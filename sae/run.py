@@ -21,7 +21,7 @@ from sae.ensemble import CHECKPOINTS, Ensemble, OnLine, Run, stop_requested
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate
 from sae.initialise import cuts
-from sae.kernels import require_device, require_kernels
+from sae.kernels import require_device, require_kernels, resolve_device
 from sae.log import LINES, RunLog, require_wandb
 from sae.model import MANIFEST, SAE, WEIGHTS, load
 from sae.sources import HeldOut, Source, as_source
@@ -175,7 +175,17 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
         if rows is not None:
             width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
             logger.info("%s: width %d, sqrt(total variance) %.4g, |mean| / that %.2f", name, width, size, offset)
-    return Trainer(sae.to(config.train.device), config, unit, target_unit)
+    try:
+        return Trainer(sae.to(config.train.device), config, unit, target_unit)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(_too_wide(config, sae.d_in + sae.d_out)) from error
+
+
+def _too_wide(config: TrainConfig, width: int) -> str:
+    """What to do where not even the weights fit: 16 bytes for each, with both moments and what else a step keeps."""
+    free = torch.cuda.mem_get_info(config.train.device)[0] if torch.cuda.is_available() else 0
+    fits, rule = int(0.9 * free) // (16 * width), f"d_sae={config.sae.d_sae} does not fit on {config.train.device}"
+    return f"{rule} ({free / 2**30:.1f} GiB free); lower sae.d_sae to {max(min(fits, config.sae.d_sae // 2), 1)}"
 
 
 def _scale(rows: Tensor, what: str) -> float:
@@ -270,12 +280,15 @@ def _shown(value: object) -> str:
 
 
 def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:
-    """On resuming with the kernels and the precision of the newest checkpoint, whatever `auto` would choose here.
+    """On the device that `auto` finds here; on resuming with the kernels and the precision of the newest checkpoint,
+    whatever `auto` would choose.
 
     Raises:
         UsageError: its kernels and precision cannot work on this machine.
     """
-    device, dtype = torch.device(config.train.device), torch.get_default_dtype()
+    train = config.train.model_copy(update={"device": resolve_device(config.train.device)})
+    config = config.model_copy(update={"train": train})
+    device, dtype = torch.device(train.device), torch.get_default_dtype()
     newest = checkpoint.latest(config.out / CHECKPOINTS) if resume else None
     if newest is None:
         require_kernels(device, dtype, config.train.kernels, config.train.precision)
@@ -289,9 +302,7 @@ def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:
             f"the run began with {name} kernels in {precision}, and must go on so: {error}, "
             "or start again in another --out"
         ) from error
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"kernels": name, "precision": precision})}
-    )
+    return config.model_copy(update={"train": train.model_copy(update={"kernels": name, "precision": precision})})
 
 
 def save_result(out: Path, sae: SAE, evaluation: Evaluation) -> None:

@@ -147,7 +147,7 @@ class ArraySource(Source):
         stream = generator(seed, "epoch", epoch)
         order = self.training_blocks[torch.randperm(len(self.training_blocks), generator=stream)]
         if self.exact:
-            for piece in order[skip:].split(batch_size):
+            for piece in self.rows.sent(order[skip:]).split(batch_size):
                 yield self.rows.take(piece)
             return
         for number, window in enumerate(order.split(max(1, WINDOW_BYTES // BLOCK_BYTES))):
@@ -158,14 +158,15 @@ class ArraySource(Source):
                 continue
             rows = self._window(spans)
             within = torch.randperm(n, generator=generator(seed, "epoch", epoch, "window", number))
-            for piece in within[skip:].split(batch_size):
+            for piece in self.rows.sent(within[skip:]).split(batch_size):
                 yield rows[piece].float()
             del rows  # before the next window is read
             skip = 0
 
     def _window(self, spans: list[tuple[int, int]]) -> Tensor:
         """The rows of some blocks in one buffer: no more than a window is ever held."""
-        rows = torch.empty(sum(stop - start for start, stop in spans), self.d_in, dtype=self.rows.dtype)
+        n = sum(stop - start for start, stop in spans)
+        rows = torch.empty(n, self.d_in, dtype=self.rows.dtype, device=self.rows.device)
         filled = 0
         for start, stop in spans:
             rows[filled : filled + stop - start] = self.rows.read(start, stop)

@@ -37,7 +37,8 @@ class Trainer:
     def __init__(self, sae: SAE, config: TrainConfig, unit: float, target_unit: float | None = None) -> None:
         self.sae, self.config, self.unit = sae, config, unit
         self.target_unit = unit if target_unit is None else target_unit
-        self.engine = Engine(sae, config.train.kernels, config.train.precision)
+        train = config.train
+        self.engine = Engine(sae, train.kernels, train.precision, train.clip_norm, train.accumulate)
         self.n_steps_done = 0
         device = sae.W_dec.device
         self.clock = schedules.Clock(REFRESH_STEPS, sae.W_dec.dtype, device)
@@ -93,6 +94,9 @@ class Trainer:
         """What takes steps in place of `advance`, with Triton's kernels on CUDA: it records and replays them."""
         if self.window.device.type != "cuda" or self.engine.kernels.name != "triton":
             return None
+        if self.engine.n_parts > 1:
+            logger.info("steps are not recorded, as train.accumulate=%d takes each in parts", self.engine.n_parts)
+            return None
         from sae.capture import Recorder  # noqa: PLC0415 - where there is no CUDA it is not imported
 
         return Recorder(weakref.proxy(self))  # in a circle, memory would outlive the trainer
@@ -106,7 +110,10 @@ class Trainer:
         rule = f"a batch of {batch} at d_sae={self.sae.d_sae} does not fit on {self.window.device}"
         if fits < 1:
             return f"{rule}, nor would a smaller one; lower sae.d_sae={self.sae.d_sae}"
-        return f"{rule} ({free / 2**30:.1f} of {whole / 2**30:.1f} GiB free); lower train.batch_size to {fits}"
+        return (
+            f"{rule} ({free / 2**30:.1f} of {whole / 2**30:.1f} GiB free); lower train.batch_size to {fits}, "
+            f"or raise train.accumulate to {-(-batch * self.engine.n_parts // fits)}"
+        )
 
     def _at(self, step: int) -> tuple[float, float]:
         config = self.config

@@ -59,6 +59,7 @@ LAYERS = {
         "sparsifiers",
         "model",
         "initialise",
+        "gradients",
         "engine",
         "resampling",
         "schedules",

@@ -201,6 +201,18 @@ def test_dense_step(shape, unit_norm):
     assert float(step.code_sum) == pytest.approx(float((z * charged).sum()), rel=1e-5)
 
 
+def test_gradients_of_a_dense_step_as_matrices():
+    x, state = case("spread", 259, 70, 333, 0)
+    kernels = Native(torch.float32, "bf16")
+    step = kernels.dense_step(x, state, 0.3)
+    rows, sums, fires = kernels.gradient_rows(state, x, step.gradient, step.plan)
+    kernels.update_(state, Now(0.0, 0.1, 0.001, 1.0), x, step.gradient, plan=step.plan, firing=step.firing)
+    for found, name in zip(rows, ("encoder", "W_dec", "b_enc"), strict=True):
+        torch.testing.assert_close(found, 10 * state.first[name])
+    assert torch.equal(fires.int(), step.firing)
+    assert float((sums * state.norms).sum()) == pytest.approx(float(step.code_sum), rel=1e-5)
+
+
 def test_threads_change_nothing_in_a_dense_step():
     found = []
     for threads in (1, 3):

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from sae.kernels import Codes, Rows, Scores, State  # noqa: E402
 from sae.kernels.reference import Reference, dense  # noqa: E402
-from sae.kernels.triton import Triton, dead, index, launch  # noqa: E402
+from sae.kernels.triton import Triton, dead, index, launch, update  # noqa: E402
 from sae.optim import Now  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,6 +178,22 @@ def test_batch_top_k(data, batch, d_sae, n, dtype):
     assert torch.equal(z[z > 0].sort().values, pre[pre > 0].sort().values[-n:])
     if data == "none":  # empty slots are shared out
         assert codes.offsets.diff().amax() - codes.offsets.diff().amin() <= 1
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(0.0, 4), (9.0, 2**12), (99.0, 4)])
+def test_batch_top_k_scores_its_candidates_again(shift, steps):
+    """Products in steps of 1/4 tie by the dozen at the cut; what fires is decided by float32, and has its values."""
+    state, x, n = state_of(300, 13, 13), normal(9, 13), 200
+    state.b_enc -= shift  # at 9 fewer than n are positive, at 99 none
+    rounded = ((x @ state.encoder.T) * steps).round() / steps
+    scores = Scores(x, state.encoder, state.b_enc, lambda rows: rounded[rows])
+    expected = (x.double() @ state.encoder.double().T + state.b_enc.double()).relu()
+    least = expected.flatten().topk(n).values[-1].clamp_min(1e-9)
+    z = whole(make("bf16").batch_top_k(scores, n), 9, 300)
+    close(z, torch.where(expected >= least, expected, 0.0))
+    if not shift:
+        alone = whole(make().batch_top_k(scores, n), 9, 300)
+        assert ((alone > 0) != (z > 0)).sum() >= 4, "rounding must have chosen others"
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -377,7 +393,8 @@ def both_update(ours: State, theirs: State, codes: Codes, number: int, d_in: int
     ],
 )
 @every_size
-def test_update(unit_norm, tied, extra_of, planned, batch, d_in, d_out, d_sae, k):
+def test_update(unit_norm, tied, extra_of, planned, batch, d_in, d_out, d_sae, k, monkeypatch):
+    monkeypatch.setattr(update, "MIN_PROGRAMS", 16)  # a program owns eight latents, four, or one
     d_out = d_in if tied else d_out
     ours = state_of(d_sae, d_in, d_out, unit_norm, tied)
     theirs, kernels = double(ours), make("bf16")
@@ -415,6 +432,25 @@ def test_latents_that_fire_often_are_summed_in_chunks(size, monkeypatch):
     options = {"planned": True, "extra": None, "cost": 0.2}
     both_update(state, theirs, codes, 2, 7, kernels, **options)
     same_state(state, theirs)
+
+
+@pytest.mark.parametrize("n_levels", [1, 3])
+@every_size
+def test_gradient_rows(n_levels, batch, d_in, d_out, d_sae, k, monkeypatch):
+    monkeypatch.setattr(index, "CHUNK", 4)
+    state = state_of(d_sae, d_in, d_out)
+    codes, x = codes_of(state, batch, k, True, n_levels), normal(batch, d_in, seed=30)
+    gradient, through = normal(n_levels * batch, d_out, seed=31), normal(len(codes.values), seed=32)
+    through[::3] = 0
+    kernels, judge = make(), Reference()
+    plans = kernels.invert(codes, through, d_sae), judge.invert(as_double(codes), through.double(), d_sae)
+    rows, sums, firing = kernels.gradient_rows(state, x, gradient, plans[0])
+    expected, expected_sums, expected_firing = judge.gradient_rows(
+        double(state), x.double(), gradient.double(), plans[1]
+    )
+    for ours, theirs in zip((*rows, sums), (*expected, expected_sums), strict=True):
+        close(ours, theirs)
+    assert torch.equal(firing, expected_firing)
 
 
 def test_one_memory_for_encoder_and_decoder():

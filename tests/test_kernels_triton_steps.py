@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from sae import SAE, TrainConfig, UsageError  # noqa: E402
-from sae.kernels import choose, for_inference  # noqa: E402
+from sae import SAE, SparseCodes, TrainConfig, UsageError  # noqa: E402
+from sae import kernels as kernels_module  # noqa: E402
+from sae.kernels import choose, for_inference, resolve_device  # noqa: E402
 from sae.kernels.triton import Triton, launch  # noqa: E402
+from sae.sparsifiers import JumpReLU  # noqa: E402
 from sae.trainer import Trainer  # noqa: E402
 from tests.test_kernels_triton import DEVICE, _quick_interpreter  # noqa: E402, F401
 
@@ -96,12 +99,26 @@ def test_steps(case, monkeypatch):
     same_run(ours, judge)
 
 
+@pytest.mark.parametrize("case", ["topk", "jumprelu"])
+def test_clipped_steps_in_parts(case):
+    ours, judge = make_trainer(case, "triton", torch.float32), make_trainer(case, "reference", torch.float64)
+    for x in batches(D_IN, 2, 2):
+        for trainer in (ours, judge):
+            trainer.engine.n_parts, trainer.engine.clip_norm = 2, 0.05
+            trainer.step(x)
+    moments = torch.cat([moment.flatten() for moment in judge.engine.state.first.values()])
+    assert 0.005 < moments.norm() < 0.01, "both must have been clipped"
+    same_run(ours, judge)
+
+
 # Inference
 
 
-@pytest.mark.parametrize("case", ["topk", "relu free", "transcoder"])
+@pytest.mark.parametrize("case", ["topk", "relu", "relu free", "batchtopk", "jumprelu", "gated", "transcoder"])
 def test_inference(case, monkeypatch):
     model = make_trainer(case, "reference", torch.float32).sae
+    if case in ("relu", "batchtopk", "gated"):
+        model.sparsifier.threshold.fill_(0.4)
     x = batches(D_IN, 4, 1)[0]
     with torch.no_grad():
         monkeypatch.setattr("sae.model.for_inference", lambda device, dtype: None)
@@ -124,6 +141,16 @@ def test_inference(case, monkeypatch):
     n = len(used)
     assert model(x).requires_grad  # gradients need torch's own operations
     assert len(used) == n
+
+
+def test_a_selection_of_ones_own_stays_in_inference():
+    class Own(JumpReLU):
+        def select(self, pre_latents):
+            return SparseCodes(pre_latents.relu(), None, pre_latents.shape[1])
+
+    own = Own(5, 1.0, 0.1)
+    own.threshold.data.fill_(9.0)
+    assert own.infer(None, torch.ones(2, 5)).values.sum() == 10
 
 
 def test_inference_on_a_cpu_is_torchs():
@@ -162,6 +189,7 @@ def test_asked_for_by_name_where_they_cannot_work(monkeypatch):
 def pretended_gpu(monkeypatch):
     """A device of kind cuda that nothing is put on."""
     monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "trial", lambda device: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("sae.kernels.has_bf16_units", lambda device: True)
     return torch.device("cuda:0")
@@ -177,6 +205,47 @@ def test_an_old_card_gets_torch(pretended_gpu, monkeypatch, caplog):
         kernels = choose(pretended_gpu, torch.float32)
     assert kernels.name == "torch"
     assert "training will be slower: triton's kernels cannot be used: they need compute capability 8.0" in caplog.text
+
+
+def test_a_machine_on_which_nothing_compiles_gets_torch(pretended_gpu, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "trial", lambda device: "Failed to find C compiler")
+    with pytest.raises(
+        UsageError, match=r"cannot compile or start them on cuda:0 \(Failed to find C compiler\); it needs"
+    ):
+        choose(pretended_gpu, torch.float32, "triton")
+    assert choose(pretended_gpu, torch.float32).name == "torch"
+    assert "Failed to find C compiler" in caplog.text
+
+
+def test_a_trial_says_what_goes_wrong_in_one_line(monkeypatch):
+    def fails(*given, **options):
+        raise RuntimeError("no compiler\nand much more")
+
+    launch.trial.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert launch.trial(CPU) == ""
+    launch.trial.cache_clear()
+    monkeypatch.setattr(launch, "_one", {(1,): fails})
+    assert launch.trial(CPU) == "no compiler"
+    launch.trial.cache_clear()
+
+
+def test_device_auto(pretended_gpu, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "sae")
+    monkeypatch.setattr(kernels_module, "require_device", lambda device, field: None)
+    assert resolve_device("auto") == "cuda"
+    assert resolve_device("cuda:1") == "cuda:1"
+
+    def refuse(device, field):
+        raise UsageError("train.device 'cuda' cannot be used (the driver is too old); this machine has cpu; try cpu")
+
+    monkeypatch.setattr(kernels_module, "require_device", refuse)
+    assert resolve_device("auto") == "cpu"
+    assert "(the driver is too old); this machine has cpu; the CPU is used" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == "cpu"
+    assert "there is no CUDA device that torch can use; the CPU is used" in caplog.text
 
 
 def test_a_new_card_gets_triton_in_bf16(pretended_gpu, monkeypatch):

@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,3 +93,53 @@ def test_the_last_of_several_steps_restores_the_precision_of_products():
     assert settings.fp32_precision == "bf16"
     second.__exit__(None, None, None)
     assert settings.fp32_precision == before
+
+
+class OnCuda(Trainer):
+    """A trainer that notes when it steps, and on which stream."""
+
+    def __init__(self, notes, fails=False):
+        self.notes, self.fails = notes, fails
+        weight = SimpleNamespace(device=torch.device("cuda:0"))
+        self.sae, self.engine = (
+            SimpleNamespace(W_dec=weight),
+            SimpleNamespace(kernels=SimpleNamespace(precision="bf16")),
+        )
+
+    def step(self, *batch):
+        self.notes.append(("step", self))
+        if self.fails:
+            raise ValueError("no")
+
+
+def test_on_cuda_each_has_a_stream_and_waits_for_the_batch(monkeypatch):
+    notes, streams = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            notes.append(("wait", self, other))
+
+    @contextmanager
+    def stream(which):
+        notes.append(("enter", which))
+        yield
+        notes.append(("leave", which))
+
+    here = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams.append(Stream()) or streams[-1])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    one, two = OnCuda(notes, fails=True), OnCuda(notes)
+    with Members([one, two]) as members:
+        (first, second), expected = streams, []
+        assert [type(error) for error in members.step([one, two])] == [ValueError, type(None)]
+        for own, trainer in ((first, one), (second, two)):
+            expected += [("wait", own, here), ("enter", own), ("step", trainer), ("leave", own)]
+        assert notes == [*expected, ("wait", here, first), ("wait", here, second)]
+        notes.clear()
+        members.step([two])  # also when it is the last one: its memory is that stream's
+        assert notes == [*expected[4:], ("wait", here, second)]
+    notes.clear()
+    with Members([one]) as members:
+        members.step([one])
+    assert notes == [("step", one)]

@@ -267,3 +267,23 @@ def test_the_clock_tells_each_step_its_own_rate():
         expected = learning_rate(step, 100, 3e-3, 10, 0.3), 1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1)
         torch.testing.assert_close(torch.stack(now[:3]), torch.tensor(expected), rtol=1e-6, atol=0)
         assert float(now.sparsity) == pytest.approx(min(1.0, step / 5))
+
+
+def test_weights_that_do_not_fit_name_a_width(monkeypatch, tmp_path):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("sae.run.Trainer", full)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    options = {"sae": {"kind": "topk", "k": 2, "d_sae": 5000}, "train": {"n_samples": 512}, "out": tmp_path / "run"}
+    expected = r"d_sae=5000 does not fit on cpu \(0.0 GiB free\); lower sae.d_sae to 2500"
+    with pytest.raises(sae.UsageError, match=expected):
+        sae.train(sae.TrainConfig.model_validate(options), source=torch.randn(300, 8))
+
+
+def test_device_auto_is_what_is_there(tmp_path):
+    options = {"sae": {"kind": "topk", "k": 2, "d_sae": 16}, "train": {"n_samples": 4096, "device": "auto"}}
+    result = sae.train(sae.TrainConfig.model_validate(options | {"out": tmp_path / "run"}), source=torch.randn(300, 8))
+    assert result.sae.W_dec.device.type == "cpu"
+    assert "device: auto" in (tmp_path / "run" / "config.yaml").read_text()

@@ -57,6 +57,7 @@ __all__ = [
     "products",
     "require_device",
     "require_kernels",
+    "resolve_device",
     "sparse_share",
 ]
 
@@ -122,12 +123,30 @@ def require_kernels(device: torch.device, dtype: torch.dtype, name: KernelName, 
         ) from error
 
 
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA where torch can use it, else the CPU; anything else is meant as it is."""
+    if device != "auto":
+        return device
+    if not torch.cuda.is_available():
+        logger.info("train.device auto: there is no CUDA device that torch can use; the CPU is used")
+        return "cpu"
+    try:
+        require_device("cuda", "train.device")
+    except UsageError as error:
+        logger.warning("train.device auto: %s; the CPU is used", str(error).removesuffix("; try cpu"))
+        return "cpu"
+    logger.info("train.device auto: cuda is used")
+    return "cuda"
+
+
 def require_device(device: str, field: str) -> None:
     """Refuses a device that torch cannot use; `field` is where it was asked for.
 
     Raises:
         UsageError: there is none of this name.
     """
+    if device == "auto":
+        return
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:

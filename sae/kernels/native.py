@@ -139,6 +139,15 @@ class Native(Selection):
         self._call("dense_step", *given, batch, d_sae, d_in, *filled)
         return DenseStep(None, gradient, firing, totals[0], totals[1], DensePlan(plan, firing.sum()))
 
+    def gradient_rows(
+        self, state: State, x: Tensor, gradient: Tensor, plan: DensePlan
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        """As matrices, what the update makes of a dense step's plan (`Reference.gradient_rows`)."""
+        rows = torch.empty_like(state.encoder), torch.empty_like(state.W_dec), torch.empty_like(state.b_enc)
+        sums, fires = torch.empty_like(state.b_enc), torch.empty_like(state.b_enc)
+        self._call("dense_gradients", plan.address, *rows, sums, fires)
+        return rows, sums, fires.long()
+
     def aux_k(
         self, gradient: Tensor, x: Tensor, encoder: Tensor, b_enc: Tensor, W_dec: Tensor, k: int
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:

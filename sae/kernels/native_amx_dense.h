@@ -272,3 +272,32 @@ API void dense_step(const real *x, const bf16 *encoder, const real *bias, const 
 #endif
     (void)threads;
 }
+
+/* What `update` makes of a plan, as matrices: gradients, the sum of each latent's codes, and how often it fires. */
+API void dense_gradients(const void *plan, real *g_encoder, real *g_decoder, real *g_bias, real *sums, real *fires, long threads) {
+#if TILES
+    const Dense *step = plan;
+    long d = step->d, n = step->n;
+#pragma omp parallel num_threads((int)threads)
+    {
+        size_t size;
+        visit_of(step, NULL, &size);
+        Visit visit = visit_of(step, own_memory(size), &size);
+        use_tiles();
+#pragma omp for schedule(dynamic, 1)
+        for (long c = 0; c < n; c += VISITED) {
+            size_t own = (size_t)MIN(VISITED, n - c), row = (size_t)d * sizeof(float);
+            visit_latents(step, c, &visit);
+            memcpy(g_encoder + c * d, visit.encoder, own * row);
+            memcpy(g_decoder + c * d, visit.decoder, own * row);
+            memcpy(g_bias + c, visit.bias, own * sizeof(float));
+            memcpy(sums + c, visit.sums, own * sizeof(float));
+            memcpy(fires + c, visit.sums + VISITED, own * sizeof(float));
+        }
+        _tile_release();
+    }
+#else
+    (void)plan, (void)g_encoder, (void)g_decoder, (void)g_bias, (void)sums, (void)fires;
+#endif
+    (void)threads;
+}

@@ -109,17 +109,25 @@ class Plain(Reference):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
         if plan is None:
             return super().gradient_rows(state, x, gradient, None)
-        owners = torch.repeat_interleave(
-            torch.arange(len(state.b_enc), device=x.device), plan.offsets.diff(), output_size=len(plan.rows)
-        )
-        sums, g_bias = (x.new_zeros(len(state.b_enc)).index_add_(0, owners, v) for v in (plan.codes, plan.gradients))
-        g_encoder = _bags(plan.rows, x, plan.offsets, plan.gradients)
-        g_decoder = _bags(plan.decoder_rows, gradient, plan.offsets, plan.codes)
-        return (g_encoder, g_decoder, g_bias), sums, plan.firing
+        return rows_of_plan(state, x, gradient, plan, len(plan.rows))
 
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
         for name, weight in state.weights():
             adam_(weight, gradients[name], state.first[name], state.second[name], now)
+
+
+def rows_of_plan(
+    state: State, x: Tensor, gradient: Tensor, plan: Any, n: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """`Reference.gradient_rows` of any kernels' plan whose first n entries have owners."""
+    d_sae = len(state.b_enc)
+    owners = torch.repeat_interleave(torch.arange(d_sae, device=x.device), plan.offsets.diff(), output_size=n)
+    codes, through, rows, decoder_rows = (part[:n] for part in (*plan[3:5], *plan[1:3]))
+    given = (codes, through, (codes > 0).to(x.dtype))
+    sums, g_bias, firing = (x.new_zeros(d_sae).index_add_(0, owners, values) for values in given)
+    offsets = plan.offsets.to(rows.dtype)
+    g_encoder, g_decoder = _bags(rows, x, offsets, through), _bags(decoder_rows, gradient, offsets, codes)
+    return (g_encoder, g_decoder, g_bias), sums, firing.long()
 
 
 def _largest(pre: Float[Tensor, "batch d_sae"], n: int) -> Codes:

@@ -85,13 +85,22 @@ class Sparsifier(nn.Module, ABC):
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes to train on: differentiable in the pre-latents that were chosen."""
 
+    def edge(self, pre_latents: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Tensor] | None:
+        """Where a cut decides in inference: what a pre-latent must exceed to fire, and the code that it then has."""
+        return None
+
     def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes for inference, each row on its own. The same as in training unless a sparsifier says otherwise."""
-        return self(pre_latents)
+        edge = self.edge(pre_latents)
+        return self(pre_latents) if edge is None else SparseCodes.where(pre_latents > edge[0], edge[1])
 
     def infer(self, kernels: Any, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """`select` without gradients, by a device's kernels where these know how."""
-        return self.select(pre_latents)
+        edge = self.edge(pre_latents) if type(self).select is Sparsifier.select else None
+        if edge is None:
+            return self.select(pre_latents)
+        values, latents = kernels.encode_above(pre_latents, *edge)
+        return SparseCodes(values, latents, pre_latents.shape[1])
 
     def pursue(self, x: Float[Tensor, "batch d"], W_dec: Float[Tensor, "d_sae d"]) -> SparseCodes:
         """Codes of centred activations where `pursuit_steps`: differentiable, and each row on its own."""

@@ -51,10 +51,10 @@ class BatchTopK(Budget):
         # Not padded: the host would have to wait for the number of those that fire.
         return SparseCodes(pre_latents.masked_fill(~fires, 0), None, pre_latents.shape[1])
 
-    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+    def edge(self, pre_latents: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Tensor]:
         if bool(self.threshold.isnan()):
             raise ValueError("BatchTopK has no inference threshold yet; calibrate it on held-out activations first")
-        return SparseCodes.where(pre_latents > self.threshold, pre_latents)
+        return self.threshold, pre_latents
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
         n = max(round(self.k * n_samples), 1)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sae.codes import SparseCodes, cut_between
+from sae.codes import cut_between
 from sae.config import SAEConfig
 from sae.kernels import Scalar
 from sae.sparsifiers.base import Sparsifier
@@ -116,11 +116,11 @@ class Penalised(Sparsifier):
     def details(self) -> dict[str, Scalar]:
         return {} if self.control is None else {"l1_coefficient": self.coefficient}
 
-    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
+    def edge(self, pre_latents: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Tensor]:
         """max(0, pre) where it exceeds the threshold; one below 0 raises all pre-latents instead."""
         if self.threshold is None:
-            return SparseCodes.where(pre_latents > 0, pre_latents)
-        return SparseCodes.where(pre_latents > self.threshold, pre_latents - self.threshold.clamp_max(0))
+            return pre_latents.new_zeros(()), pre_latents
+        return self.threshold, pre_latents - self.threshold.clamp_max(0)
 
     def scores(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """What must exceed the threshold for a latent to fire; in training it must exceed 0."""

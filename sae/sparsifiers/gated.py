@@ -80,10 +80,9 @@ class Gated(Penalised):
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         return SparseCodes(self._magnitudes(pre_latents) * (pre_latents > 0), None, pre_latents.shape[1])
 
-    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        magnitudes = self._magnitudes(pre_latents)
-        least = 0.0 if self.threshold is None else self.threshold
-        return SparseCodes.where(pre_latents > least, magnitudes)
+    def edge(self, pre_latents: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Tensor]:
+        least = pre_latents.new_zeros(()) if self.threshold is None else self.threshold
+        return least, self._magnitudes(pre_latents)
 
     def scores(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         return pre_latents.masked_fill(self._magnitudes(pre_latents) <= 0, -torch.inf)

@@ -166,8 +166,8 @@ class JumpReLU(Sparsifier):
         excess = l0 / self.l0 - 1
         return self.weight * excess.square(), self.weight * 2 / self.l0 * excess
 
-    def select(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        return SparseCodes.where(pre_latents > self.threshold, pre_latents)
+    def edge(self, pre_latents: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Tensor]:
+        return self.threshold, pre_latents
 
     @torch.no_grad()
     def start_(self, cuts: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"]) -> None:

@@ -14,44 +14,49 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.triton.launch import power, rows_at_once, warps
+from sae.kernels.triton.batch import counted, next_digits
+from sae.kernels.triton.launch import power, warps
 from sae.kernels.triton.top_k import keys_of
 
-# Entries that a program reads at a time; a wider row is read again for each bit, from the cache.
+# Entries that a program reads at a time; a wider row is read again in each pass, from the cache.
 BLOCK = 4096
 
 
 @triton.jit
 @no_type_check
-def _keep_largest(scores, bias, batch, n_columns, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cut = tl.zeros([ROWS], tl.int32)
-    for bit in range(31):
-        trial = cut + (1 << (30 - bit))
-        reach = tl.zeros([ROWS], tl.int32)
-        for start in range(0, n_columns, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
-            there = (rows < batch)[:, None] & (columns < n_columns)[None, :]
-            z = tl.load(scores + rows[:, None] * n_columns + columns[None, :], mask=there, other=0.0)
-            z += tl.load(bias + columns, mask=columns < n_columns, other=0.0)[None, :]
-            reach += tl.sum((tl.where(there, keys_of(z), -1) >= trial[:, None]).to(tl.int32), axis=1)
-        cut = tl.where(reach >= k, trial, cut)
+def _narrowed(scores, bias, row, n_columns, prefix, n, SHIFT: tl.constexpr, BINS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The next bits of the row's n-th largest key, and its rank among the keys that begin with them."""
+    found = tl.zeros([BINS], tl.int32)
     for start in range(0, n_columns, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        there = (rows < batch)[:, None] & (columns < n_columns)[None, :]
-        at = scores + rows[:, None] * n_columns + columns[None, :]
+        there = columns < n_columns
+        z = tl.load(scores + row * n_columns + columns, mask=there, other=0.0)
+        key = tl.where(there, keys_of(z + tl.load(bias + columns, mask=there, other=0.0)), -1)
+        found += counted(key, prefix, SHIFT, BINS)
+    return next_digits(found, prefix, n, BINS)
+
+
+@triton.jit
+@no_type_check
+def _keep_largest(scores, bias, n_columns, k, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cut, n = _narrowed(scores, bias, row, n_columns, 0, k, 20, 2048, COLUMNS)
+    cut, n = _narrowed(scores, bias, row, n_columns, cut, n, 10, 1024, COLUMNS)
+    cut, n = _narrowed(scores, bias, row, n_columns, cut, n, 0, 1024, COLUMNS)
+    for start in range(0, n_columns, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        there = columns < n_columns
+        at = scores + row * n_columns + columns
         z = tl.load(at, mask=there, other=0.0)
-        z += tl.load(bias + columns, mask=columns < n_columns, other=0.0)[None, :]
-        tl.store(at, tl.where(keys_of(z) >= cut[:, None], tl.where(z <= 0, 0.0, z), 0.0), mask=there)
+        z += tl.load(bias + columns, mask=there, other=0.0)
+        tl.store(at, tl.where(keys_of(z) >= cut, tl.where(z <= 0, 0.0, z), 0.0), mask=there)
 
 
 def keep_largest_(scores: Float[Tensor, "batch n"], bias: Float[Tensor, " n"], k: int) -> None:
     """max(0, scores + bias) where it is among the k largest of its row, or ties with the least of them; else 0."""
     batch, n_columns = scores.shape
     columns = min(power(n_columns), BLOCK)
-    rows = rows_at_once(batch, columns)
-    constants = {"ROWS": rows, "COLUMNS": columns, "num_warps": warps(rows * columns)}
-    _keep_largest[(triton.cdiv(batch, rows),)](scores, bias, batch, n_columns, k, **constants)
+    _keep_largest[(batch,)](scores, bias, n_columns, k, COLUMNS=columns, num_warps=warps(max(columns, 512)))
 
 
 def aux_k(

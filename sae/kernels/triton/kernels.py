@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from sae.kernels.base import Buffers, Codes, Decoded, DenseCodes, DenseStep, Row
 from sae.kernels.plain import Plain
 from sae.kernels.precision import Precision
 from sae.kernels.triton import batch as shared
-from sae.kernels.triton import dead, decode, index, inference, launch, top_k, update
+from sae.kernels.triton import dead, decode, index, inference, launch, positive, top_k, update
 from sae.optim import Now, adam_
 
 
@@ -76,36 +75,22 @@ class Triton(Plain):
         return Codes(top_k.rows_slots(batch, k, product.device), latents, values)
 
     def batch_top_k(self, scores: Scores, n: int) -> Codes | None:
+        """Rounded products only find candidates, as they tie at the cut by the dozen: these are scored again."""
         batch, d_sae = scores.shape
-        n, product = min(n, batch * d_sae), scores.product(slice(None))
-        tile = min(top_k.TILES)
-        maxima = self.buffer("maxima", (batch, -(-d_sae // tile)), torch.int32)
-        top_k.tile_maxima(product, scores.bias, tile, maxima)
-        least = self._zeros  # a key that all reach
-        if n < maxima.numel():
-            least = shared.nth_largest(maxima, scores.bias, n, None, self.buffer)
-        cut = shared.nth_largest(product, scores.bias, n, shared.Pruned(maxima, tile, least), self.buffer)
-        pruned = shared.Pruned(maxima, tile, cut)
-        above, equal = shared.count(product, scores.bias, cut, pruned, self.buffer)
-        before = equal.cumsum(0) - equal
-        # A cut of 0 has nothing positive at it; what is left of the n slots is shared out, and stays empty.
-        quota = torch.where(cut[0] > 0, (cut[1] - before).clamp_min(0).minimum(equal), 0).int()
-        owned = above + quota
-        left = n - owned.sum()
-        rows = torch.arange(batch, device=owned.device)
-        offsets = F.pad((owned + left // batch + (rows < left % batch)).cumsum(0), (1, 0))
-        latents, values = self._slots(n)
-        latents.zero_()
-        values.zero_()
-        shared.write(product, scores.bias, cut, pruned, offsets, quota, latents, values)
-        return Codes(offsets, latents, values)
+        n, rounded = min(n, batch * d_sae), self.precision == "bf16"
+        n_candidates = min(int(shared.CANDIDATES * n) + 1, batch * d_sae) if rounded else n
+        kept = shared.batch_largest(scores.product(slice(None)), scores.bias, n_candidates, self.buffer)
+        if rounded:
+            kept = shared.rescored(kept, scores.x, scores.encoder, scores.bias, n, self.buffer)
+        return Codes(kept.offsets, kept.columns, kept.values)
 
     def positive(self, scores: Scores, capacity: int) -> Codes | None:
         """In as many slots as the last batches needed, or more; the host waits for the number of codes, unless
         `recording`: `n_positive` then tells whether they fitted."""
         product = scores.product(slice(None))
-        above, equal = shared.count(product, scores.bias, self._zeros, None, self.buffer)
-        offsets = F.pad(above.cumsum(0), (1, 0))
+        counts = self.buffer("counts_of_rows", (len(product),), torch.int32)
+        positive.count(product, scores.bias, counts)
+        offsets = F.pad(counts.cumsum(0), (1, 0))
         self.n_positive = offsets[-1]
         if not self.recording:
             n = int(offsets[-1])
@@ -116,8 +101,7 @@ class Triton(Plain):
         latents, values = self._slots(self.n_slots)
         latents.zero_()
         values.zero_()
-        none = equal.zero_()
-        shared.write(product, scores.bias, self._zeros, None, offsets, none, latents, values)
+        positive.write(product, scores.bias, offsets, latents, values)
         return Codes(offsets, latents, values)
 
     # ----------------------------------------------------------------------------------------- decoder, update
@@ -158,6 +142,14 @@ class Triton(Plain):
         if through_encoder is not None:
             g_b_dec -= through_encoder
         adam_(state.b_dec, g_b_dec, state.first["b_dec"], state.second["b_dec"], now)
+
+    def gradient_rows(
+        self, state: State, x: Tensor, gradient: Tensor, plan: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        if plan is None:
+            return super().gradient_rows(state, x, gradient, None)
+        rows, sums = update.gradient_rows(plan, x, gradient, len(state.b_enc), self.buffer)
+        return rows, sums, plan.firing
 
     # -------------------------------------------------------------------------------------------- dense products
 
@@ -204,6 +196,20 @@ class Triton(Plain):
             codes = self._top_k(pre_latents, torch.zeros_like(pre_latents[0]), k)
         return codes.values.view(-1, k).clone(), codes.latents.view(-1, k).long()
 
+    def encode_above(self, pre_latents: Tensor, least: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`values` where a pre-latent exceeds `least` (one number, or one for each latent), and their latents; padded
+        to the row with the most of them, which the host waits for."""
+        batch, d_sae = pre_latents.shape
+        with torch.cuda.device_of(pre_latents):
+            below, pre_latents = (-least).expand(d_sae).contiguous(), pre_latents.contiguous()
+            counts = torch.empty(batch, dtype=torch.int32, device=pre_latents.device)
+            positive.count(pre_latents, below, counts)
+            k_cap = max(int(counts.max()), 1)
+            found, latents = pre_latents.new_zeros(batch * k_cap), torch.zeros_like(counts).repeat(k_cap)
+            starts = torch.arange(0, batch * k_cap, k_cap, device=counts.device)
+            positive.write(pre_latents, below, starts, latents, found, values.contiguous())
+        return found.view(batch, k_cap), latents.view(batch, k_cap).long()
+
     def reconstruct(self, values: Tensor, latents: Tensor, W_dec: Tensor) -> Tensor:
         """z W_dec of padded codes."""
         with torch.cuda.device_of(values):
@@ -213,11 +219,6 @@ class Triton(Plain):
 
     def _slots(self, n: int) -> tuple[Tensor, Tensor]:
         return self.buffer("latents", (n,), torch.int32), self.buffer("values", (n,))
-
-    @cached_property
-    def _zeros(self) -> Tensor:
-        """The cut that all reach."""
-        return torch.zeros(2, dtype=torch.int32, device=self.buffer.device)
 
     def _scalar(self, value: Scalar) -> Tensor:
         """On the device; a number of the host becomes one without a copy, so that it can be recorded."""

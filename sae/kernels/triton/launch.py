@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import no_type_check
+
 import torch
 import triton
+import triton.language as tl
 
 from sae.kernels.base import CannotRun
 
@@ -26,6 +30,31 @@ def require(device: torch.device, dtype: torch.dtype) -> None:
     if capability < MIN_CAPABILITY:
         has, needs = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         raise CannotRun(f"they need compute capability {needs}, and {device} has {has}; use train.kernels torch")
+    problem = trial(device)
+    if problem:
+        raise CannotRun(
+            f"triton cannot compile or start them on {device} ({problem}); it needs a C compiler, Python's headers and "
+            "a driver that is not too old; use train.kernels torch"
+        )
+
+
+@triton.jit
+@no_type_check
+def _one(place):
+    tl.store(place, 1)
+
+
+@cache
+def trial(device: torch.device) -> str:
+    """What goes wrong when the smallest kernel is compiled and started there; empty where nothing does. A machine may
+    lack what triton needs, and would say so in the first step."""
+    try:
+        with torch.cuda.device(device):
+            place = torch.zeros(1, dtype=torch.int32, device=device)
+            _one[(1,)](place, num_warps=1)
+            return "" if int(place) == 1 else "it computes nothing"
+    except Exception as error:  # what triton raises is of many kinds
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def interpreted() -> bool:
@@ -46,4 +75,4 @@ def rows_at_once(n_rows: int, width: int, entries: int = 2048) -> int:
 
 def warps(entries: int) -> int:
     """Warps for a program that holds so many numbers."""
-    return 8 if entries >= 4096 else 4 if entries >= 512 else 2
+    return min(max(entries // 1024, 8), 32) if entries >= 4096 else 4 if entries >= 512 else 2

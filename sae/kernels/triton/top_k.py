@@ -81,7 +81,7 @@ def _maxima(
 @triton.jit
 @no_type_check
 def _choose_tiles(maxima, winners, batch, n_tiles, n_wanted, ROWS: tl.constexpr, N_TILES: tl.constexpr):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tiles = tl.arange(0, N_TILES)
     there = (rows < batch)[:, None] & (tiles < n_tiles)[None, :]
     keys = tl.load(maxima + rows[:, None] * n_tiles + tiles[None, :], mask=there, other=-1)

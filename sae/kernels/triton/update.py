@@ -23,8 +23,8 @@ from sae.optim import BETA1, BETA2, EPSILON
 B1, B2, EPS = tl.constexpr(BETA1), tl.constexpr(BETA2), tl.constexpr(EPSILON)
 # Below this norm a decoder row has no direction.
 LEAST_NORM = tl.constexpr(1e-12)
-# Latents that a program owns.
-GROUP = 8
+# Latents that a program owns, where there are enough of them to give each processor programs.
+GROUP, MIN_PROGRAMS = 8, 1024
 
 
 @triton.jit
@@ -34,6 +34,87 @@ def adam(weight, gradient, first, second, rate, correction1, correction2):
     first = B1 * first + (1 - B1) * gradient
     second = B2 * second + (1 - B2) * gradient * gradient
     return weight - rate * (first / correction1) / (tl.sqrt(second / correction2) + EPS), first, second
+
+
+@triton.jit
+@no_type_check
+def summed(
+    j,
+    offsets,
+    rows,
+    decoder_rows,
+    codes,
+    through,
+    chunks_encoder,
+    chunks_decoder,
+    chunks_scalars,
+    x,
+    gradient,
+    d_in,
+    d_out,
+    CHUNK: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    K: tl.constexpr,
+):
+    """What latent j's entries give its encoder row, decoder row and bias, and the sum of its codes."""
+    inputs, outputs = tl.arange(0, D_IN), tl.arange(0, D_OUT)
+    g_encoder, g_decoder = tl.zeros([D_IN], tl.float32), tl.zeros([D_OUT], tl.float32)
+    g_bias, codes_sum = 0.0, 0.0
+    begin, end = tl.load(offsets + j).to(tl.int64), tl.load(offsets + j + 1).to(tl.int64)
+    # Whole chunks between `one` and `two` are summed already.
+    one, two = (begin + CHUNK - 1) // CHUNK, end // CHUNK
+    before = tl.where(one < two, one * CHUNK, end)
+    after = tl.where(one < two, two * CHUNK, end)
+    g_encoder, g_decoder, g_bias, codes_sum = gather(
+        *(begin, before, rows, decoder_rows, codes, through, x, gradient, d_in, d_out),
+        *(g_encoder, g_decoder, g_bias, codes_sum, D_IN, D_OUT, K),
+    )
+    for chunk in range(one, two):
+        g_encoder += tl.load(chunks_encoder + chunk * d_in + inputs, mask=inputs < d_in, other=0.0)
+        g_decoder += tl.load(chunks_decoder + chunk * d_out + outputs, mask=outputs < d_out, other=0.0)
+        g_bias += tl.load(chunks_scalars + 2 * chunk)
+        codes_sum += tl.load(chunks_scalars + 2 * chunk + 1)
+    return gather(
+        *(after, end, rows, decoder_rows, codes, through, x, gradient, d_in, d_out),
+        *(g_encoder, g_decoder, g_bias, codes_sum, D_IN, D_OUT, K),
+    )
+
+
+@triton.jit
+@no_type_check
+def _gradient_rows(
+    offsets,
+    rows,
+    decoder_rows,
+    codes,
+    through,
+    chunks_encoder,
+    chunks_decoder,
+    chunks_scalars,
+    x,
+    gradient,
+    of_encoder,
+    of_decoder,
+    of_bias,
+    sums,
+    d_in,
+    d_out,
+    CHUNK: tl.constexpr,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    K: tl.constexpr,
+):
+    j = tl.program_id(0).to(tl.int64)
+    inputs, outputs = tl.arange(0, D_IN), tl.arange(0, D_OUT)
+    g_encoder, g_decoder, g_bias, codes_sum = summed(
+        *(j, offsets, rows, decoder_rows, codes, through, chunks_encoder, chunks_decoder, chunks_scalars),
+        *(x, gradient, d_in, d_out, CHUNK, D_IN, D_OUT, K),
+    )
+    tl.store(of_encoder + j * d_in + inputs, g_encoder, mask=inputs < d_in)
+    tl.store(of_decoder + j * d_out + outputs, g_decoder, mask=outputs < d_out)
+    tl.store(of_bias + j, g_bias)
+    tl.store(sums + j, codes_sum)
 
 
 @triton.jit
@@ -100,23 +181,9 @@ def _update(
         g_encoder, g_decoder = tl.zeros([D_IN], tl.float32), tl.zeros([D_OUT], tl.float32)
         g_bias, codes_sum = 0.0, 0.0
         if PLANNED:
-            begin, end = tl.load(offsets + j).to(tl.int64), tl.load(offsets + j + 1).to(tl.int64)
-            # Whole chunks between `one` and `two` are summed already.
-            one, two = (begin + CHUNK - 1) // CHUNK, end // CHUNK
-            before = tl.where(one < two, one * CHUNK, end)
-            after = tl.where(one < two, two * CHUNK, end)
-            g_encoder, g_decoder, g_bias, codes_sum = gather(
-                *(begin, before, rows, decoder_rows, codes, through, x, gradient, d_in, d_out),
-                *(g_encoder, g_decoder, g_bias, codes_sum, D_IN, D_OUT, K),
-            )
-            for chunk in range(one, two):
-                g_encoder += tl.load(chunks_encoder + chunk * d_in + inputs, mask=has_in, other=0.0)
-                g_decoder += tl.load(chunks_decoder + chunk * d_out + outputs, mask=has_out, other=0.0)
-                g_bias += tl.load(chunks_scalars + 2 * chunk)
-                codes_sum += tl.load(chunks_scalars + 2 * chunk + 1)
-            g_encoder, g_decoder, g_bias, codes_sum = gather(
-                *(after, end, rows, decoder_rows, codes, through, x, gradient, d_in, d_out),
-                *(g_encoder, g_decoder, g_bias, codes_sum, D_IN, D_OUT, K),
+            g_encoder, g_decoder, g_bias, codes_sum = summed(
+                *(j, offsets, rows, decoder_rows, codes, through, chunks_encoder, chunks_decoder, chunks_scalars),
+                *(x, gradient, d_in, d_out, CHUNK, D_IN, D_OUT, K),
             )
         if EXTRA:
             place = tl.load(extra_of + j)
@@ -173,6 +240,25 @@ def _update(
         tl.store(to_b_dec + program * d_in + inputs, of_b_dec, mask=has_in)
 
 
+def gradient_rows(
+    plan: Plan, x: Float[Tensor, "batch d_in"], gradient: Float[Tensor, "rows d_out"], d_sae: int, buffer: Buffers
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Gradients of encoder, decoder and bias from the codes, and the sum of each latent's codes; in new memory."""
+    d_in, d_out = x.shape[1], gradient.shape[1]
+    out = [x.new_empty(d_sae, d_in), x.new_empty(d_sae, d_out), x.new_empty(d_sae), x.new_empty(d_sae)]
+    chunks, entries = sum_chunks(plan, x, gradient, d_sae, buffer), at_once(d_in, d_out)
+    _gradient_rows[(d_sae,)](
+        *(plan.offsets, *plan[2:6], *chunks[1:], x, gradient, *out, d_in, d_out),
+        CHUNK=chunks.size,
+        D_IN=power(d_in),
+        D_OUT=power(d_out),
+        K=entries,
+        num_warps=warps(power(max(d_in, d_out)) * entries),
+    )
+    g_encoder, g_decoder, g_bias, sums = out
+    return (g_encoder, g_decoder, g_bias), sums
+
+
 def update_rows(
     state: State,
     now: Float[Tensor, "3"],
@@ -192,7 +278,8 @@ def update_rows(
     """
     (d_sae, d_out), d_in = state.W_dec.shape, x.shape[1]
     own = "encoder" in state.first  # else it is W_dec
-    n_programs = triton.cdiv(d_sae, GROUP)
+    group = min(power(triton.cdiv(d_sae, MIN_PROGRAMS)), GROUP)
+    n_programs = triton.cdiv(d_sae, group)
     to_b_dec = buffer("to_b_dec", (n_programs, d_in)) if state.tied else None
     chunks = None if plan is None else sum_chunks(plan, x, gradient, d_sae, buffer)
     extra_of = None if extra is None else _places(extra.latents, d_sae, buffer)
@@ -225,7 +312,7 @@ def update_rows(
         ROUNDED=rounded is not None,
         TIED=to_b_dec is not None,
         CHUNK=chunks.size if chunks is not None else 1,
-        GROUP=GROUP,
+        GROUP=group,
         D_IN=power(d_in),
         D_OUT=power(d_out),
         K=entries,

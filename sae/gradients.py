@@ -1,0 +1,166 @@
+"""The gradients of a step as matrices, where something is to be done to them before Adam: clipping by their common
+norm, adding up those of several parts of a batch, an exchange between processes.
+
+A fused update never writes them to memory. It takes them as well, as rows of all latents, so that every device's
+update serves both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.kernels import Kernels, Rows, Scalar, State
+from sae.kernels.native import DensePlan, Native
+from sae.kernels.plain import rows_of_plan
+from sae.kernels.reference import Reference
+
+# Columns up to which a product is faster by its transpose.
+NARROW = 256
+
+
+class Change(NamedTuple):
+    """What `Kernels.update_` changes the weights by; it names the parts."""
+
+    x: Float[Tensor, "batch d_in"]
+    gradient: Float[Tensor, "rows d_out"]
+    plan: Any = None
+    extra: Rows | None = None
+    firing: Int[Tensor, " d_sae"] | None = None
+    cost: Scalar = 0.0
+    pull: Float[Tensor, " d_sae"] | None = None
+
+
+class Gradients(NamedTuple):
+    """Of the mean loss of `n_samples`: rows of all latents, what x_hat gives b_dec, and how often each latent fired."""
+
+    rows: Rows
+    through_x_hat: Float[Tensor, " d_out"]
+    firing: Int[Tensor, " d_sae"]
+    n_samples: int
+
+    @classmethod
+    def of(cls, kernels: Kernels, state: State, change: Change) -> Gradients:
+        """As the update would have them: those of decoder rows of norm 1 are projected, penalties on norms are in."""
+        x, gradient, plan, extra, firing, cost, pull = change
+        (g_encoder, g_decoder, g_bias), sums, fires = _of_codes(kernels, state, x, gradient, plan)
+        with_extra(Rows(None, g_encoder, g_decoder, g_bias), extra)
+        if state.unit_norm:
+            g_decoder -= (g_decoder * state.W_dec).sum(dim=1, keepdim=True) * state.W_dec
+        else:
+            along = cost * sums if pull is None else cost * sums + pull
+            g_decoder += (along / state.norms.clamp_min(1e-12))[:, None] * state.W_dec
+        fires = (fires if firing is None else firing).long()
+        return cls(Rows(None, g_encoder, g_decoder, g_bias), gradient[: len(x)].sum(dim=0), fires, len(x))
+
+    def named(self, state: State) -> dict[str, Tensor]:
+        """By the names of the weights that are trained. b_dec also centres the input where it is tied."""
+        _, g_encoder, g_decoder, g_bias = self.rows
+        g_b_dec = self.through_x_hat - g_bias @ state.encoder if state.tied else self.through_x_hat
+        every = {"encoder": g_encoder, "W_dec": g_decoder, "b_enc": g_bias, "b_dec": g_b_dec}
+        return {name: every[name] for name in state.first}
+
+    def times(self, share: Scalar) -> Gradients:
+        """All of them multiplied by a number, in place."""
+        for part in (*self.rows[1:], self.through_x_hat):
+            part.mul_(share)
+        return self
+
+    def plus(self, other: Gradients) -> Gradients:
+        """Those of more samples added, in place."""
+        for part, more in zip(
+            (*self.rows[1:], self.through_x_hat), (*other.rows[1:], other.through_x_hat), strict=True
+        ):
+            part.add_(more)
+        return self._replace(firing=self.firing + other.firing, n_samples=self.n_samples + other.n_samples)
+
+    def change(self, like: Tensor) -> Change:
+        """For the update, which of x wants the size alone, and of x_hat's gradient the sum."""
+        rows = self.rows
+        x = like.new_empty(self.n_samples, rows.encoder.shape[1])
+        gradient = like.new_zeros(self.n_samples, len(self.through_x_hat))
+        gradient[0] = self.through_x_hat
+        return Change(x, gradient, extra=rows, firing=self.firing)
+
+
+def _of_codes(
+    kernels: Kernels, state: State, x: Tensor, gradient: Tensor, plan: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """`Reference.gradient_rows`. Those in C have it for dense steps alone: their other plan is torch's."""
+    if isinstance(kernels, Reference):
+        return kernels.gradient_rows(state, x, gradient, plan)
+    if isinstance(kernels, Native) and isinstance(plan, DensePlan):
+        return kernels.gradient_rows(state, x, gradient, plan)
+    if plan is None:
+        return Reference().gradient_rows(state, x, gradient, None)
+    return rows_of_plan(state, x, gradient, plan, int(plan.offsets[-1]))
+
+
+def with_extra(rows: Rows, extra: Rows | None) -> Rows:
+    """Rows of all latents, with those of some (or of all) added in place."""
+    if extra is not None:
+        for total, part in zip(rows[1:], extra[1:], strict=True):
+            if extra.latents is None:
+                total.add_(part)
+            else:
+                total.index_add_(0, extra.latents, part)
+    return rows
+
+
+def clipped(kernels: Kernels, state: State, change: Change, own: Sequence[Tensor], most: float) -> Change:
+    """g min(1, most / |g|), where g are all gradients together. `own` are those of further parameters, shortened in
+    place. The host does not learn the norm."""
+    whole = Gradients.of(kernels, state, change)
+    norms = [torch.linalg.vector_norm(gradient) for gradient in (*whole.named(state).values(), *own)]
+    factor = (most / torch.stack(norms).norm()).clamp_max(1)
+    for gradient in own:
+        gradient.mul_(factor)
+    return whole.times(factor).change(change.x)
+
+
+def summed(
+    measure: Callable[[slice], tuple[Sequence[Tensor], Change]],
+    n_samples: int,
+    n_parts: int,
+    kernels: Kernels,
+    state: State,
+    own: Sequence[Tensor],
+) -> tuple[list[Tensor], Gradients]:
+    """What `measure` gives for parts of a batch, as if it had been asked for the whole: means of its terms, gradients
+    of the mean loss, and the `grad` of further parameters. The intermediate results of one part exist at a time."""
+    n_parts = min(n_parts, n_samples)
+    ends = [n_samples * number // n_parts for number in range(n_parts + 1)]
+    totals: list[Gradients] = []
+    means: list[Tensor] = []
+    grads: list[Tensor | None] = [None] * len(own)
+    for start, stop in pairwise(ends):
+        share = (stop - start) / n_samples
+        terms, change = measure(slice(start, stop))
+        means.append(share * torch.stack([term.double() for term in terms]))
+        part = Gradients.of(kernels, state, change).times(share)
+        totals = [totals[0].plus(part) if totals else part]
+        for number, weight in enumerate(own):
+            before, now = grads[number], weight.grad
+            if now is not None:
+                grads[number] = share * now if before is None else before + share * now
+    for weight, grad in zip(own, grads, strict=True):
+        weight.grad = grad
+    return list(torch.stack(means).sum(dim=0).unbind()), totals[0]
+
+
+def inner_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """out = left^T right, or added to it.
+
+    The threads of a BLAS share a narrow product better by its transpose: a third of the time at 64 columns.
+    """
+    if right.shape[1] > NARROW:
+        torch.addmm(out, left.T, right, beta=float(add), out=out)
+    elif add:
+        out.add_((right.T @ left).T)
+    else:
+        out.copy_((right.T @ left).T)
