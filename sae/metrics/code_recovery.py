@@ -13,7 +13,8 @@ from torch import Tensor
 from sae.metrics.co_statistics import mean, ratio, variance
 from sae.metrics.dictionary_recovery import Matching
 from sae.metrics.inputs import Matrix, directions, rows_of
-from sae.metrics.samples import Window
+from sae.metrics.native import look_up
+from sae.metrics.samples import Window, rows_in
 from toymodels.features import FeatureBatch
 
 # Every fourth sample chooses the threshold of f1_best, the others judge it.
@@ -22,8 +23,6 @@ VALIDATION_EVERY = 4
 CHOOSING_SAMPLES = 2**19
 # Means over the features that fire in the evaluation set.
 MACRO = ("precision", "recall", "f1", "auroc", "r2")
-# True activations that are looked up in a dense table at once: it stays in the cache.
-TABLE_ENTRIES = 2**21
 
 
 class CodeRecovery:
@@ -48,17 +47,18 @@ class CodeRecovery:
 
     def update(self, window: Window) -> None:
         """Adds a window of samples."""
-        start, codes, acts = window
+        start, codes, acts = window.start, window.codes, window.acts
         self.n_samples += len(acts)
         a = acts.values.double()
         row, on = rows_of(acts), (a > 0).double()
+        row = row if window.order is None else rows_in(window.order)[row]
         _count_(self.on, acts.indices, on)
         _count_(self.feature_sum, acts.indices, a)
         _count_(self.feature_square, acts.indices, a * a)
         _count_(self.judged, acts.indices, on * ((start + row) % VALIDATION_EVERY != 0))
 
         latent, z = codes.indices, codes.values.double()
-        own, nearest = seen_beside(codes, acts, torch.stack([self.owner, self.matching.best_feature.cpu()]))
+        own, nearest = look_up(codes, acts, torch.stack([self.owner, self.matching.best_feature.cpu()]), window.order)
         fires, hit = z > 0, own > 0
         _count_(self.fires, latent, fires)
         _count_(self.unit_sum, latent, z)
@@ -142,9 +142,10 @@ def chosen_threshold(windows: Iterable[Window], matching: Matching, floor: float
         if window.start >= CHOOSING_SAMPLES:
             break
         chooses = torch.arange(-window.start % VALIDATION_EVERY, len(window.acts), VALIDATION_EVERY)
-        codes, acts = some_rows(window.codes, chooses), some_rows(window.acts, chooses)
+        codes = some_rows(window.codes, chooses)
+        acts = some_rows(window.acts, chooses if window.order is None else window.order[chooses])
         _count_(n_active, acts.indices, acts.values > 0)
-        (own,) = seen_beside(codes, acts, owner[None])
+        (own,) = look_up(codes, acts, owner[None])
         kept = (owner[codes.indices] >= 0) & (codes.values > floor)
         parts.append((owner[codes.indices[kept]], codes.values[kept], own[kept] > 0))
     column, value, hit = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -166,33 +167,6 @@ def some_rows(batch: FeatureBatch, chosen: Int[Tensor, " rows"]) -> FeatureBatch
     moved = (batch.offsets[chosen] - offsets[:-1]).repeat_interleave(counts)
     source = moved + torch.arange(len(moved))
     return FeatureBatch(batch.indices[source], batch.values[source], offsets, (len(chosen), batch.n_features))
-
-
-def seen_beside(
-    codes: FeatureBatch, acts: FeatureBatch, features: Int[Tensor, "several d_sae"]
-) -> Float[Tensor, "several entries"]:
-    """What features of each firing latent do in its sample: a[row, features[·, latent]] of each entry of the codes.
-
-    Feature -1 is never on. A few samples at a time, the true activations are laid out in a dense table.
-    """
-    width = acts.n_features + 1  # the last column stays empty: that of feature -1
-    at_once = max(1, TABLE_ENTRIES // width)
-    place = rows_of(acts) * width + acts.indices
-    base = rows_of(codes) * width
-    wanted = torch.where(features < 0, width - 1, features)
-    found = acts.values.new_empty(len(features), len(base))
-    table = acts.values.new_zeros(at_once * width)
-    first = torch.arange(0, len(acts), at_once)
-    last = (first + at_once).clamp(max=len(acts))
-    bounds = torch.stack([acts.offsets[first], acts.offsets[last], codes.offsets[first], codes.offsets[last]], dim=1)
-    for number, (a_start, a_stop, z_start, z_stop) in enumerate(bounds.tolist()):
-        here = place[a_start:a_stop] - number * at_once * width
-        table[here] = acts.values[a_start:a_stop]
-        latent, at = codes.indices[z_start:z_stop], base[z_start:z_stop] - number * at_once * width
-        for feature, values in zip(wanted, found, strict=True):
-            torch.index_select(table, 0, at + feature[latent], out=values[z_start:z_stop])
-        table[here] = 0.0
-    return found
 
 
 def auroc(

@@ -27,6 +27,7 @@ from sae.metrics.dictionary_recovery import (
 from sae.metrics.inputs import (
     Mask,
     Matrix,
+    argmax,
     as_acts,
     as_codes,
     as_tensor,
@@ -278,9 +279,9 @@ def _limit(truth: Matrix, samples: Samples, firing_threshold: float) -> dict[str
     d_sae = min(samples.n_latents, samples.n_features)
     norms = directions(truth)[1].cpu()[:d_sae]
     matching = match_dictionary(as_tensor(truth)[:d_sae], truth)
-    seen = code_recovery(lambda: samples.true_windows(norms, firing_threshold), matching, truth, firing_threshold)
+    seen = code_recovery(lambda: samples.true_windows(d_sae, norms, firing_threshold), matching, truth, firing_threshold)
     ranking = Ranking(matching, samples.n_samples)
-    for window in samples.true_windows(norms, 0.0):
+    for window in samples.true_windows(d_sae, norms):
         for rows in slices(len(window.acts)):
             if not ranking.complete:
                 ranking.update(window.codes[rows].dense(), window.acts[rows])
@@ -297,6 +298,6 @@ def _neighbours(truth: Matrix) -> tuple[Tensor, Tensor]:
         block = unit[start : start + at_once] @ unit.T
         own = torch.arange(len(block))
         block[own, start + own] = -torch.inf
-        found = block.max(dim=1)
-        cosine[start + own], index[start + own] = found.values.double(), found.indices
+        nearest = argmax(block)
+        cosine[start + own], index[start + own] = block[own, nearest].double(), nearest
     return index, cosine
