@@ -300,7 +300,7 @@ def test_streaming_by_hand_equals_recovery() -> None:
         ranking.update(WORLD.z[start:stop], WORLD.acts[start:stop])
         z = padded(WORLD.z * WORLD.W_dec.norm(dim=1))[start:stop]
         windows.append(Window(start, compressed(z, 0.05), WORLD.acts[start:stop]))
-    seen = code_recovery(lambda: windows, matching, WORLD.truth, 0.05)
+    (seen,) = code_recovery([lambda: windows], matching, WORLD.truth, 0.05)
     streamed = seen.compute(ranking.areas(N_FEATURES, 0, 0)[0])
     assert streamed == pytest.approx({name: scores[name] for name in streamed}, abs=1e-9)
 

@@ -103,6 +103,26 @@ def look_up(
     return found
 
 
+def add_matched_(
+    sums: Float[Tensor, "8 d_sae"],
+    codes: FeatureBatch,
+    acts: FeatureBatch,
+    order: Int[Tensor, " samples"] | None,
+    start: int,
+    chooses_every: int,
+    threshold: float,
+    own: Int[Tensor, " d_sae"],
+    nearest: Int[Tensor, " d_sae"],
+) -> None:
+    """Adds a window to what `code_recovery.CodeRecovery` keeps of each latent. There, in torch, it says what that is."""
+    real = torch.promote_types(codes.values.dtype, acts.values.dtype)
+    order = torch.arange(len(acts)) if order is None else order
+    beside = (acts.offsets, acts.indices, acts.values.to(real), order)
+    sizes = (len(codes), acts.n_features, start, chooses_every, threshold)
+    entries = (codes.offsets, codes.indices, codes.values.to(real))
+    _call("add_matched", real, *beside, *entries, *sizes, own, nearest, len(own), sums)
+
+
 def score_units_(
     product: Float[Tensor, "features n_units"],
     both: Int[Tensor, "features n_units"],

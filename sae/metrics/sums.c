@@ -151,3 +151,37 @@ API void score_units(const double *product, const int32_t *both, long n_features
         }
     }
 }
+
+/* What CodeRecovery keeps of each latent, over the entries of a window: rows of `sums` are firings, sum z, sum z^2, with
+   its own feature the sum a z and both, both with the nearest feature, and of samples that judge the threshold of f1_best
+   firings above it and both. One thread: additions stay in order. */
+API void add_matched(const int64_t *acts_offsets, const int64_t *feature, const real *a, const int64_t *acts_row,
+                     const int64_t *offsets, const int64_t *latent, const real *z, long n_rows, long n_features,
+                     long start, long chooses_every, real threshold, const int64_t *own, const int64_t *nearest,
+                     long d_sae, double *sums, long threads) {
+    (void)threads;
+    real *table = calloc(n_features + 1, sizeof(real));
+    double *fires = sums, *sum = sums + d_sae, *square = sums + 2 * d_sae, *product = sums + 3 * d_sae,
+           *both = sums + 4 * d_sae, *both_nearest = sums + 5 * d_sae, *best_fires = sums + 6 * d_sae,
+           *best_both = sums + 7 * d_sae;
+    for (long r = 0; r < n_rows; r++) {
+        int64_t begin = acts_offsets[acts_row[r]], end = acts_offsets[acts_row[r] + 1];
+        int judges = (start + r) % chooses_every != 0;
+        for (int64_t e = begin; e < end; e++) table[feature[e] + 1] = a[e];
+        for (int64_t c = offsets[r]; c < offsets[r + 1]; c++) {
+            int64_t j = latent[c];
+            double value = z[c], with = table[own[j] + 1];
+            int fire = value > 0, best = judges && z[c] > threshold;
+            fires[j] += fire;
+            sum[j] += value;
+            square[j] += value * value;
+            product[j] += with * value;
+            both[j] += fire && with > 0;
+            both_nearest[j] += fire && table[nearest[j] + 1] > 0;
+            best_fires[j] += best;
+            best_both[j] += best && with > 0;
+        }
+        for (int64_t e = begin; e < end; e++) table[feature[e] + 1] = 0;
+    }
+    free(table);
+}
