@@ -1,15 +1,19 @@
 """Judges of the sums in C: the same in torch, which the other tests hold against dense products."""
 
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
+from sae.codes import SparseCodes
 from sae.metrics import native, recovery
 from sae.metrics.co_statistics import CoStatistics
 from sae.metrics.inputs import compressed
 from sae.metrics.native import add_pairs_, by_feature, look_up
 from sae.metrics.polysemanticity import polysemanticity, unit_scores
 from sae.metrics.samples import rows_in
-from sae.codes import SparseCodes
 from toymodels.features import FeatureBatch, Features
 from toymodels.streams import generator
 
@@ -41,7 +45,7 @@ def test_pairs_of_some_features_in_another_order(way: str, dense: bool, threshol
     # Row r of the units is beside row ORDER[r] of the true activations.
     a, kept = ACTS.dense()[ORDER].double()[:, first:last], torch.where(Z.abs() > threshold, Z, 0.0).double()
     torch.testing.assert_close(product, 1 + a.T @ kept, rtol=1e-5, atol=1e-5)
-    assert both.double().equal(1 + (a > 0).double().T @ (Z > threshold).double())
+    assert both.double().equal(1 + (a > 0).double().T @ Z.gt(threshold).double())
 
 
 def test_features_of_latents_are_looked_up(way: str) -> None:
@@ -54,7 +58,7 @@ def test_features_of_latents_are_looked_up(way: str) -> None:
         assert found.equal(torch.stack([a[beside, own[latent]] for own in features]))
 
 
-def both_ways(monkeypatch: pytest.MonkeyPatch, measure):
+def both_ways(monkeypatch: pytest.MonkeyPatch, measure: Callable[[], Any]) -> tuple[Any, Any]:
     if not native.can_call():
         pytest.skip("no compiler")
     fast = measure()
@@ -83,11 +87,9 @@ def test_every_score_is_that_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae.metrics.polysemanticity.SUMS_ENTRIES", 700)
 
     def measure() -> dict[str, float]:
-        monkeypatch.setattr("sae.metrics.once._kept", type(native_kept)())
+        monkeypatch.setattr("sae.metrics.once._kept", OrderedDict())
         x = ACTS.embed(truth)
         return recovery(W_dec, truth, codes=(x @ W_dec.T).relu(), acts=ACTS) | polysemanticity(x, ACTS)
-
-    from sae.metrics.once import _kept as native_kept  # noqa: PLC0415
 
     fast, slow = both_ways(monkeypatch, measure)
     assert fast == pytest.approx(slow, rel=1e-6, abs=1e-9)

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from fabricated_runs import fabricate
-from test_report import CHROMIUM, Page
-
 from scipy import stats
+from test_report import CHROMIUM, Page
 
 from sae.errors import UsageError
 from sae.report import write_report

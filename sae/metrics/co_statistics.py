@@ -48,7 +48,7 @@ class Margins:
             z = part.double()
             z = torch.where(z.abs() > self.threshold, z, 0.0) if self.threshold else z
             for total, values in zip(own, ((z > self.threshold).float(), z, z * z), strict=True):
-                total += values.sum(dim=0)
+                total.add_(values.sum(dim=0))
 
 
 class CoStatistics:
@@ -147,7 +147,6 @@ class CoStatistics:
         spread = (on / N * (1 - on / N)).sqrt(), (fires / N * (1 - fires / N)).sqrt()
         return _correlation(self.both_count[rows].double(), on, fires, spread, self.n_samples)
 
-
     def sides(self) -> tuple[Float[Tensor, "5 n_features"], Float[Tensor, "5 n_units"]]:
         """Of each feature and each unit: mean, 1 / sd, count, share of samples with a > 0 or z > t, 1 / sd of that."""
         return (
@@ -185,7 +184,7 @@ def _add_columns_(
 ) -> None:
     """Adds counts, values and their squares to their columns."""
     for total, weights in zip(totals, (counts, values, values * values), strict=True):
-        total += column.bincount(weights, minlength=len(total))
+        total.add_(column.bincount(weights, minlength=len(total)))
 
 
 def ratio(numerator: Float[Tensor, "*k"], denominator: Float[Tensor, "*k"]) -> Float[Tensor, "*k"]:

@@ -114,7 +114,7 @@ def add_matched_(
     own: Int[Tensor, " d_sae"],
     nearest: Int[Tensor, " d_sae"],
 ) -> None:
-    """Adds a window to what `code_recovery.CodeRecovery` keeps of each latent. There, in torch, it says what that is."""
+    """Adds a window to what `code_recovery.CodeRecovery` keeps of each latent; there it says what that is."""
     real = torch.promote_types(codes.values.dtype, acts.values.dtype)
     order = torch.arange(len(acts)) if order is None else order
     beside = (acts.offsets, acts.indices, acts.values.to(real), order)
@@ -132,7 +132,7 @@ def score_units_(
     sides: tuple[Float[Tensor, "5 features"], Float[Tensor, "5 n_units"]],
     scores: tuple[Tensor, ...],
 ) -> None:
-    """Raises what `polysemanticity.UnitScores` keeps by some features. There, in torch, it says what that is."""
+    """Raises what `polysemanticity.UnitScores` keeps by some features; there it says, in torch, what that is."""
     sizes = (*product.shape, first, n_samples, floor)
     _call("score_units", torch.float64, product, both, *sizes, *sides, *scores)
 
@@ -170,9 +170,8 @@ def _add_dense_(
     samples, a = row_of[acts.sample[own].long()].long(), acts.values[own]
     for pairs, weights, values in ((both, (a > 0).float(), z > threshold), (product, a.to(dtype), z)):
         rows = values.to(weights.dtype)
-        pairs += F.embedding_bag(
-            samples, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True
-        ).to(pairs.dtype)
+        sums = F.embedding_bag(samples, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        pairs.add_(sums.to(pairs.dtype))
 
 
 def _add_sparse_(

@@ -137,7 +137,9 @@ class Samples:
             self._at_hand = window
         return window
 
-    def true_windows(self, n: int, norms: Float[Tensor, " n_latents"] | None = None, threshold: float = 0.0) -> Iterator[Window]:
+    def true_windows(
+        self, n: int, norms: Float[Tensor, " n_latents"] | None = None, threshold: float = 0.0
+    ) -> Iterator[Window]:
         """The same samples with the first n true features as latents, whose directions have these norms; None: 1."""
         for window in self.windows():
             first = columns(window.acts, 0, n)
