@@ -69,8 +69,10 @@ def add_pairs_(
     counts as 0.
     """
     if not can_call():
-        add = _add_sparse_ if isinstance(units, FeatureBatch) else _add_dense_
-        add(product, both, units, acts, row_of, first, threshold)
+        if isinstance(units, FeatureBatch):
+            _add_sparse_(product, both, units, acts, row_of, first, threshold)
+        else:
+            _add_dense_(product, both, units, acts, row_of, first, threshold)
         return
     z = units.values if isinstance(units, FeatureBatch) else units
     real = torch.promote_types(z.dtype, acts.values.dtype)

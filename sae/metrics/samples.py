@@ -186,8 +186,8 @@ def _read(file: SpooledTemporaryFile[bytes], width: int) -> FeatureBatch:
     n_rows, n_entries, itemsize = np.frombuffer(file.read(24), dtype=np.int64).tolist()
 
     def array(n: int, dtype: type) -> Tensor:
-        found = np.empty(n, dtype=dtype)
-        file.readinto(memoryview(found).cast("B"))
+        found: np.ndarray = np.empty(n, dtype=dtype)
+        file.readinto(found.view(np.uint8).data)
         return torch.from_numpy(found)
 
     offsets, indices = array(n_rows + 1, np.int64), array(n_entries, np.int32)
