@@ -228,8 +228,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         "256 features in 64 dimensions: who finds them?",
         ["", *COLUMNS],
         table,
-        f"mean ± sd over {N_SEEDS} seeds, or one run. cov: share of features found with cosine > .9. A random dictionary of this shape has "
-        f"MCC {rows[0]['recovery/mcc_chance']:.3f}.\n"
+        f"mean ± sd over {N_SEEDS} seeds, or one run. cov: share of features found with cosine > .9.\n"
+        f"A random dictionary of this shape has MCC {rows[0]['recovery/mcc_chance']:.3f}.\n"
         f"oracle: the true features with non-negative sparse coding, _k with at most {K} latents; topk_oracle: TopK's "
         "dictionary coded likewise.\npca, ica: at most 64 components, each with both signs.",
     )
