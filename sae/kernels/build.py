@@ -65,12 +65,12 @@ def _kept(compiler: list[str], source: Path, real: str, folder: Path) -> ctypes.
     """
     target = folder / f"kernels-{real}-{_fingerprint(compiler, real, source)}.so"
     if not target.exists():
-        _compile(compiler, source, real, target)
+        _compile(compiler, real, target, source)
     try:
         return _declared(ctypes.CDLL(str(target)), source, real)
     except OSError:  # damaged: what was cut off, say, by a full disk
         target.unlink(missing_ok=True)
-        _compile(compiler, source, real, target)
+        _compile(compiler, real, target, source)
     try:
         return _declared(ctypes.CDLL(str(target)), source, real)
     except OSError as error:
@@ -130,7 +130,7 @@ def _processor() -> str:
     return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
 
 
-def _compile(compiler: list[str], source: Path, real: str, target: Path) -> None:
+def _compile(compiler: list[str], real: str, target: Path, source: Path = SOURCE) -> None:
     """Compiles and links apart: linked with -fopenmp, the library would bring an OpenMP runtime beside torch's own,
     and the two teams of threads would fight for the cores."""
     is_double = int(real == "double")
