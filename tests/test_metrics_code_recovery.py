@@ -271,7 +271,7 @@ def test_scores_do_not_depend_on_the_batch_size(layout: str, monkeypatch: pytest
     options = {"pre_latents": WORLD.pre_latents, "firing_threshold": 0.05}
     scores = run(WORLD, codes, **options)
     monkeypatch.setattr("sae.metrics.inputs.SAMPLES_AT_ONCE", 137)
-    monkeypatch.setattr("sae.metrics.code_recovery.TABLE_ENTRIES", 100)
+    monkeypatch.setattr("sae.metrics.native.TABLE_ENTRIES", 100)
     monkeypatch.setattr("sae.metrics.ranking.SORTED_ENTRIES", 1200)
     assert run(WORLD, codes, **options) == pytest.approx(scores, abs=1e-9)
 
@@ -300,7 +300,7 @@ def test_streaming_by_hand_equals_recovery() -> None:
         ranking.update(WORLD.z[start:stop], WORLD.acts[start:stop])
         z = padded(WORLD.z * WORLD.W_dec.norm(dim=1))[start:stop]
         windows.append(Window(start, compressed(z, 0.05), WORLD.acts[start:stop]))
-    seen = code_recovery(lambda: windows, matching, WORLD.truth, 0.05)
+    (seen,) = code_recovery([lambda: windows], matching, WORLD.truth, 0.05)
     streamed = seen.compute(ranking.areas(N_FEATURES, 0, 0)[0])
     assert streamed == pytest.approx({name: scores[name] for name in streamed}, abs=1e-9)
 
@@ -343,7 +343,8 @@ def test_samples_come_back_as_they_went_in(monkeypatch: pytest.MonkeyPatch) -> N
             windows = list(samples.windows(draw))
             assert [window.start for window in windows] == [0, 300]
             assert torch.cat([window.codes.dense() for window in windows]).equal(WORLD.z)
-            acts = torch.cat([window.acts.dense() for window in windows])
+            views = [w.acts if w.order is None else permuted(w.acts, w.order) for w in windows]
+            acts = torch.cat([view.dense() for view in views])
             assert acts.equal(WORLD.acts.dense()) == (draw is None)
             assert acts[:300].sum(dim=0).allclose(WORLD.acts[:300].dense().sum(dim=0)), "shuffled within a window"
 

@@ -291,3 +291,17 @@ def test_overview_needs_the_truth(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="not known"):
         draw_overview(fabricate(tmp_path, known=False), tmp_path / "overview.png")
+
+
+def test_runs_that_differ_in_their_seed_alone_are_shown_over_seeds(tmp_path: Path) -> None:
+    runs = [fabricate(tmp_path / f"topk-{seed}", seed=seed, n_missed=3 + seed) for seed in range(3)]
+    other = fabricate(tmp_path / "relu", sae={"kind": "relu", "d_sae": 64, "l1_coefficient": 0.1})
+    text = write_report([*runs, other]).read_text()
+    assert "topk-0 and its other seeds" in text
+    assert "Every metric over the 3 seeds of topk-0, topk-1 and topk-2" in text
+    mcc = [json.loads((run / "result.json").read_text())["recovery/mcc"] for run in runs]
+    assert f"{fmean(mcc):.3f}" in text
+    assert f"± {stdev(mcc):.3f}" in text
+    assert (
+        "over the" not in write_report([runs[0], other]).read_text().partition("Before and after")[0].split("Final")[1]
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fabricated_runs import fabricate
+from scipy import stats
 from test_report import CHROMIUM, Page
 
 from sae.errors import UsageError
@@ -140,3 +141,27 @@ def test_browser_draws_every_figure_and_follows_a_point(tmp_path: Path) -> None:
     assert n_plots == 5
     assert done.stdout.count('class="plot-container plotly') == n_plots
     assert "<title>#member-topk-k4-seed1</title>" in done.stdout
+
+
+def test_bars_are_intervals_over_three_seeds_and_more() -> None:
+    def bars(n: int) -> dict[str, Any] | None:
+        values = [0.1, 0.2, 0.4][:n]
+        points = [
+            Point(f"a{seed}", "A", "A", "A", True, {"metrics/l0": 2.0, "metrics/fvu": fvu}, [])
+            for seed, fvu in enumerate(values)
+        ]
+        (line,) = [trace for trace in trade_off(points, "metrics/fvu", "FVU", log=False)["data"] if "line" in trace]
+        return line.get("error_y")
+
+    assert bars(2) is None
+    three = bars(3)
+    assert three is not None
+    low, high = stats.ttest_1samp([0.1, 0.2, 0.4], 0.0).confidence_interval(0.95)
+    assert three["array"] == pytest.approx([(high - low) / 2], rel=1e-3)
+
+
+def test_settings_are_shown_over_seeds(tmp_path: Path) -> None:
+    text = write_report([fabricate_sweep(tmp_path)]).read_text()
+    assert "Settings over seeds: mean ± standard deviation" in text
+    assert "Every metric over the 2 seeds of topk-k2-seed0" in text
+    assert "2.05" in text  # the mean of L0 2.0 and 2.1

@@ -80,15 +80,19 @@ class OrthogonalisedDictionary:
         D = random_directions(n, d, stream)
         adam, target = _Adam(D, self.lr), self.mean_max_overlap
         before = D
+        if target is None:
+            for _ in range(self.n_steps):
+                adam.step(_repulsion(adam.x))
+            return F.normalize(adam.x, dim=1)
         for _ in range(self.n_steps):
-            if target is not None and overlap(before, "mean_max") <= target:
+            if overlap(before, "mean_max") <= target:
                 break
             adam.step(_repulsion(adam.x))
             after = F.normalize(adam.x, dim=1)
-            if target is not None and overlap(after, "mean_max") <= target:
+            if overlap(after, "mean_max") <= target:
                 return _between(before, after, "mean_max", target)
             before = after
-        return before if target is None else _with_overlap(before, "mean_max", target)
+        return _with_overlap(before, "mean_max", target)
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,8 @@ def _repulsion(D: Directions) -> Directions:
 
     Σ_j (d_i · d_j) d_j = d_i DᵀD costs n d² rather than the n² d of all pairs.
     """
-    squared = (D * D).sum(1, keepdim=True)
-    return 4 * (D @ (D.T @ D) - squared * D) + 4 * len(D) * (squared - 1) * D
+    squared = torch.linalg.vector_norm(D, dim=1, keepdim=True).square_()
+    return (D @ (D.T @ D).mul_(4)).addcmul_(D, 4 * (len(D) * (squared - 1) - squared))
 
 
 def _crowding(D: Directions, above: float) -> Directions:

@@ -1,4 +1,4 @@
-"""Compiles native.c on the machine that runs it, once, and loads it.
+"""Compiles a file of C on the machine that runs it, once, and loads it: native.c, or that of another room.
 
 No torch headers and no build system: one file of C, one call of the compiler, a second or two. The result is kept in
 the user's cache under a name made of everything that it depends on, or,
@@ -24,7 +24,6 @@ from pathlib import Path
 logger = logging.getLogger("sae")
 
 SOURCE = Path(__file__).with_name("native.c")
-PARTS = [SOURCE, *(Path(__file__).with_name(name) for name in ("native_amx.h", "native_amx_dense.h"))]
 FLAGS = "-O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -fPIC"
 
 
@@ -33,15 +32,15 @@ class CannotBuild(Exception):
 
 
 @cache
-def library(real: str) -> ctypes.CDLL:
-    """The compiled kernels for `real`, "float" or "double".
+def library(real: str, source: Path = SOURCE) -> ctypes.CDLL:
+    """The compiled functions of a source for `real`, "float" or "double".
 
     Raises:
         CannotBuild: no compiler was found, or it refused.
     """
     compiler = _compiler()
     try:
-        return _kept(compiler, real, _folder())
+        return _kept(compiler, source, real, _folder())
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         logger.warning(
@@ -52,41 +51,46 @@ def library(real: str) -> ctypes.CDLL:
         )
     try:
         with tempfile.TemporaryDirectory(prefix="sae-") as folder:
-            return _kept(compiler, real, Path(folder))  # once loaded, it does not need its file
+            return _kept(compiler, source, real, Path(folder))  # once loaded, it does not need its file
     except OSError as error:
         raise CannotBuild(f"cannot write to the temporary directory: {error.strerror or error}") from error
 
 
-def _kept(compiler: list[str], real: str, folder: Path) -> ctypes.CDLL:
+def _kept(compiler: list[str], source: Path, real: str, folder: Path) -> ctypes.CDLL:
     """The library in the folder, compiled when it is not there.
 
     Raises:
         CannotBuild: the compiler refused.
         OSError: the folder cannot be written.
     """
-    target = folder / f"kernels-{real}-{_fingerprint(compiler, real)}.so"
+    target = folder / f"kernels-{real}-{_fingerprint(compiler, real, source)}.so"
     if not target.exists():
-        _compile(compiler, real, target)
+        _compile(compiler, real, target, source)
     try:
-        return _declared(ctypes.CDLL(str(target)), real)
+        return _declared(ctypes.CDLL(str(target)), source, real)
     except OSError:  # damaged: what was cut off, say, by a full disk
         target.unlink(missing_ok=True)
-        _compile(compiler, real, target)
+        _compile(compiler, real, target, source)
     try:
-        return _declared(ctypes.CDLL(str(target)), real)
+        return _declared(ctypes.CDLL(str(target)), source, real)
     except OSError as error:
         raise CannotBuild(f"{target} cannot be loaded: {error}") from error
 
 
-def _declared(loaded: ctypes.CDLL, real: str) -> ctypes.CDLL:
-    """The types of each function, as its head in native.c has them: a call then converts numbers by itself."""
+def _declared(loaded: ctypes.CDLL, source: Path, real: str) -> ctypes.CDLL:
+    """The types of each function, as its head in the source has them: a call then converts numbers by itself."""
     types = {"void": None, "long": ctypes.c_long, "real": ctypes.c_float if real == "float" else ctypes.c_double}
-    source = "".join(part.read_text(encoding="utf-8") for part in PARTS)
-    for result, name, given in re.findall(r"^API (\w+) (\w+)\(([^)]*)\)", source, re.M):
+    for result, name, given in re.findall(r"^API (\w+) (\w+)\(([^)]*)\)", _text(source), re.M):
         function = getattr(loaded, name)
         function.restype = types[result]
         function.argtypes = [ctypes.c_void_p if "*" in one else types[one.split()[0]] for one in given.split(",")]
     return loaded
+
+
+def _text(source: Path) -> str:
+    """A source, and the files of its folder that it includes."""
+    text = source.read_text(encoding="utf-8")
+    return text + "".join(_text(source.with_name(name)) for name in re.findall(r'^#include "(.+)"', text, re.M))
 
 
 def _compiler() -> list[str]:
@@ -110,11 +114,11 @@ def _folder() -> Path:
         raise FileNotFoundError("there is no home directory") from error
 
 
-def _fingerprint(compiler: list[str], real: str) -> str:
+def _fingerprint(compiler: list[str], real: str, source: Path = SOURCE) -> str:
     """What the binary depends on: source, flags, compiler, and the processor that -march=native means."""
     version = _call([*compiler, "--version"]).stdout.encode()
     parts = [
-        *(part.read_bytes() for part in PARTS),
+        _text(source).encode(),
         FLAGS.encode(),
         " ".join(compiler).encode(),
         version,
@@ -132,14 +136,14 @@ def _processor() -> str:
     return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
 
 
-def _compile(compiler: list[str], real: str, target: Path) -> None:
+def _compile(compiler: list[str], real: str, target: Path, source: Path = SOURCE) -> None:
     """Compiles and links apart: linked with -fopenmp, the library would bring an OpenMP runtime beside torch's own,
     and the two teams of threads would fight for the cores."""
     is_double = int(real == "double")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        what = [f"-DREAL={real}", f"-DREAL_IS_DOUBLE={is_double}", "-c", str(SOURCE), "-o", str(built)]
+        what = [f"-DREAL={real}", f"-DREAL_IS_DOUBLE={is_double}", "-c", str(source), "-o", str(built)]
         _run([*compiler, *shlex.split(FLAGS), *what])
         _run([*compiler, "-shared", "-o", str(linked), str(built), "-lm"])
         os.replace(linked, target)

@@ -6,6 +6,7 @@
     polysemanticity of any units        polysemanticity.py
     dimensionality and geometry         dimensionality.py
     reconstruction and sparsity         reconstruction.py
+    intervals over seeds                seeds.py
 
 Functions return bare names (`mcc`); files and logs add the group (`recovery/mcc`). What is streamed has
 `update(batch)` and `compute()`, keeps sums in float64, and does not depend on the batch size.
@@ -44,10 +45,12 @@ from sae.metrics.polysemanticity import (
 from sae.metrics.ranking import Ranking
 from sae.metrics.reconstruction import Reconstruction
 from sae.metrics.samples import Samples, window_rows
+from sae.metrics.seeds import Interval, interval, over_seeds
 
 __all__ = [
     "CoStatistics",
     "CodeRecovery",
+    "Interval",
     "Matching",
     "Neurons",
     "Ranking",
@@ -65,9 +68,11 @@ __all__ = [
     "feature_table",
     "firing",
     "frequency_deciles",
+    "interval",
     "judge_codes",
     "latents_beside_chance",
     "match_dictionary",
+    "over_seeds",
     "polysemanticity",
     "recovery",
     "related_features",

@@ -4,41 +4,96 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.codes import SparseCodes
-from sae.metrics.inputs import compressed, rows_of
+from sae.metrics.inputs import compressed
+from sae.metrics.native import ByFeature, add_pairs_, by_feature
 from toymodels.features import FeatureBatch
 
-# Products that are added up together, and dense units that are.
-ENTRIES_AT_ONCE = 2**22
-DENSE_AT_ONCE = 2**24
-PRECISE_PAIRS = 2**20
+# Dense units that are in float64 together, and pairs of features and units that are read together: both stay in the
+# cache.
+DENSE_AT_ONCE = 2**18
+PAIRS_AT_ONCE = 2**17
 
 
-class CoStatistics:
-    """Sums in float64 over samples of true activations a [N, n] and units z [N, K] (latents or neurons).
+class Margins:
+    """Sums in float64 over samples of true activations a [N, n] and units z [N, K], each by itself.
 
         feature_count = Σ 1[a > 0]     feature_sum = Σ a     feature_square = Σ a²      [n]
         unit_count    = Σ 1[z > t]     unit_sum    = Σ z     unit_square    = Σ z²      [K]
-        both_count    = Σ 1[a > 0] 1[z > t]                  product        = Σ a z     [n, K]
 
-    A value with |z| <= t = firing_threshold counts as 0. The products visit the pairs (active feature, firing
-    unit) of each sample, not all n * K: memory is two [n, K] matrices, whatever the number of samples.
+    A value with |z| <= t = threshold counts as 0.
+    """
+
+    def __init__(self, n_features: int, n_units: int, threshold: float = 0.0) -> None:
+        self.n_samples, self.threshold = 0, threshold
+        self.feature_count, self.feature_sum, self.feature_square = torch.zeros(3, n_features, dtype=torch.float64)
+        self.unit_count, self.unit_sum, self.unit_square = torch.zeros(3, n_units, dtype=torch.float64)
+
+    def update(self, units: FeatureBatch | Float[Tensor, "batch n_units"], acts: FeatureBatch) -> None:
+        """Adds a batch; which row of one is which row of the other changes nothing."""
+        self.n_samples += len(acts)
+        a = acts.values.double()
+        _add_columns_((self.feature_count, self.feature_sum, self.feature_square), acts.indices, a, (a > 0).double())
+        own = (self.unit_count, self.unit_sum, self.unit_square)
+        if isinstance(units, FeatureBatch):
+            z = units.values.double()
+            z = torch.where(z.abs() > self.threshold, z, 0.0)
+            _add_columns_(own, units.indices, z, (z > self.threshold).double())
+            return
+        for part in units.split(max(1, DENSE_AT_ONCE // max(units.shape[1], 1))):
+            z = part.double()
+            z = torch.where(z.abs() > self.threshold, z, 0.0) if self.threshold else z
+            for total, values in zip(own, ((z > self.threshold).float(), z, z * z), strict=True):
+                total.add_(values.sum(dim=0))
+
+
+class CoStatistics:
+    """Margins, and sums over samples of what features and units do together.
+
+        both_count = Σ 1[a > 0] 1[z > t]      product = Σ a z      [n, K]
+
+    in whole numbers and in float64. They visit the pairs (active feature, firing unit) of each sample, not all n * K:
+    memory is two matrices, whatever the number of samples. Of some features alone, those from number `first` on, they
+    are rows of these matrices.
     """
 
     def __init__(self, n_features: int, n_units: int, firing_threshold: float = 0.0) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64)
+        self._begin(Margins(n_features, n_units, firing_threshold), 0, n_features)
 
-        self.firing_threshold, self.n_samples, self.n_units = firing_threshold, 0, n_units
-        self.feature_count, self.feature_sum, self.feature_square = (zeros(n_features) for _ in range(3))
-        self.unit_count, self.unit_sum, self.unit_square = (zeros(n_units) for _ in range(3))
-        self.both_count, self.product = zeros(n_features, n_units), zeros(n_features, n_units)
+    @classmethod
+    def part(cls, margins: Margins, first: int, last: int) -> CoStatistics:
+        """Those of features first..last - 1, whose margins are known."""
+        sums = cls.__new__(cls)
+        sums._begin(margins, first, last)
+        return sums
+
+    def _begin(self, margins: Margins, first: int, last: int) -> None:
+        self.margins, self.first, rows = margins, first, slice(first, last)
+        for what in ("count", "sum", "square"):
+            setattr(self, f"feature_{what}", getattr(margins, f"feature_{what}")[rows])
+            setattr(self, f"unit_{what}", getattr(margins, f"unit_{what}"))
+        shape = (len(self.feature_count), len(self.unit_count))
+        self.both_count = torch.zeros(shape, dtype=torch.int32)
+        self.product = torch.zeros(shape, dtype=torch.float64)
+
+    feature_count: Float[Tensor, " n_features"]
+    feature_sum: Float[Tensor, " n_features"]
+    feature_square: Float[Tensor, " n_features"]
+    unit_count: Float[Tensor, " n_units"]
+    unit_sum: Float[Tensor, " n_units"]
+    unit_square: Float[Tensor, " n_units"]
+
+    @property
+    def n_samples(self) -> int:
+        return self.margins.n_samples
+
+    @property
+    def n_units(self) -> int:
+        return len(self.unit_count)
 
     def update(self, units: SparseCodes | FeatureBatch, acts: FeatureBatch) -> None:
         """Adds a batch; row b of both is the same sample. Units are codes, or their entries in compressed rows.
@@ -54,56 +109,24 @@ class CoStatistics:
                 f"{len(acts)} samples and {acts.n_features} features in sums over {n_units} latents and "
                 f"{n_features} features; pass both for the same samples"
             )
-        self.n_samples += len(acts)
-        a = acts.values.double()
-        for total, weights in (
-            (self.feature_count, (a > 0).double()),
-            (self.feature_sum, a),
-            (self.feature_square, a * a),
-        ):
-            total.add_(acts.indices.bincount(weights, minlength=n_features))
-        if isinstance(units, SparseCodes) and units.indices is None:
-            for rows, z, fires in dense_parts(units.values, self.firing_threshold):
-                for total, values in ((self.unit_count, fires), (self.unit_sum, z), (self.unit_square, z * z)):
-                    total.add_(values.sum(dim=0))
-                self.add_dense_pairs(z, fires, acts[rows])
+        z: FeatureBatch | Tensor
+        if isinstance(units, FeatureBatch):
+            z = units
         else:
-            self._add_sparse(compressed(units, 0.0) if isinstance(units, SparseCodes) else units, acts)
+            z = units.values if units.indices is None else compressed(units, self.margins.threshold)
+        self.margins.update(z, acts)
+        self.add_pairs(z, by_feature(acts), torch.arange(len(acts), dtype=torch.int32))
 
-    def add_dense_pairs(
-        self, z: Float[Tensor, "batch n_units"], fires: Float[Tensor, "batch n_units"], acts: FeatureBatch
+    def add_pairs(
+        self, units: FeatureBatch | Float[Tensor, "batch n_units"], acts: ByFeature, row_of: Int[Tensor, " samples"]
     ) -> None:
-        """Adds to both_count and product alone, from one of `dense_parts`."""
-        # Of very many pairs, the products of one part are added up in float32, in a third of the time; counts always.
-        dtype = torch.float64 if self.product.numel() <= PRECISE_PAIRS else torch.float32
-        order = acts.indices.argsort()
-        samples = rows_of(acts)[order]
-        bags = F.pad(acts.indices.bincount(minlength=acts.n_features).cumsum(0), (1, 0))
-        a = acts.values[order]
-        for pairs, weights, values in ((self.both_count, (a > 0).float(), fires), (self.product, a.to(dtype), z)):
-            rows = values.to(weights.dtype)
-            sums = F.embedding_bag(
-                samples, rows, bags, mode="sum", per_sample_weights=weights, include_last_offset=True
-            )
-            pairs.add_(sums)
+        """Adds to both_count and product alone; sample s of the true activations is row row_of[s] of the units."""
+        add_pairs_(self.product, self.both_count, units, acts, row_of, self.first, self.margins.threshold)
 
-    def share(self, other: CoStatistics) -> None:
-        """Takes over from the same samples in another order what the order does not change."""
-        self.n_samples = other.n_samples
-        for side in ("feature", "unit"):
-            for what in ("count", "sum", "square"):
-                setattr(self, f"{side}_{what}", getattr(other, f"{side}_{what}"))
-
-    def _add_sparse(self, units: FeatureBatch, acts: FeatureBatch) -> None:
-        z = units.values.double()
-        z = torch.where(z.abs() > self.firing_threshold, z, 0.0)
-        fires = (z > self.firing_threshold).double()
-        for total, values in ((self.unit_count, fires), (self.unit_sum, z), (self.unit_square, z * z)):
-            total.add_(units.indices.bincount(values, minlength=len(total)))
-
-        a = acts.values.double()
-        _add_product_(self.both_count, acts, (a > 0).double(), units, fires)
-        _add_product_(self.product, acts, a, units, z)
+    def blocks(self) -> Iterator[slice]:
+        """Some features after the other, so few that all that is computed of their pairs stays in the cache."""
+        at_once = max(1, PAIRS_AT_ONCE // max(self.n_units, 1))
+        return (slice(start, start + at_once) for start in range(0, len(self.product), at_once))
 
     def feature_variance(self) -> Float[Tensor, " n_features"]:
         """E[a²] - E[a]²."""
@@ -113,32 +136,55 @@ class CoStatistics:
         """E[z²] - E[z]²."""
         return variance(self.unit_square, self.unit_sum, self.n_samples)
 
-    def correlation(self) -> Float[Tensor, "n_features n_units"]:
+    def correlation(self, rows: slice = slice(None)) -> Float[Tensor, "some n_units"]:
         """Pearson's correlation of a_i and z_k: cov / sqrt(var var), 0 where one of them is constant."""
-        N = max(self.n_samples, 1)
-        covariance = self.product / N - torch.outer(self.feature_sum / N, self.unit_sum / N)
-        return ratio(covariance, torch.outer(self.feature_variance().sqrt(), self.unit_variance().sqrt()))
+        spread = self.feature_variance()[rows].sqrt(), self.unit_variance().sqrt()
+        return _correlation(self.product[rows], self.feature_sum[rows], self.unit_sum, spread, self.n_samples)
 
-    def correlation_square(self) -> Float[Tensor, "n_features n_units"]:
-        """Its square, in the memory of one matrix."""
-        N = max(self.n_samples, 1)
-        r2 = self.product / N
-        r2.addr_(self.feature_sum / N, self.unit_sum / N, alpha=-1).square_()
-        for side, spread in ((1, self.feature_variance()), (0, self.unit_variance())):
-            r2.mul_(ratio(torch.ones_like(spread), spread).unsqueeze(side))
-        return r2
+    def phi(self, rows: slice = slice(None)) -> Float[Tensor, "some n_units"]:
+        """The same of 1[a_i > 0] and 1[z_k > t]."""
+        N, on, fires = max(self.n_samples, 1), self.feature_count[rows], self.unit_count
+        spread = (on / N * (1 - on / N)).sqrt(), (fires / N * (1 - fires / N)).sqrt()
+        return _correlation(self.both_count[rows].double(), on, fires, spread, self.n_samples)
+
+    def sides(self) -> tuple[Float[Tensor, "5 n_features"], Float[Tensor, "5 n_units"]]:
+        """Of each feature and each unit: mean, 1 / sd, count, share of samples with a > 0 or z > t, 1 / sd of that."""
+        return (
+            self._side(self.feature_sum, self.feature_variance(), self.feature_count),
+            self._side(self.unit_sum, self.unit_variance(), self.unit_count),
+        )
+
+    def _side(self, total: Tensor, variances: Tensor, count: Tensor) -> Float[Tensor, "5 k"]:
+        N, p = max(self.n_samples, 1), count / max(self.n_samples, 1)
+        inverse = (ratio(torch.ones_like(each), each.sqrt()) for each in (variances, p * (1 - p)))
+        return torch.stack([total / N, next(inverse), count, p, next(inverse)])
 
 
-def dense_parts(
-    units: Float[Tensor, "samples n_units"], threshold: float
-) -> Iterator[tuple[slice, Float[Tensor, "batch n_units"], Float[Tensor, "batch n_units"]]]:
-    """Some rows of dense units after the other: z in float64 with 0 for |z| <= threshold, and 1[z > threshold]."""
-    at_once = max(1, DENSE_AT_ONCE // max(units.shape[1], 1))
-    for start in range(0, len(units), at_once):
-        rows = slice(start, start + at_once)
-        z = units[rows].double()
-        z = torch.where(z.abs() > threshold, z, 0.0) if threshold else z
-        yield rows, z, (z > threshold).float()
+def _correlation(
+    product: Float[Tensor, "rows columns"],
+    row_sum: Float[Tensor, " rows"],
+    column_sum: Float[Tensor, " columns"],
+    spread: tuple[Float[Tensor, " rows"], Float[Tensor, " columns"]],
+    n_samples: int,
+) -> Float[Tensor, "rows columns"]:
+    """(E[xy] - E[x] E[y]) / (sd(x) sd(y))."""
+    N = max(n_samples, 1)
+    r = product / N
+    r.addr_(row_sum / N, column_sum / N, alpha=-1)
+    for side, sd in zip((1, 0), spread, strict=True):
+        r.mul_(ratio(torch.ones_like(sd), sd).unsqueeze(side))
+    return r
+
+
+def _add_columns_(
+    totals: tuple[Tensor, Tensor, Tensor],
+    column: Int[Tensor, " entries"],
+    values: Float[Tensor, " entries"],
+    counts: Float[Tensor, " entries"],
+) -> None:
+    """Adds counts, values and their squares to their columns."""
+    for total, weights in zip(totals, (counts, values, values * values), strict=True):
+        total.add_(column.bincount(weights, minlength=len(total)))
 
 
 def ratio(numerator: Float[Tensor, "*k"], denominator: Float[Tensor, "*k"]) -> Float[Tensor, "*k"]:
@@ -155,29 +201,3 @@ def variance(square: Float[Tensor, " k"], total: Float[Tensor, " k"], n: int) ->
     """Variance from the sums of squares and of values; 0 when only rounding is left of it."""
     difference = square / max(n, 1) - (total / max(n, 1)).square()
     return torch.where(difference > 1e-12 * square / max(n, 1), difference, 0.0)
-
-
-def _add_product_(
-    total: Float[Tensor, "n_features n_units"],
-    acts: FeatureBatch,
-    weights: Float[Tensor, " nnz"],
-    units: FeatureBatch,
-    values: Float[Tensor, " entries"],
-) -> None:
-    """total += aᵀ z, over the pairs of entries that share a sample."""
-    from scipy.sparse import csr_array  # noqa: PLC0415 - slow to import
-
-    n_features, n_units = total.shape
-    a = csr_array((weights.numpy(), acts.indices.numpy(), acts.offsets.numpy()), shape=(len(acts), n_features))
-    z = csr_array((values.numpy(), units.indices.numpy(), units.offsets.numpy()), shape=(len(acts), n_units))
-    product, whole = (a.T @ z).tocsr(), total.numpy()
-    if product.nnz > total.numel() // 8 and total.numel() <= ENTRIES_AT_ONCE:
-        whole += product.toarray()
-        return
-    at_once = max(1, ENTRIES_AT_ONCE // max(n_units, 1))
-    for start in range(0, n_features, at_once):
-        pointers = product.indptr[start : start + at_once + 1]
-        row = np.repeat(np.arange(start, start + len(pointers) - 1), np.diff(pointers))
-        entries = slice(pointers[0], pointers[-1])
-        # A pair occurs once in a product, so that no addition is lost.
-        whole[row, product.indices[entries]] += product.data[entries]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from sae.metrics.co_statistics import mean, ratio, variance
 from sae.metrics.dictionary_recovery import Matching
 from sae.metrics.inputs import Matrix, directions, rows_of
-from sae.metrics.samples import Window
+from sae.metrics.native import add_matched_, can_call, look_up
+from sae.metrics.samples import Window, rows_in
 from toymodels.features import FeatureBatch
 
 # Every fourth sample chooses the threshold of f1_best, the others judge it.
@@ -22,8 +23,6 @@ VALIDATION_EVERY = 4
 CHOOSING_SAMPLES = 2**19
 # Means over the features that fire in the evaluation set.
 MACRO = ("precision", "recall", "f1", "auroc", "r2")
-# True activations that are looked up in a dense table at once: it stays in the cache.
-TABLE_ENTRIES = 2**21
 
 
 class CodeRecovery:
@@ -40,25 +39,31 @@ class CodeRecovery:
         self.feature_norms = directions(truth)[1].cpu()
         self.owner = owners(matching)
         self.on, self.feature_sum, self.feature_square, self.judged = torch.zeros(4, n, dtype=torch.float64)
-        # Of each latent: firings, Σ z, Σ z²; with its own feature: both, Σ a z; with the nearest one: both.
-        self.fires, self.unit_sum, self.unit_square = torch.zeros(3, d_sae, dtype=torch.float64)
-        self.both, self.product, self.both_nearest = torch.zeros(3, d_sae, dtype=torch.float64)
+        self.of_latents = torch.zeros(8, d_sae, dtype=torch.float64)
+        # Of each latent: firings, Σ z, Σ z²; with its own feature: Σ a z, both; with the nearest one: both.
+        self.fires, self.unit_sum, self.unit_square, self.product, self.both, self.both_nearest, *best = self.of_latents
         # The same firings above the threshold of f1_best, in the samples that judge it.
-        self.best_fires, self.best_both = torch.zeros(2, d_sae, dtype=torch.float64)
+        self.best_fires, self.best_both = best
 
     def update(self, window: Window) -> None:
         """Adds a window of samples."""
-        start, codes, acts = window
+        start, codes, acts = window.start, window.codes, window.acts
         self.n_samples += len(acts)
         a = acts.values.double()
         row, on = rows_of(acts), (a > 0).double()
+        row = row if window.order is None else rows_in(window.order)[row]
         _count_(self.on, acts.indices, on)
         _count_(self.feature_sum, acts.indices, a)
         _count_(self.feature_square, acts.indices, a * a)
         _count_(self.judged, acts.indices, on * ((start + row) % VALIDATION_EVERY != 0))
 
+        best_feature = self.matching.best_feature.cpu()
+        if can_call():
+            judged = (start, VALIDATION_EVERY, self.best_threshold)
+            add_matched_(self.of_latents, codes, acts, window.order, *judged, self.owner, best_feature)
+            return
         latent, z = codes.indices, codes.values.double()
-        own, nearest = seen_beside(codes, acts, torch.stack([self.owner, self.matching.best_feature.cpu()]))
+        own, nearest = look_up(codes, acts, torch.stack([self.owner, best_feature]), window.order)
         fires, hit = z > 0, own > 0
         _count_(self.fires, latent, fires)
         _count_(self.unit_sum, latent, z)
@@ -124,31 +129,42 @@ class CodeRecovery:
 
 
 def code_recovery(
-    windows: Callable[[], Iterable[Window]], matching: Matching, truth: Matrix, firing_threshold: float
-) -> CodeRecovery:
-    """All windows through a match: first those that choose the threshold of f1_best, then all of them."""
-    seen = CodeRecovery(matching, truth, chosen_threshold(windows(), matching, firing_threshold))
-    for window in windows():
-        seen.update(window)
+    views: Sequence[Callable[[], Iterable[Window]]], matching: Matching, truth: Matrix, firing_threshold: float
+) -> list[CodeRecovery]:
+    """All windows through a match, for each view of the true activations beside the same codes: first those that choose
+    the threshold of f1_best, then all of them."""
+    chosen = chosen_thresholds([windows() for windows in views], matching, firing_threshold)
+    seen = [CodeRecovery(matching, truth, threshold) for threshold in chosen]
+    for windows, each in zip(views, seen, strict=True):
+        for window in windows():
+            each.update(window)
     return seen
 
 
-def chosen_threshold(windows: Iterable[Window], matching: Matching, floor: float) -> float:
-    """The threshold with the best f1 on every fourth sample of the first CHOOSING_SAMPLES."""
+def chosen_thresholds(views: Sequence[Iterable[Window]], matching: Matching, floor: float) -> list[float]:
+    """The thresholds with the best f1 on every fourth sample of the first CHOOSING_SAMPLES, one for each view."""
     owner = owners(matching)
-    parts: list[tuple[Tensor, ...]] = []
-    n_active = torch.zeros(len(matching.latent), dtype=torch.float64)
-    for window in windows:
-        if window.start >= CHOOSING_SAMPLES:
+    entries: list[tuple[Tensor, Tensor]] = []
+    hits: list[list[Tensor]] = [[] for _ in views]
+    n_active = torch.zeros(len(views), len(matching.latent), dtype=torch.float64)
+    for several in zip(*views, strict=True):
+        start, n_rows = several[0].start, len(several[0].acts)
+        if start >= CHOOSING_SAMPLES:
             break
-        chooses = torch.arange(-window.start % VALIDATION_EVERY, len(window.acts), VALIDATION_EVERY)
-        codes, acts = some_rows(window.codes, chooses), some_rows(window.acts, chooses)
-        _count_(n_active, acts.indices, acts.values > 0)
-        (own,) = seen_beside(codes, acts, owner[None])
-        kept = (owner[codes.indices] >= 0) & (codes.values > floor)
-        parts.append((owner[codes.indices[kept]], codes.values[kept], own[kept] > 0))
-    column, value, hit = (torch.cat(part) for part in zip(*parts, strict=True))
-    return best_threshold(column, value, hit, n_active, floor)
+        chooses = torch.arange(-start % VALIDATION_EVERY, n_rows, VALIDATION_EVERY)
+        codes = some_rows(several[0].codes, chooses)
+        kept = ((owner[codes.indices] >= 0) & (codes.values > floor)).nonzero().squeeze(1)
+        entries.append((owner[codes.indices[kept]], codes.values[kept]))
+        for window, found, active in zip(several, hits, n_active, strict=True):
+            acts = some_rows(window.acts, chooses if window.order is None else window.order[chooses])
+            _count_(active, acts.indices, acts.values > 0)
+            found.append(look_up(codes, acts, owner[None])[0][kept] > 0)
+    column, value = (torch.cat(part) for part in zip(*entries, strict=True))
+    order = orders(column, value, len(matching.latent))
+    return [
+        best_threshold(column, value, torch.cat(hit), active, floor, order)
+        for hit, active in zip(hits, n_active, strict=True)
+    ]
 
 
 def owners(matching: Matching) -> Int[Tensor, " d_sae"]:
@@ -166,33 +182,6 @@ def some_rows(batch: FeatureBatch, chosen: Int[Tensor, " rows"]) -> FeatureBatch
     moved = (batch.offsets[chosen] - offsets[:-1]).repeat_interleave(counts)
     source = moved + torch.arange(len(moved))
     return FeatureBatch(batch.indices[source], batch.values[source], offsets, (len(chosen), batch.n_features))
-
-
-def seen_beside(
-    codes: FeatureBatch, acts: FeatureBatch, features: Int[Tensor, "several d_sae"]
-) -> Float[Tensor, "several entries"]:
-    """What features of each firing latent do in its sample: a[row, features[·, latent]] of each entry of the codes.
-
-    Feature -1 is never on. A few samples at a time, the true activations are laid out in a dense table.
-    """
-    width = acts.n_features + 1  # the last column stays empty: that of feature -1
-    at_once = max(1, TABLE_ENTRIES // width)
-    place = rows_of(acts) * width + acts.indices
-    base = rows_of(codes) * width
-    wanted = torch.where(features < 0, width - 1, features)
-    found = acts.values.new_empty(len(features), len(base))
-    table = acts.values.new_zeros(at_once * width)
-    first = torch.arange(0, len(acts), at_once)
-    last = (first + at_once).clamp(max=len(acts))
-    bounds = torch.stack([acts.offsets[first], acts.offsets[last], codes.offsets[first], codes.offsets[last]], dim=1)
-    for number, (a_start, a_stop, z_start, z_stop) in enumerate(bounds.tolist()):
-        here = place[a_start:a_stop] - number * at_once * width
-        table[here] = acts.values[a_start:a_stop]
-        latent, at = codes.indices[z_start:z_stop], base[z_start:z_stop] - number * at_once * width
-        for feature, values in zip(wanted, found, strict=True):
-            torch.index_select(table, 0, at + feature[latent], out=values[z_start:z_stop])
-        table[here] = 0.0
-    return found
 
 
 def auroc(
@@ -244,20 +233,18 @@ def best_threshold(
     hit: Bool[Tensor, " entries"],
     n_active: Float[Tensor, " columns"],
     floor: float,
+    order: tuple[Int[Tensor, " entries"], Int[Tensor, " entries"]] | None = None,
 ) -> float:
     """The threshold t >= floor for all columns that maximises Σ_i F1_i, column i firing where its value > t.
 
     Entry e, above the floor, is a value of column `column[e]` in a sample where that column's feature fires
     (`hit[e]`) or not; `n_active` is how often each does. Exact: values are added from the largest to the
     smallest, and each changes the F1 of its own column. The answer is the largest value that does not fire;
-    the floor where nothing is ever hit.
+    the floor where nothing is ever hit. `order`: the `orders` of the entries, where they are known.
     """
     if not hit.any():
         return floor
-    # numpy sorts several times as fast as torch, small integers by their digits.
-    descending = torch.from_numpy(np.argsort(-value.numpy()))
-    small = np.uint16 if len(n_active) <= 2**16 else np.int64
-    by_column = descending[torch.from_numpy(np.argsort(column[descending].numpy().astype(small), kind="stable"))]
+    descending, by_column = orders(column, value, len(n_active)) if order is None else order
     own, hits = column[by_column], hit[by_column].double()
     starts = torch.ones_like(own, dtype=torch.bool)
     starts[1:] = own[1:] != own[:-1]
@@ -273,6 +260,16 @@ def best_threshold(
     next_value = torch.cat([value[1:], value.new_tensor([floor])])
     total = torch.where(value > next_value, total, -torch.inf)  # equal values fire together
     return float(next_value[total.argmax()])
+
+
+def orders(
+    column: Int[Tensor, " entries"], value: Float[Tensor, " entries"], n_columns: int
+) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"]]:
+    """The entries from the largest value to the smallest, and those of each column likewise, column after column."""
+    # numpy sorts several times as fast as torch, small integers by their digits.
+    descending = torch.from_numpy(np.argsort(-value.numpy()))
+    small = np.uint16 if n_columns <= 2**16 else np.int64
+    return descending, descending[torch.from_numpy(np.argsort(column[descending].numpy().astype(small), kind="stable"))]
 
 
 def _count_(total: Float[Tensor, " k"], index: Int[Tensor, " entries"], weights: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.metrics.inputs import Mask, Matrix, directions
+from sae.metrics.inputs import Mask, Matrix, argmax, directions
 from sae.metrics.matching import best_match
 from sae.metrics.once import fingerprint, once
 from toymodels.streams import generator
@@ -89,9 +89,9 @@ def match_dictionary(W_dec: Matrix, truth: Matrix, alive: Mask | None = None) ->
     if len(latents):
         rows, columns = best_match(usable_C)
         latent[rows], cosine[rows] = latents[columns], usable_C[rows, columns].double()
-        nearest_cosine, nearest = usable_C.max(dim=1)
-        nearest_cosine, nearest_latent = nearest_cosine.double(), latents[nearest]
-    best_feature = torch.cat([part.abs().argmax(dim=0) for part in C.split(LATENTS_AT_ONCE, dim=1)])
+        nearest = argmax(usable_C)
+        nearest_cosine, nearest_latent = usable_C.gather(1, nearest[:, None])[:, 0].double(), latents[nearest]
+    best_feature = torch.cat([argmax(part.abs().T) for part in C.split(LATENTS_AT_ONCE, dim=1)])
     return Matching(latent, cosine, nearest_latent, nearest_cosine, best_feature, alive, usable_C)
 
 

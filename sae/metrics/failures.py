@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.codes import flat_nonzero
 from sae.metrics.chance import N_SHUFFLES, beside_chance
 from sae.metrics.co_statistics import CoStatistics, mean, ratio
-from sae.metrics.code_recovery import seen_beside
 from sae.metrics.dictionary_recovery import Matching
 from sae.metrics.inputs import Matrix, directions
+from sae.metrics.native import look_up
 from sae.metrics.samples import Samples
 from toymodels.features import FeatureBatch
 from toymodels.streams import generator
@@ -47,25 +49,28 @@ class Related(NamedTuple):
         return cls(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def related(sums: CoStatistics, start: int) -> Related:
-    """The pairs among all features and those from number `start` on that stand as units in these sums.
+def related(sums: CoStatistics) -> Related:
+    """The pairs of features in the rows of these sums with all features, which stand as units in them.
 
     child c => parent p    c on in >= 20 samples, p in >= 99 % of them, in at most half of all, more often than c
-    correlated i, j        |phi_ij| > .1 and > 5 / √N, phi the correlation of being on
+    correlated i, j        both on in >= 20 samples, |phi_ij| > .1 and > 5 / √N, phi the correlation of being on
     """
-    N = max(sums.n_samples, 1)
-    on, fires, both = sums.feature_count, sums.unit_count, sums.both_count
-    own = torch.arange(len(fires))
-    lives = (on >= MIN_FIRINGS)[:, None] & (both >= ALWAYS * on[:, None]) & (fires <= PARENT_AT_MOST * N)
-    child, parent = (lives & (fires > on[:, None])).nonzero().unbind(dim=1)
-    spread = (on / N * (1 - on / N)).sqrt(), (fires / N * (1 - fires / N)).sqrt()
-    phi = both / N
-    phi.addr_(on / N, fires / N, alpha=-1)
-    phi.mul_(ratio(torch.ones_like(spread[0]), spread[0])[:, None]).mul_(ratio(torch.ones_like(spread[1]), spread[1]))
-    phi[start + own, own] = 0.0
-    first, second = (phi.abs() > max(CORRELATED, DEVIATIONS / N**0.5)).nonzero().unbind(dim=1)
-    sign = phi[first, second].sign()
-    return Related(child, start + parent, both[child, parent], fires[parent], first, start + second, sign)
+    N, on, fires = max(sums.n_samples, 1), sums.feature_count, sums.unit_count
+    often, limit = fires >= MIN_FIRINGS, max(CORRELATED, DEVIATIONS / N**0.5)
+    parts = []
+    for rows in sums.blocks():
+        both, own_on = sums.both_count[rows], on[rows, None]
+        counted = own_on >= MIN_FIRINGS
+        lives = counted & (both >= ALWAYS * own_on) & (fires <= PARENT_AT_MOST * N) & (fires > own_on)
+        child, parent = lives.nonzero().unbind(dim=1)
+        phi = sums.phi(rows)
+        own = torch.arange(len(phi))
+        start = sums.first + rows.start
+        phi[own, start + own] = 0.0
+        first, second = ((phi.abs() > limit) & counted & often).nonzero().unbind(dim=1)
+        n_both, sign = both[child, parent].double(), phi[first, second].sign()
+        parts.append(Related(start + child, parent, n_both, fires[parent], start + first, second, sign))
+    return Related.join(parts)
 
 
 def failures_beside_chance(
@@ -90,7 +95,7 @@ def failures_beside_chance(
     whole = latent[pairs.parent] >= 0
     if bool(whole.any()):
         counts["absorption_pairs"] = float(whole.sum())
-        absorbers = _absorbers(pairs, whole, matching, learned, features)
+        absorbers = _absorbers(pairs, whole, matching, features)
         draws = [
             absorption(samples, pairs, whole, latent, absorbers, draw, seed) for draw in (None, *range(N_SHUFFLES))
         ]
@@ -128,7 +133,8 @@ def absorption(
     ones = np.ones(len(absorbers.indices), dtype=np.float32)
     of_pair = csr_array((ones, absorbers.indices.numpy(), absorbers.offsets.numpy()), shape=shape)
     with_child, without = torch.zeros(2, len(child), dtype=torch.float64)
-    for _, codes, acts in samples.windows(draw, seed):
+    for window in samples.windows(draw, seed):
+        codes = window.codes
         fires = (codes.values > 0).float().numpy()
         z = csr_array((fires, codes.indices.numpy(), codes.offsets.numpy()), shape=(len(codes), shape[1]))
         near = (z @ of_pair.T).tocsr()
@@ -138,8 +144,8 @@ def absorption(
             torch.from_numpy(near.indptr).long(),
             (len(codes), len(child)),
         )
-        parent_on, child_on = seen_beside(found, acts, torch.stack([parent, child])) > 0
-        silent = seen_beside(found, codes, latent[parent][None])[0] <= 0
+        parent_on, child_on = look_up(found, window.acts, torch.stack([parent, child]), window.order) > 0
+        silent = look_up(found, codes, latent[parent][None])[0] <= 0
         absorbed = parent_on & silent & (found.values > 0)
         with_child += found.indices.bincount((absorbed & child_on).double(), minlength=len(child))
         without += found.indices.bincount((absorbed & ~child_on).double(), minlength=len(child))
@@ -148,16 +154,17 @@ def absorption(
 
 
 def _absorbers(
-    pairs: Related, whole: Bool[Tensor, " families"], matching: Matching, learned: Tensor, features: Tensor
+    pairs: Related, whole: Bool[Tensor, " families"], matching: Matching, features: Float[Tensor, "n_features d"]
 ) -> FeatureBatch:
     """The alive latents near both features of each family."""
-    alive = matching.alive.cpu().nonzero().squeeze(1)
+    alive, C = matching.alive.cpu().nonzero().squeeze(1), matching.usable_C.cpu()
     parts = []
     for child, parent in zip(pairs.child[whole].split(1024), pairs.parent[whole].split(1024), strict=True):
-        limit = (features[child] * features[parent]).sum(dim=1, keepdim=True) + ABOVE
-        near = (features[child] @ learned[alive].T > limit) & (features[parent] @ learned[alive].T > limit)
-        batch = FeatureBatch.from_dense(near.float())
-        parts.append(FeatureBatch(alive[batch.indices], batch.values, batch.offsets, (len(child), len(learned))))
+        limit = ((features[child] * features[parent]).sum(dim=1, keepdim=True) + ABOVE).to(C.dtype)
+        family, near = flat_nonzero(torch.minimum(C[child], C[parent]) > limit), len(alive)
+        offsets = F.pad((family // near).bincount(minlength=len(child)).cumsum(0), (1, 0))
+        latents = alive[family % near]
+        parts.append(FeatureBatch(latents, torch.ones(len(latents)), offsets, (len(child), len(matching.alive))))
     return FeatureBatch.cat(parts)
 
 

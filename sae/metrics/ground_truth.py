@@ -27,6 +27,7 @@ from sae.metrics.dictionary_recovery import (
 from sae.metrics.inputs import (
     Mask,
     Matrix,
+    argmax,
     as_acts,
     as_codes,
     as_tensor,
@@ -154,12 +155,10 @@ def judge_codes(
     n_draws: int = N_SHUFFLES,
 ) -> list[Judged]:
     """The codes against the true activations of their own samples, and then of shuffled ones."""
+    views = [partial(samples.windows, draw, seed) for draw in (None, *range(n_draws))]
+    seen = code_recovery(views, matching, truth, firing_threshold)
     areas = ranking.areas(samples.n_features, n_draws, seed)
-    judged = []
-    for draw, area in zip([None, *range(n_draws)], areas, strict=True):
-        windows = partial(samples.windows, draw, seed)
-        judged.append(Judged(code_recovery(windows, matching, truth, firing_threshold), area))
-    return judged
+    return [Judged(*both) for both in zip(seen, areas, strict=True)]
 
 
 def codes_beside_chance(
@@ -278,9 +277,10 @@ def _limit(truth: Matrix, samples: Samples, firing_threshold: float) -> dict[str
     d_sae = min(samples.n_latents, samples.n_features)
     norms = directions(truth)[1].cpu()[:d_sae]
     matching = match_dictionary(as_tensor(truth)[:d_sae], truth)
-    seen = code_recovery(lambda: samples.true_windows(norms, firing_threshold), matching, truth, firing_threshold)
+    windows = partial(samples.true_windows, d_sae, norms, firing_threshold)
+    (seen,) = code_recovery([windows], matching, truth, firing_threshold)
     ranking = Ranking(matching, samples.n_samples)
-    for window in samples.true_windows(norms, 0.0):
+    for window in samples.true_windows(d_sae, norms):
         for rows in slices(len(window.acts)):
             if not ranking.complete:
                 ranking.update(window.codes[rows].dense(), window.acts[rows])
@@ -297,6 +297,6 @@ def _neighbours(truth: Matrix) -> tuple[Tensor, Tensor]:
         block = unit[start : start + at_once] @ unit.T
         own = torch.arange(len(block))
         block[own, start + own] = -torch.inf
-        found = block.max(dim=1)
-        cosine[start + own], index[start + own] = found.values.double(), found.indices
+        nearest = argmax(block)
+        cosine[start + own], index[start + own] = block[own, nearest].double(), nearest
     return index, cosine

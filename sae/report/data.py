@@ -35,6 +35,10 @@ FOUND = 0.9
 # Runs of which maps, densities and frequencies are drawn: more would not be told apart.
 MAX_SHOWN = 6
 
+# Fields of a configuration that tell one seed of a setting from another, or where it is written.
+SEEDS = ("seed", "data_seed")
+NOT_SETTINGS = ("out", "log", "checkpoint")
+
 Row = Mapping[str, Any]
 
 
@@ -105,6 +109,21 @@ class Collection:
         for run in self.runs:
             first.setdefault(run.method, run)
         return list(first.values())[:MAX_SHOWN]
+
+
+def by_setting(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs whose configurations differ in their seeds alone, together; in order of appearance."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        kept = {name: part for name, part in run.config.items() if name not in NOT_SETTINGS}
+        groups.setdefault(json.dumps(_without_seeds(kept), sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def _without_seeds(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    return {name: _without_seeds(value) for name, value in part.items() if name not in SEEDS}
 
 
 def collect(paths: Sequence[Path]) -> Collection:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from sae.metrics.seeds import interval
 from sae.report.figures import _axis, _figure, _level, _log_axis, _note, _short, _spread, series
 from sae.report.html import Figure
 from sae.report.tables import L0
@@ -18,6 +18,8 @@ from sae.report.tables import L0
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon2")
 # Points of all curves of a figure together.
 MAX_CURVE_POINTS = 20_000
+# Of two seeds a 95 % interval is nine standard deviations to either side: it would hide the rest.
+SEEDS_FOR_BARS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,18 +131,26 @@ def curves(points: Sequence[Point], key: str, name: str, log: bool) -> Figure:
 
 
 def _means(own: Sequence[Point], key: str, colour: str, dash: str) -> dict[str, Any]:
-    """Means over the seeds of each setting, joined in order of L0."""
+    """Means over the seeds of each setting, joined in order of L0, with 95 % intervals in both."""
     settings = dict.fromkeys(point.setting for point in own)
     same = [[point.result for point in own if point.setting == setting] for setting in settings]
-    places = sorted((fmean(r[L0] for r in results), fmean(r[key] for r in results)) for results in same)
-    return {
+    places = sorted((interval([r[L0] for r in results]), interval([r[key] for r in results])) for results in same)
+    trace: dict[str, Any] = {
         "type": "scatter",
         "mode": "lines",
-        "x": _short(np.array([x for x, _ in places])),
-        "y": _short(np.array([y for _, y in places])),
         "line": {"color": colour, "dash": dash, "width": 1.6},
         "hoverinfo": "skip",
     }
+    for axis, found in zip("xy", zip(*places, strict=True), strict=True):
+        trace[axis] = _short(np.array([each.mean for each in found]))
+        bars = [each.half if each.n >= SEEDS_FOR_BARS else 0.0 for each in found]
+        if any(bars):
+            trace[f"error_{axis}"] = {
+                "type": "data",
+                "array": _short(np.array(bars)),
+                **{"color": colour, "thickness": 1.2, "width": 4},
+            }
+    return trace
 
 
 def _front(best: Sequence[Point], key: str) -> dict[str, Any]:

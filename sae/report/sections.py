@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sae.report import figures, tables
-from sae.report.data import FOUND, MAX_SHOWN, Collection, Run
+from sae.report.data import FOUND, MAX_SHOWN, Collection, Row, Run, by_setting
 from sae.report.html import plot
+from sae.report.tables import join_words
 from toymodels.pages import Html, folded, grid, join, section, tag, text
 
 DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
@@ -112,28 +115,51 @@ def scale(run: Run) -> Html:
 
 
 def metrics(collection: Collection) -> Html:
-    """Methods over seeds where there is a summary, the given runs beside each other, or one run in words."""
+    """Methods over seeds where there is a summary, the given runs beside each other, or one run in words; settings over
+    seeds where several runs differ in their seed alone."""
     parts: list[Html] = []
+    over: list[tuple[str, Sequence[Row]]] = []
     for summary in collection.summaries:
-        parts.append(tables.comparison_table(tables.by_method(summary), "Methods"))
+        methods = tables.by_method(summary)
+        parts.append(tables.comparison_table(methods, "Methods"))
+        over += methods
+    settings = by_setting(collection.given)
+    same = [([run.name for run in group], [run.result for run in group]) for group in settings]
+    if any(len(group) > 1 for group in settings):
+        over += [(join_words(names), group) for names, group in same]
+        parts.append(tables.comparison_table([(_first(names), group) for names, group in same], "Settings over seeds"))
     if len(collection.given) > 1:
         rows = [(run.name, [run.result]) for run in collection.given]
         parts.append(tables.comparison_table(rows, "Runs"))
     elif not collection.summaries:
         parts.append(tables.score_table(collection.given[0]))
+    reading = "Measured on held-out activations."
     if collection.summaries:
         reading = "Each row is a method, mean ± standard deviation over its seeds."
+    elif len(settings) < len(collection.given):
+        reading = (
+            "Above, each row is a setting, mean ± standard deviation over the runs that differ in their seed alone; "
+            "below, each row is a run."
+        )
     elif len(collection.given) > 1:
         reading = "Each row is a run."
-    else:
-        reading = "Measured on held-out activations."
     if collection.given[0].truth is not None:
         reading += (
             " A score of recovery means something only above its chance value, which random dictionaries "
             "with as many latents reach."
         )
+    seeds = [
+        folded(f"Every metric over the {len(group)} seeds of {name}", tables.seed_table(group, f"{name} over seeds"))
+        for name, group in over
+        if len(group) > 1
+    ]
     every = [folded(f"Every metric of {run.name}", tables.every_metric(run)) for run in collection.given]
-    return section("Final metrics", reading, *parts, *every)
+    return section("Final metrics", reading, *parts, *seeds, *every)
+
+
+def _first(names: Sequence[str]) -> str:
+    """A setting is called by its first run."""
+    return names[0] if len(names) == 1 else f"{names[0]} and its other seeds"
 
 
 def maps(collection: Collection, known: list[Run]) -> Html:

@@ -13,14 +13,13 @@ from safetensors import safe_open
 from sae.config import read_yaml
 from sae.errors import UsageError
 from sae.report import pareto
-from sae.report.data import CONFIG, LINES, RESULT, SWEEP, TABLES
+from sae.report.data import CONFIG, LINES, RESULT, SEEDS, SWEEP, TABLES
 from sae.report.figures import series
 from sae.report.html import plot
 from sae.report.pareto import Point, groups
-from sae.report.tables import DEAD, FVU, L0, MCC, method_name
+from sae.report.tables import DEAD, FVU, L0, MCC, comparison_table, join_words, method_name, seed_table
 from toymodels.pages import Html, folded, grid, join, section, table, tag
 
-SEEDS = ("seed", "data_seed")
 F1 = "recovery/f1"
 _FREQUENCY = "feature/frequency"
 # Of markers as paths in a box of 10: what pareto.SYMBOLS are in plotly.
@@ -160,6 +159,8 @@ def _trade_offs(sweep: SweepPage) -> Html:
         "Each point is a member, and leads to its row below; lines join means over seeds. Fewer latents explain "
         "less, so dictionaries are compared at the same L0."
     )
+    if any(len(group) >= pareto.SEEDS_FOR_BARS for group in _settings(sweep).values()):
+        reading += f" Bars are 95 % intervals, from {pareto.SEEDS_FOR_BARS} seeds on."
     fvu = pareto.trade_off(sweep.points, FVU, "FVU", log=True, truth=sweep.truth_l0)
     pictures = [plot(fvu, "Error: FVU, lower is better", "FVU against L0")]
     note = (
@@ -206,7 +207,29 @@ def _members(sweep: SweepPage) -> Html:
     reading = "Measured on held-out activations; the best of a column is bold."
     if len(sweep.done) < len(sweep.members):
         reading += " Members that are not done have no final metrics."
-    return section("Members", reading, _reasons(sweep), table(header, rows, "Members"))
+    return section("Members", reading, _reasons(sweep), table(header, rows, "Members"), *_over_seeds(sweep))
+
+
+def _settings(sweep: SweepPage) -> dict[str, list[Member]]:
+    """Finished members that differ in their seed alone, under the name of the first."""
+    groups: dict[str, list[Member]] = {}
+    for member in sweep.done:
+        groups.setdefault(member.point.setting, []).append(member)
+    return {own[0].name: own for own in groups.values()}
+
+
+def _over_seeds(sweep: SweepPage) -> list[Html]:
+    """Means over seeds in a table, and every metric of each setting with its interval in a box."""
+    settings = {name: [member.point.result for member in own] for name, own in _settings(sweep).items()}
+    if all(len(own) == 1 for own in settings.values()):
+        return []
+    words = tag("p", "Settings over seeds: mean ± standard deviation, each under the name of its first member.")
+    boxes = [
+        folded(f"Every metric over the {len(own)} seeds of {name}", seed_table(own, f"{name} over seeds"))
+        for name, own in settings.items()
+        if len(own) > 1
+    ]
+    return [words, comparison_table(list(settings.items()), "Settings over seeds"), *boxes]
 
 
 def _training(sweep: SweepPage) -> Html:
@@ -277,8 +300,3 @@ def _value(value: object) -> str:
             return f"{value:g}"
         case _:
             return str(value)
-
-
-def join_words(words: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

@@ -7,6 +7,7 @@ from math import isfinite
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from sae.metrics.seeds import over_seeds
 from sae.report.data import FOUND, Row, Run
 from toymodels.pages import Html, join, table, tag, text
 
@@ -102,6 +103,11 @@ GEOMETRY_MEASURES = {
 }
 
 
+def join_words(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
 def method_name(method: str) -> str:
     """What a reader calls a method; a run's own name stays."""
     return METHODS.get(method, method)
@@ -140,6 +146,19 @@ def comparison_table(rows: Sequence[tuple[str, Sequence[Row]]], label: str) -> H
                 cells += [_number(chance, score.form), _bar(_mean(group, MCC), chance)]
         body.append(cells)
     return table(header, body, label)
+
+
+def seed_table(group: Sequence[Row], label: str) -> Html:
+    """Every metric over the seeds of one setting: mean, 95 % interval, standard deviation, number of seeds."""
+    numbers = [
+        {key: float(value) for key, value in row.items() if isinstance(value, int | float) and key != "seed"}
+        for row in group
+    ]
+    rows = [
+        [key, *(_number(value, ".6g") for value in (found.mean, found.low, found.high, found.sd)), found.n]
+        for key, found in sorted(over_seeds(numbers).items())
+    ]
+    return table(["", "mean", "95 % from", "to", "sd", "seeds"], rows, label)
 
 
 def by_method(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
