@@ -137,13 +137,16 @@ class Eval(WithPlugins):
     """Measure a trained SAE again: every metric that applies, and recovery when the truth is known."""
 
     run_dir: Positional[Path]
+    diagnose: bool = False
+    """Also where its F1 went, and which true features it misses and why: features.csv, diagnosis.json, and sections of
+    the report. Up to some minutes."""
 
     def run(self) -> None:
         from sae.console import print_metrics  # noqa: PLC0415
         from sae.run import evaluate_run  # noqa: PLC0415
 
         self.load_plugins()
-        print_metrics(evaluate_run(self.run_dir).metrics)
+        print_metrics(evaluate_run(self.run_dir, self.diagnose).metrics)
 
 
 @dataclass

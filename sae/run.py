@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
+from sae.diagnosis import diagnose_source, require_truth
+from sae.diagnosis.files import save_diagnosis
 from sae.ensemble import CHECKPOINTS, Ensemble, OnLine, Run, stop_requested
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate
@@ -34,6 +36,8 @@ logger = logging.getLogger("sae")
 
 CONFIG, RESULT, TABLES, REPORT = ("config.yaml", "result.json", "evaluation.safetensors", "report.html")
 STATUS = "status.json"
+DIAGNOSIS = ("features.csv", "diagnosis.json")
+"""Written by `sae eval --diagnose`."""
 """Of a member of a sweep that was given up: why."""
 # Rows, at most, that the centre and the scale are fitted on; sources that hold fewer rows back give fewer.
 N_CALIBRATION = 65_536
@@ -41,7 +45,7 @@ N_CALIBRATION = 65_536
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
 # What a run writes into its directory, and --overwrite deletes.
-OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, STATUS, "classes.json", "wandb")
+OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, STATUS, *DIAGNOSIS, "classes.json", "wandb")
 
 
 @dataclass(frozen=True)
@@ -291,11 +295,15 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 
-def evaluate_run(out: Path) -> Evaluation:
+def evaluate_run(out: Path, diagnose: bool = False) -> Evaluation:
     """Measures a finished run again, on its own source's held-out activations, and writes the result.
 
+    With `diagnose` also where its F1 went, and which features it misses and why; without, an earlier diagnosis is
+    deleted, since it is one of another evaluation.
+
     Raises:
-        UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again.
+        UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
+            diagnosis is asked for where the true features are not known.
     """
     sae = load(out)
     config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
@@ -303,8 +311,16 @@ def evaluate_run(out: Path) -> Evaluation:
         raise UsageError(
             f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate(model, sae.HeldOut(x))"
         )
-    source = config.source.open()
-    evaluation = evaluate(sae, source.held_out_stream("evaluation", config.evaluation.n_samples), source.truth)
+    source, n_samples = config.source.open(), config.evaluation.n_samples
+    if diagnose:
+        require_truth(source)
+    evaluation = evaluate(sae, source.held_out_stream("evaluation", n_samples), source.truth)
+    for name in DIAGNOSIS:
+        (out / name).unlink(missing_ok=True)
+    if diagnose:
+        found = diagnose_source(sae, source, evaluation, n_samples)
+        save_diagnosis(out, found)
+        evaluation = Evaluation(evaluation.metrics | found.metrics, evaluation.tables)
     save_evaluation(out, evaluation)
     return evaluation
 

@@ -69,6 +69,7 @@ LAYERS = {
         "prefetch",
         "metrics",
         "evaluation",
+        "diagnosis",
         "capture",
         "trainer",
         "members",
