@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae.diagnosis.gaps import gaps, n_rows
 from sae.diagnosis.holdings import Holdings, holdings
-from sae.diagnosis.reasons import REASONS, Verdict, attributes, rate, verdict
+from sae.diagnosis.reasons import RAREST, REASONS, Verdict, attributes, rate, telling, verdict
 from sae.diagnosis.structure import CoFiring, Structure, declared_structure, observed_structure, partners
 from sae.diagnosis.units import distributions, neurons, weight_purities
 from sae.errors import UsageError
@@ -119,7 +119,7 @@ def diagnose(
     partner, phi = partners(seen)
     number = alive.nonzero().squeeze(1)
     held = holdings(learned[number], features)
-    held = held._replace(latent=number[held.latent])
+    held = telling(held._replace(latent=number[held.latent]), structure, seen)
     missed = ~tables["found"]
     judged = verdict(tables, held, structure, seen, missed)
     misread = ~missed & (tables["frequency"] > 0) & (tables["f1"] < MISREAD)
@@ -163,7 +163,7 @@ def diagnose(
         "least_part": held.least,
         "reasons": _reasons(judged, missed),
         "predictors": [
-            {"name": name, **rate(holds, missed, tables["frequency"])._asdict()}
+            {"name": name, **rate(holds, missed, None if name == RAREST else tables["frequency"])._asdict()}
             for name, holds in attributes(tables, structure, phi).items()
             if bool(holds.any()) and not bool(holds.all())
         ],
@@ -188,8 +188,8 @@ def _reasons(judged: Verdict, missed: Tensor) -> list[dict[str, Any]]:
             "name": name,
             "means": words,
             "n": int((judged.reason == place).sum()),
-            "holds_of_missed": float((judged.holds[name] & missed).sum() / max(n_missed, 1)),
-            "holds_of_found": float((judged.holds[name] & ~missed).sum() / max(n_found, 1)),
+            "holds_of_missed": int((judged.holds[name] & missed).sum()) / max(n_missed, 1),
+            "holds_of_found": int((judged.holds[name] & ~missed).sum()) / max(n_found, 1),
         }
         for place, (name, words) in enumerate(REASONS.items())
     ]

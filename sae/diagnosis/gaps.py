@@ -171,6 +171,8 @@ def gaps(
 
 def read_out(z: Float[Tensor, "rows d_sae"], latent: Int[Tensor, " n_features"]) -> Float[Tensor, "rows n_features"]:
     """Each feature's code: that of its latent, 0 without one."""
+    if not z.shape[1]:
+        return z.new_zeros(len(z), len(latent))
     return z[:, latent.clamp(min=0)] * (latent >= 0)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from toymodels.sparse_coding import sparse_code
 from toymodels.streams import generator
 
 PENALTY, MAX_PARTS = 0.1, 8
-# A share counts as a part from here on: above what one in twenty random directions shows, within these bounds.
+# A share says something by itself above what one in twenty random directions shows, within these bounds.
 LEAST_PART, MOST_PART = 0.2, 0.4
 N_RANDOM, CHANCE_QUANTILE = 256, 0.95
 LATENTS_AT_ONCE = 512
@@ -25,7 +25,11 @@ class Holdings(NamedTuple):
     feature: Int[Tensor, " parts"]
     share: Float[Tensor, " parts"]
     least: float
-    """From where a share counts."""
+    """From where a share says something by itself."""
+
+    def kept(self, which: Bool[Tensor, " parts"]) -> Holdings:
+        """Some of the parts."""
+        return Holdings(self.latent[which], self.feature[which], self.share[which], self.least)
 
     def pairs(self) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
         """All ordered pairs of different parts of one latent, by their places."""
@@ -56,8 +60,8 @@ def holdings(rows: Float[Tensor, "d_sae d"], features: Float[Tensor, "n_features
     """w_j ≈ Σ_i m_ij d_i with few m_ij >= 0, unit rows on both sides: sparse coding of the latents by the features.
 
     At most MAX_PARTS features explain a latent, chosen with a penalty and refitted without. Interference between
-    features, which cosines mistake for likeness, is explained away. A share m_ij is a part where it exceeds what random
-    directions show (their 95th percentile of the largest share), but at least .2 and at most .4.
+    features, which cosines mistake for likeness, is explained away. Shares above .2 are parts. One that exceeds `least`
+    says something by itself: `least` is the largest share of 95 % of random directions, but at least .2 and at most .4.
     """
     k = min(MAX_PARTS, len(features))
     random = torch.randn(N_RANDOM, features.shape[1], generator=generator(0, "diagnosis", "random directions"))
@@ -66,7 +70,7 @@ def holdings(rows: Float[Tensor, "d_sae d"], features: Float[Tensor, "n_features
     parts: list[tuple[Tensor, ...]] = [(torch.zeros(0, dtype=torch.int64),) * 2 + (torch.zeros(0),)]
     for start in range(0, len(rows), LATENTS_AT_ONCE):
         share, feature = sparse_code(rows[start : start + LATENTS_AT_ONCE], features, PENALTY, k=k).topk(k, dim=1)
-        latent, slot = (share > least).nonzero().unbind(dim=1)
+        latent, slot = (share > LEAST_PART).nonzero().unbind(dim=1)
         parts.append((start + latent, feature[latent, slot], share[latent, slot]))
     latent, feature, share = (torch.cat(column) for column in zip(*parts, strict=True))
     return Holdings(latent, feature, share, least)

@@ -1,12 +1,14 @@
 """Why a feature is missed: conditions that hold of features, found or missed, and the first that holds is the reason.
 
 A feature is missed when the cosine to its own latent is at most .9. What latents are made of comes from `holdings`; the
-*carrier* of a feature is the latent that holds most of it. In order:
+*carrier* of a feature is the latent that holds most of it. A share counts when it is more than random directions show, or
+beside such a share of a feature that belongs with it: its kin in a tree or group, or one correlated with it. In order:
 
     silent      it is on in no evaluation sample
     absorbed    its carrier also holds one of its descendants; or some latent holds two of its children and not itself,
                 and it has no carrier: children's latents speak for it
-    family      its carrier also holds an ancestor, or a sibling: one latent for parent and child, or for several children
+    ancestor    its carrier also holds its parent, or an ancestor further up: one latent for both
+    siblings    its carrier also holds a sibling: another child of its parent, or member of its exclusive group
     correlated  its carrier also holds a feature whose being on is correlated with its own (hedging)
     split       it is the largest part of at least two latents: its firing is shared out between them
     alike       another feature has a cosine above .7 to it: one latent passes for both
@@ -34,7 +36,8 @@ from sae.diagnosis.structure import CoFiring, Structure
 REASONS = {
     "silent": "never on in the evaluation rows",
     "absorbed": "absorbed into its children",
-    "family": "merged with its parent or siblings",
+    "ancestor": "merged with its parent",
+    "siblings": "merged with its siblings",
     "correlated": "merged with a correlated feature",
     "split": "split over several latents",
     "alike": "another feature points the same way",
@@ -46,6 +49,7 @@ REASONS = {
 }
 SHARE_OF_MEDIAN = 0.5
 ALIKE = 0.7
+RAREST = "rarest quarter"
 
 
 class Verdict(NamedTuple):
@@ -59,10 +63,47 @@ class Verdict(NamedTuple):
     n_carriers: Int[Tensor, " n_features"]
 
 
+class _Pairs(NamedTuple):
+    """All ordered pairs of parts of one latent, and what they are to each other."""
+
+    one: Int[Tensor, " pairs"]
+    down: Bool[Tensor, " pairs"]
+    """The other part is a descendant of this one."""
+    up: Bool[Tensor, " pairs"]
+    sibling: Bool[Tensor, " pairs"]
+    linked: Bool[Tensor, " pairs"]
+    """No kin, but correlated."""
+    i: Int[Tensor, " pairs"]
+    k: Int[Tensor, " pairs"]
+    other: Int[Tensor, " pairs"]
+
+    @classmethod
+    def of(cls, held: Holdings, structure: Structure, seen: CoFiring) -> _Pairs:
+        one, other = held.pairs()
+        i, k = held.feature[one], held.feature[other]
+        down, up = structure.descends(k, i), structure.descends(i, k)
+        sibling = structure.siblings(i, k) & ~down & ~up
+        linked = ~(down | up | sibling) & seen.correlated(seen.phi(i, k, seen.together(i, k)))
+        return cls(one, down, up, sibling, linked, i, k, other)
+
+    @property
+    def related(self) -> Bool[Tensor, " pairs"]:
+        return self.down | self.up | self.sibling | self.linked
+
+
+def telling(held: Holdings, structure: Structure, seen: CoFiring) -> Holdings:
+    """The parts that count: those above `least`, and those beside such a part of a feature that belongs with theirs."""
+    pairs = _Pairs.of(held, structure, seen)
+    strong = held.share > held.least
+    counts = strong.clone()
+    counts[pairs.one[pairs.related & strong[pairs.other]]] = True
+    return held.kept(counts)
+
+
 def verdict(
     table: Mapping[str, Tensor], held: Holdings, structure: Structure, seen: CoFiring, missed: Bool[Tensor, " n_features"]
 ) -> Verdict:
-    """`table` has the frequency, magnitude and nearest_feature_cosine of each feature."""
+    """`table` has the frequency, magnitude and nearest_feature_cosine of each feature; `held` the `telling` parts."""
     n = len(missed)
     frequency, magnitude = table["frequency"].double(), table["magnitude"].double()
     ever = frequency > 0
@@ -76,29 +117,24 @@ def verdict(
 
     main = held.main(n)
     carried = main >= 0
-    one, other = held.pairs()
-    i, k = held.feature[one], held.feature[other]
-    down, up = structure.descends(k, i), structure.descends(i, k)
-    kin = down | up | structure.siblings(i, k)
-    linked = ~kin & seen.correlated(seen.phi(i, k, seen.together(i, k)))
-    from_main = main[i] == one
-
-    def mark(name: str, pairs: Bool[Tensor, " pairs"]) -> None:
-        holds[name][i[pairs & from_main]] = True
-
-    mark("absorbed", down)
-    mark("family", kin & ~down)
-    mark("correlated", linked)
-    mark("mixed", ~kin & ~linked)
-    above = structure.parent[i]
-    children = (above >= 0) & (above == structure.parent[k])
-    heads = above[children]
+    pairs = _Pairs.of(held, structure, seen)
+    from_main = main[pairs.i] == pairs.one
+    for name, related in (
+        ("absorbed", pairs.down),
+        ("ancestor", pairs.up),
+        ("siblings", pairs.sibling),
+        ("correlated", pairs.linked),
+        ("mixed", ~pairs.related),
+    ):
+        holds[name][pairs.i[related & from_main]] = True
+    above = structure.parent[pairs.i]
+    heads = above[(above >= 0) & (above == structure.parent[pairs.k])]
     holds["absorbed"][heads[~carried[heads]]] = True
 
     leads = held.feature[held.largest()].bincount(minlength=n)
     holds["split"] = leads >= 2
     alone = carried.clone()
-    for name in ("absorbed", "family", "correlated", "mixed"):
+    for name in ("absorbed", "ancestor", "siblings", "correlated", "mixed"):
         alone &= ~holds[name]
     holds["inexact"] = alone & missed
     holds["nobody"] = ~carried
@@ -128,13 +164,13 @@ class Rate(NamedTuple):
 def rate(
     holds: Bool[Tensor, " features"],
     missed: Bool[Tensor, " features"],
-    frequency: Float[Tensor, " features"],
+    frequency: Float[Tensor, " features"] | None,
 ) -> Rate:
     """Does a condition predict being missed?
 
     difference      = p - q, p = P(missed | holds), q = P(missed | does not)
     same_frequency  = Σ_s w_s (p_s - q_s) / Σ_s w_s over deciles s of frequency, w_s = n_s m_s / (n_s + m_s), n_s and m_s
-                      the features in s with and without
+                      the features in s with and without; nan without frequencies
     """
     n, m = int(holds.sum()), int((~holds).sum())
     x, y = int((missed & holds).sum()), int((missed & ~holds).sum())
@@ -143,7 +179,8 @@ def rate(
     low = p - q - ((p - p_low) ** 2 + (q_high - q) ** 2) ** 0.5
     high = p - q + ((p_high - p) ** 2 + (q - q_low) ** 2) ** 0.5
     weighted = total = 0.0
-    for part in frequency.argsort(stable=True).tensor_split(10):
+    parts = () if frequency is None else frequency.argsort(stable=True).tensor_split(10)
+    for part in parts:
         inside, lost = holds[part], missed[part].double()
         a, b = int(inside.sum()), int((~inside).sum())
         if a and b:
@@ -175,7 +212,7 @@ def attributes(
         return inside if bool((values != values[0]).any()) else torch.zeros_like(inside)
 
     return {
-        "rarest quarter": quarter(-table["frequency"]),
+        RAREST: quarter(-table["frequency"]),
         "weakest quarter": quarter(-table["magnitude"]),
         "parent": structure.n_children > 0,
         "parent of an exclusive group": structure.exclusive_parent,

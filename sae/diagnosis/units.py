@@ -13,7 +13,9 @@ from sae.held_out import HeldOut
 from sae.metrics import CoStatistics, unit_scores, window_rows
 from sae.metrics.inputs import directions
 from toymodels.geometry import purity_weights
+from toymodels.streams import generator
 
+N_RANDOM = 256
 MEASURES = ("purity", "features_per_unit", "selectivity")
 
 
@@ -34,9 +36,12 @@ def weight_purities(
     W_dec: Float[Tensor, "d_sae d"], truth: Float[Tensor, "n_features d"], alive: Tensor
 ) -> dict[str, float]:
     """Mean over units of max_i |W_ik| / Σ_i |W_ik|, W_ik the weight of feature i in unit k: d_ik for neuron k, the cosine
-    C_ik for latent k. True features taken as latents are `truth`: interference alone keeps them below 1."""
+    C_ik for latent k. True features taken as latents are `latent_truth`, of which interference alone keeps them below 1,
+    random directions `latent_chance`."""
     features, learned = (directions(rows)[0].cpu() for rows in (truth, W_dec))
-    parts = {"neuron": features, "latent": features @ learned[alive.cpu()].T, "truth": features @ features.T}
+    random = torch.randn(N_RANDOM, features.shape[1], generator=generator(0, "diagnosis", "random directions"))
+    rows = {"latent": learned[alive.cpu()], "latent_chance": directions(random)[0], "latent_truth": features}
+    parts = {"neuron": features} | {name: features @ directions_.T for name, directions_ in rows.items()}
     return {name: float(purity_weights(W).mean()) if W.shape[1] else 0.0 for name, W in parts.items()}
 
 
