@@ -45,7 +45,20 @@ N_CALIBRATION = 65_536
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
 # What a run writes into its directory, and --overwrite deletes.
-OWN = (CONFIG, RESULT, TABLES, REPORT, LINES, WEIGHTS, MANIFEST, CHECKPOINTS, STATUS, *DIAGNOSIS, "classes.json", "wandb")
+OWN = (
+    CONFIG,
+    RESULT,
+    TABLES,
+    REPORT,
+    LINES,
+    WEIGHTS,
+    MANIFEST,
+    CHECKPOINTS,
+    STATUS,
+    *DIAGNOSIS,
+    "classes.json",
+    "wandb",
+)
 
 
 @dataclass(frozen=True)

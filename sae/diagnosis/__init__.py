@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.diagnosis.gaps import gaps, n_rows
-from sae.diagnosis.holdings import Holdings, holdings
+from sae.diagnosis.gaps import f1_gaps, n_rows
+from sae.diagnosis.holdings import Holdings, parts_of
 from sae.diagnosis.reasons import RAREST, REASONS, Verdict, attributes, rate, telling, verdict
 from sae.diagnosis.structure import CoFiring, Structure, declared_structure, observed_structure, partners
 from sae.diagnosis.units import distributions, neurons, weight_purities
@@ -71,8 +71,8 @@ def require_truth(source: Source) -> WorldSource:
     """
     if not isinstance(source, WorldSource) or source.truth is None:
         raise UsageError(
-            "a diagnosis needs the true features and when they are on, which this source does not know; use a source of "
-            "kind toy or world, or evaluate without --diagnose"
+            "a diagnosis needs the true features and when they are on, which this source does not know; use a source "
+            "of kind toy or world, or evaluate without --diagnose"
         )
     return source
 
@@ -89,8 +89,8 @@ def diagnose(
 ) -> Diagnosis:
     """Where the F1 went, which features are missed and why, what units carry, how the dictionary fills its space.
 
-    Penalties and thresholds are chosen on `validation`; everything else is of `held_out`, whose first `gaps.n_rows` rows
-    are sparsely coded. Both come with the true activations. `evaluation` is that of the same rows (default: it is made),
+    Penalties and thresholds are chosen on `validation`; everything else is of `held_out`, whose first `gaps.n_rows`
+    rows are sparsely coded. Both come with the true activations. `evaluation` is of the same rows (default: it is made),
     `structure` what is known of trees and exclusive groups (default: it is read off the rows).
 
     Raises:
@@ -99,11 +99,13 @@ def diagnose(
     for rows in (validation, held_out):
         if truth is None or rows.acts is None:
             raise UsageError(
-                "a diagnosis needs the true features and when they are on; pass truth, and rows with their true activations"
+                "a diagnosis needs the true features and when they are on; pass truth, and rows with their true "
+                "activations"
             )
         if not bool((rows.acts.values > 0).any()):
             raise UsageError("no true feature is on in the rows of a diagnosis; pass more of them")
-    assert truth is not None and held_out.acts is not None
+    assert truth is not None
+    assert held_out.acts is not None
     evaluation = evaluate(coder, held_out, truth) if evaluation is None else evaluation
     tables = {name.removeprefix("feature/"): column for name, column in evaluation.tables.items()}
     alive = tables["latent/frequency"] > 0
@@ -112,13 +114,13 @@ def diagnose(
 
     rows = next(held_out.pieces(n_rows(len(truth), len(learned))))
     strength = tables["frequency"] * tables["magnitude"].square()
-    values, by_feature = gaps(coder, truth, matching, validation, rows, strength)
+    values, by_feature = f1_gaps(coder, truth, matching, validation, rows, strength)
 
     seen = CoFiring(held_out.acts.to("cpu"))
     structure = observed_structure(seen) if structure is None else structure
     partner, phi = partners(seen)
     number = alive.nonzero().squeeze(1)
-    held = holdings(learned[number], features)
+    held = parts_of(learned[number], features)
     held = telling(held._replace(latent=number[held.latent]), structure, seen)
     missed = ~tables["found"]
     judged = verdict(tables, held, structure, seen, missed)

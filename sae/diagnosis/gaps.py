@@ -16,6 +16,7 @@ in that row. After O'Neill & Klindt 2024 and arXiv 2603.28744.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,8 +32,9 @@ from toymodels.sparse_coding import best_threshold, refit_largest, sparse_code
 
 # Tried penalties, as shares of the median row's largest projection, from the largest down.
 PENALTIES = tuple(torch.logspace(-0.3, -2, 8).tolist())
-# A search that has fallen so often in a row ends: small penalties cost long supports.
-N_FALLS = 2
+# A search ends when F1 has fallen so often in a row, or when codes are so many times as dense as the truth and the SAE:
+# small penalties cost long supports, most of all where a dictionary is off its truth.
+N_FALLS, TOO_DENSE = 2, 4.0
 # Rows times features, or latents, that are coded: sparse coding is not free.
 ENTRIES, MIN_ROWS, MAX_ROWS = 2**24, 256, 4096
 ROWS_AT_ONCE = 512
@@ -101,7 +103,7 @@ def open_rows(coder: Coder, held_out: HeldOut, norms: Float[Tensor, " d_sae"]) -
     return Rows(held_out.wanted, held_out.acts.dense(), own, torch.cat(offsets))
 
 
-def gaps(
+def f1_gaps(
     coder: Coder,
     truth: Float[Tensor, "n_features d"],
     matching: Matching,
@@ -204,15 +206,16 @@ def choose(
     k: Int[Tensor, " rows"],
 ) -> tuple[Choice, Choice]:
     """Penalty and threshold of highest macro F1, free and limited to k codes a row: from large penalties to small
-    ones, until both have fallen N_FALLS times in a row."""
+    ones, until both have fallen N_FALLS times in a row, or codes are TOO_DENSE."""
     largest = (x @ atoms.T).amax(dim=1).median().clamp(min=0) if len(atoms) else x.new_zeros(())
     tried: tuple[list[Choice], list[Choice]] = ([], [])
+    dense = TOO_DENSE * max(float(on.sum()), float(k.sum()))
     for penalty in (share * float(largest) for share in PENALTIES):
         z = code(x, atoms, penalty)
         for choices, codes in zip(tried, (z, _limited(x, atoms, z, k)), strict=True):
             threshold, f1 = best_threshold(read_out(codes, place), on)
             choices.append(Choice(f1, penalty, threshold))
-        if all(_falls(choices) for choices in tried):
+        if all(_falls(choices) for choices in tried) or float((z > 0).sum()) > dense:
             break
     free, limited = (max(choices, key=lambda choice: choice.f1) for choices in tried)
     return free, limited
@@ -220,7 +223,7 @@ def choose(
 
 def _falls(choices: list[Choice]) -> bool:
     last = [choice.f1 for choice in choices[-N_FALLS - 1 :]]
-    return len(last) > N_FALLS and all(after < before for before, after in zip(last, last[1:], strict=False))
+    return len(last) > N_FALLS and all(after < before for before, after in pairwise(last))
 
 
 def code(x: Float[Tensor, "rows d"], atoms: Float[Tensor, "n_atoms d"], penalty: float) -> Float[Tensor, "rows n"]:

@@ -56,7 +56,7 @@ class Holdings(NamedTuple):
         return (self.latent.diff(prepend=self.latent[:1] - 1) != 0).nonzero().squeeze(1)
 
 
-def holdings(rows: Float[Tensor, "d_sae d"], features: Float[Tensor, "n_features d"]) -> Holdings:
+def parts_of(rows: Float[Tensor, "d_sae d"], features: Float[Tensor, "n_features d"]) -> Holdings:
     """w_j ≈ Σ_i m_ij d_i with few m_ij >= 0, unit rows on both sides: sparse coding of the latents by the features.
 
     At most MAX_PARTS features explain a latent, chosen with a penalty and refitted without. Interference between

@@ -1,8 +1,8 @@
 """Why a feature is missed: conditions that hold of features, found or missed, and the first that holds is the reason.
 
-A feature is missed when the cosine to its own latent is at most .9. What latents are made of comes from `holdings`; the
-*carrier* of a feature is the latent that holds most of it. A share counts when it is more than random directions show, or
-beside such a share of a feature that belongs with it: its kin in a tree or group, or one correlated with it. In order:
+A feature is missed when the cosine to its own latent is at most .9. What latents are made of comes from `parts_of`; the
+*carrier* of a feature is the latent that holds most of it. A share counts when it is more than random directions show,
+or beside such a share of a feature that belongs with it: its kin in a tree or group, or one correlated with it. In order:
 
     silent      it is on in no evaluation sample
     absorbed    its carrier also holds one of its descendants; or some latent holds two of its children and not itself,
@@ -101,7 +101,11 @@ def telling(held: Holdings, structure: Structure, seen: CoFiring) -> Holdings:
 
 
 def verdict(
-    table: Mapping[str, Tensor], held: Holdings, structure: Structure, seen: CoFiring, missed: Bool[Tensor, " n_features"]
+    table: Mapping[str, Tensor],
+    held: Holdings,
+    structure: Structure,
+    seen: CoFiring,
+    missed: Bool[Tensor, " n_features"],
 ) -> Verdict:
     """`table` has the frequency, magnitude and nearest_feature_cosine of each feature; `held` the `telling` parts."""
     n = len(missed)
@@ -169,8 +173,8 @@ def rate(
     """Does a condition predict being missed?
 
     difference      = p - q, p = P(missed | holds), q = P(missed | does not)
-    same_frequency  = Σ_s w_s (p_s - q_s) / Σ_s w_s over deciles s of frequency, w_s = n_s m_s / (n_s + m_s), n_s and m_s
-                      the features in s with and without; nan without frequencies
+    same_frequency  = Σ_s w_s (p_s - q_s) / Σ_s w_s over deciles s of frequency, w_s = n_s m_s / (n_s + m_s), n_s and
+                      m_s the features in s with and without; nan without frequencies
     """
     n, m = int(holds.sum()), int((~holds).sum())
     x, y = int((missed & holds).sum()), int((missed & ~holds).sum())

@@ -20,7 +20,7 @@ from toymodels.worlds import ToyWorld, World
 if TYPE_CHECKING:
     from scipy.sparse import csc_array
 
-# A pair of features is correlated only when they were on together at least so often: a single meeting of rare ones is luck.
+# A pair of features is correlated only when they were on together so often: a single meeting of rare ones is luck.
 MIN_TOGETHER = 5
 # Features exclude each other when luck would bring them together so often, and at most this share of that is seen.
 MIN_EXPECTED, AT_MOST = 20.0, 0.01
@@ -118,7 +118,8 @@ class CoFiring:
     def phi(
         self, one: Int[Tensor, "..."], other: Int[Tensor, "..."], both: Float[Tensor, "*pairs"]
     ) -> Float[Tensor, "*pairs"]:
-        """Correlation of being on, of pairs or of an outer product; 0 for features that are always or never on, and where little is known of a pair.
+        """Correlation of being on, of pairs or of an outer product; 0 for features that are always or never on, and where
+        little is known of a pair.
 
         Something is known where both are on in MIN_FIRINGS samples, and are together in MIN_TOGETHER of them or would
         be by luck.

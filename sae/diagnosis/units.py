@@ -35,9 +35,9 @@ def neurons(held_out: HeldOut, d_sae: int) -> dict[str, Float[Tensor, " units"]]
 def weight_purities(
     W_dec: Float[Tensor, "d_sae d"], truth: Float[Tensor, "n_features d"], alive: Tensor
 ) -> dict[str, float]:
-    """Mean over units of max_i |W_ik| / Σ_i |W_ik|, W_ik the weight of feature i in unit k: d_ik for neuron k, the cosine
-    C_ik for latent k. True features taken as latents are `latent_truth`, of which interference alone keeps them below 1,
-    random directions `latent_chance`."""
+    """Mean over units of max_i |W_ik| / Σ_i |W_ik|, W_ik the weight of feature i in unit k: d_ik for neuron k, the
+    cosine C_ik for latent k. True features taken as latents are `latent_truth`, which interference alone keeps below 1;
+    random directions are `latent_chance`."""
     features, learned = (directions(rows)[0].cpu() for rows in (truth, W_dec))
     random = torch.randn(N_RANDOM, features.shape[1], generator=generator(0, "diagnosis", "random directions"))
     rows = {"latent": learned[alive.cpu()], "latent_chance": directions(random)[0], "latent_truth": features}

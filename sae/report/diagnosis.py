@@ -20,13 +20,18 @@ CODERS = (
 GAPS = (
     ("unreachable", "unreachable", "even the true dictionary, with the best codes, does not say this"),
     ("dictionary_gap", "dictionary gap", "what the learned dictionary loses to the true one, both with the best codes"),
-    ("size_gap", "of which too few latents", "there are fewer latents alive than features; the strongest would be kept"),
+    (
+        "size_gap",
+        "of which too few latents",
+        "there are fewer latents alive than features; the strongest would be kept",
+    ),
     ("amortisation_gap", "amortisation gap", "what the encoder loses to the best codes of its own dictionary"),
     ("threshold_gap", "of which threshold", "another firing threshold for all latents would be enough"),
 )
 PREDICTOR_NOTE = (
-    "A reason is a label; whether a property predicts being missed is another question. Interval: 95 %. At like frequency: "
-    "the same difference between features of the same decile of frequency, as parents fire more often than their children."
+    "A reason is a label; whether a property predicts being missed is another question. Differences in points, with "
+    "95 % intervals. At like frequency: between features of one decile of frequency, as parents fire more often than "
+    "their children."
 )
 
 
@@ -35,9 +40,9 @@ def lost_f1(run: Run) -> Html | None:
     if run.diagnosis is None:
         return None
     reading = (
-        "From the F1 of the SAE to 1. Sparse coding finds the best codes of a dictionary, so what it gains over the SAE is "
-        "the encoder's loss, and what the true dictionary gains over the learned one is the dictionary's. Limited: each "
-        "activation gets as many codes as the SAE uses for it, so that a budget is not taken for a fault."
+        "From the F1 of the SAE to 1. Sparse coding finds the best codes of a dictionary, so what it gains over the "
+        "SAE is the encoder's loss, and what the true dictionary gains over the learned one is the dictionary's. "
+        "Limited: each activation gets as many codes as the SAE uses for it, so that a budget is not taken for a fault."
     )
     pictures = [
         plot(figures.waterfall(run, ""), "Sparse coding, free", "F1 from the SAE to 1, step by step"),
@@ -45,11 +50,16 @@ def lost_f1(run: Run) -> Html | None:
     ]
     coded, chosen = run.diagnosis["n_coded"], run.diagnosis["n_validation"]
     note = (
-        f"On {coded:,} held-out activations; penalty and threshold are those of highest F1 on {chosen:,} others. F1 is the "
-        "mean over features; ± one standard error, by a jackknife over blocks of activations."
+        f"On {coded:,} held-out activations; penalty and threshold are those of highest F1 on {chosen:,} others. F1 is "
+        "the mean over features; ± one standard error, by a jackknife over blocks of activations."
     )
     return section(
-        "Where the F1 went", reading, grid(*pictures, columns=2), _coders(run), _gaps(run), tag("p", note, class_="note")
+        "Where the F1 went",
+        reading,
+        grid(*pictures, columns=2),
+        _coders(run),
+        _gaps(run),
+        tag("p", note, class_="note"),
     )
 
 
@@ -64,7 +74,9 @@ def _coders(run: Run) -> Html:
         for limit in ("", "_k"):
             # The SAE's own codes are as they are.
             keys = [f"diagnosis/{measure}{coder}{limit if coder else ''}" for measure in measures]
-            cells += [f"{run.result[key]:.{2 if 'l0' in key else 3}f}" for key in keys] if coder or not limit else [""] * 4
+            cells += (
+                [f"{run.result[key]:.{2 if 'l0' in key else 3}f}" for key in keys] if coder or not limit else [""] * 4
+            )
         rows.append(cells)
     names = ["F1", "R²", "FVU", "L0"]
     return table(["", *names, *(f"{name}, limited" for name in names)], rows, "Ways to codes")
@@ -91,8 +103,8 @@ def why_missed(run: Run) -> Html | None:
     count = f"{missed:,} of {n:,} features are missed; {misread:,} more are found, and read with an F1 below 0.5."
     reading = (
         f"A feature is missed when its own latent has a cosine of at most {FOUND} to it. What a latent is made of is "
-        "found by sparse coding of its direction with the true features; the reason is the first rule that holds of the "
-        f"latent which carries most of the feature. Trees and exclusive groups are {run.diagnosis['structure']}."
+        "found by sparse coding of its direction with the true features; the reason is the first rule that holds of "
+        f"the latent which carries most of the feature. Trees and exclusive groups are {run.diagnosis['structure']}."
     )
     if not missed:
         return section("Missed features, and why", reading, tag("p", count))
@@ -108,7 +120,7 @@ def why_missed(run: Run) -> Html | None:
         grid(*pictures, columns=2),
         _reasons(run),
         _dots(),
-        rates,
+        grid(rates, columns=1),
         _predictors(run),
         tag("p", PREDICTOR_NOTE, class_="note"),
         _listed(run),
@@ -164,8 +176,8 @@ def _listed(run: Run) -> Html:
         *("fires with", "nearest feature"),
     ]
     note = (
-        f"The {MAX_OF_A_REASON} most frequent features of each reason. A carrier is the latent that holds most of a feature, "
-        "and is made of features × shares. Every feature has a row in features.csv."
+        f"The {MAX_OF_A_REASON} most frequent features of each reason. A carrier is the latent that holds most of a feature, and "
+        "is made of features × shares. Every feature has a row in features.csv."
     )
     return join([table(header, rows, "Missed features"), tag("p", note, class_="note")])
 
@@ -244,7 +256,10 @@ def _key(*names: str) -> Html:
 
 def _dots() -> Html:
     """Which point is which."""
-    looks = (("features with the property", "var(--series-0)", "var(--series-0)"), ("without it", "none", "var(--muted)"))
+    looks = (
+        ("features with the property", "var(--series-0)", "var(--series-0)"),
+        ("without it", "none", "var(--muted)"),
+    )
     items = []
     for name, fill, stroke in looks:
         circle = tag("circle", cx=5, cy=5, r=3.6, style=f"fill:{fill};stroke:{stroke};stroke-width:1.6")

@@ -17,7 +17,9 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "penta
 
 def waterfall(run: Run, limit: str) -> Figure:
     """From the SAE's F1 to 1: each bar is what one part loses; `limit` is "" or "_k"."""
-    value = {key.removeprefix("diagnosis/"): number for key, number in run.result.items() if key.startswith("diagnosis/")}
+    value = {
+        key.removeprefix("diagnosis/"): number for key, number in run.result.items() if key.startswith("diagnosis/")
+    }
     size = value.get(f"size_gap{limit}", 0.0)
     steps = [
         ("SAE", value["f1"], "var(--series-0)"),
@@ -193,7 +195,9 @@ def dimension_curves(run: Run) -> Figure:
     assert run.truth is not None
     rows = {"true features": unit(run.truth), "latents": _alive(run)}
     traces = [_cumulative(np.sort(_dimensionality(rows[name])), name, place) for place, name in enumerate(rows)]
-    return _figure(traces, xaxis=_axis("D<sub>i</sub> of a direction", rangemode="tozero"), yaxis=_axis("share", range=[0, 1.02]))
+    return _figure(
+        traces, xaxis=_axis("D<sub>i</sub> of a direction", rangemode="tozero"), yaxis=_axis("share", range=[0, 1.02])
+    )
 
 
 def spectrum(run: Run) -> Figure:
