@@ -120,6 +120,14 @@ FAULTS = {
         torch.cat([TRUTH[without(PARENT, CHILDREN[0])], merged(PARENT, CHILDREN[0])]),
         {PARENT: "absorbed", CHILDREN[0]: "ancestor"},
     ),
+    "a child's latent is off, and leans a little towards its parent": (
+        torch.cat([TRUTH[without(3)], F.normalize(0.85 * TRUTH[[3]] + 0.27 * TRUTH[[PARENT]] + 0.45 * STRAY, dim=1)]),
+        {3: "ancestor"},
+    ),
+    "a plain latent is off, and leans a little towards another feature": (
+        torch.cat([TRUTH[without(PLAIN)], F.normalize(0.85 * TRUTH[[20]] + 0.27 * TRUTH[[21]] + 0.45 * STRAY, dim=1)]),
+        {PLAIN: "inexact"},
+    ),
     "two children share a latent": (
         torch.cat([TRUTH[without(*CHILDREN[:2])], merged(*CHILDREN[:2])]),
         dict.fromkeys(CHILDREN[:2], "siblings"),
@@ -397,7 +405,7 @@ def test_a_run_is_diagnosed_and_a_later_evaluation_drops_that(run: Path, monkeyp
     page = (DOCS / "diagnosis.md").read_text()
     for key in result:
         if key.startswith("diagnosis/"):
-            name = re.sub(r"(_k)?(_se)?$", "", key.removeprefix("diagnosis/"))
+            name = re.sub(r"^missed_|(_k)?(_se)?$", "", key.removeprefix("diagnosis/"))
             assert f"`{name}`" in page, key
     for name in (*rows[0], *REASONS):
         assert f"`{re.sub('_k$', '', name)}`" in page, name

@@ -90,8 +90,8 @@ def diagnose(
     """Where the F1 went, which features are missed and why, what units carry, how the dictionary fills its space.
 
     Penalties and thresholds are chosen on `validation`; everything else is of `held_out`, whose first `gaps.n_rows`
-    rows are sparsely coded. Both come with the true activations. `evaluation` is of the same rows (default: it is made),
-    `structure` what is known of trees and exclusive groups (default: it is read off the rows).
+    rows are sparsely coded. Both come with the true activations. `evaluation` is of the same rows (default: it is
+    made), `structure` what is known of trees and exclusive groups (default: it is read off the rows).
 
     Raises:
         UsageError: no truth, no true activations, or no feature that is on in the validation rows.
@@ -134,7 +134,7 @@ def diagnose(
     crowding = torch.zeros(len(learned), dtype=features.dtype)
     crowding[number] = feature_dimensionality(learned[number])
     latent = tables["matched_latent"]
-    columns = {
+    columns: dict[str, Any] = {
         **{name: tables[name] for name in ("feature", "frequency", "magnitude")},
         "dimensionality": feature_dimensionality(features),
         "parent": structure.parent,

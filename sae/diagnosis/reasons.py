@@ -2,7 +2,7 @@
 
 A feature is missed when the cosine to its own latent is at most .9. What latents are made of comes from `parts_of`; the
 *carrier* of a feature is the latent that holds most of it. A share counts when it is more than random directions show,
-or beside such a share of a feature that belongs with it: its kin in a tree or group, or one correlated with it. In order:
+or beside such a share of a feature that belongs with it: kin in a tree or group, or a correlated one. In order:
 
     silent      it is on in no evaluation sample
     absorbed    its carrier also holds one of its descendants; or some latent holds two of its children and not itself,

@@ -118,8 +118,8 @@ class CoFiring:
     def phi(
         self, one: Int[Tensor, "..."], other: Int[Tensor, "..."], both: Float[Tensor, "*pairs"]
     ) -> Float[Tensor, "*pairs"]:
-        """Correlation of being on, of pairs or of an outer product; 0 for features that are always or never on, and where
-        little is known of a pair.
+        """Correlation of being on, of pairs or of an outer product; 0 for features that are always or never on, and
+        where little is known of a pair.
 
         Something is known where both are on in MIN_FIRINGS samples, and are together in MIN_TOGETHER of them or would
         be by luck.

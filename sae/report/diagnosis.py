@@ -176,8 +176,8 @@ def _listed(run: Run) -> Html:
         *("fires with", "nearest feature"),
     ]
     note = (
-        f"The {MAX_OF_A_REASON} most frequent features of each reason. A carrier is the latent that holds most of a feature, and "
-        "is made of features × shares. Every feature has a row in features.csv."
+        f"The {MAX_OF_A_REASON} most frequent features of each reason. A carrier is the latent that holds most of a "
+        "feature, and is made of features × shares. Every feature has a row in features.csv."
     )
     return join([table(header, rows, "Missed features"), tag("p", note, class_="note")])
 
