@@ -121,11 +121,11 @@ FAULTS = {
         {PARENT: "absorbed", CHILDREN[0]: "ancestor"},
     ),
     "a child's latent is off, and leans a little towards its parent": (
-        torch.cat([TRUTH[without(3)], F.normalize(0.85 * TRUTH[[3]] + 0.27 * TRUTH[[PARENT]] + 0.45 * STRAY, dim=1)]),
+        torch.cat([TRUTH[without(3)], F.normalize(0.85 * TRUTH[[3]] + 0.36 * TRUTH[[PARENT]] + 0.45 * STRAY, dim=1)]),
         {3: "ancestor"},
     ),
     "a plain latent is off, and leans a little towards another feature": (
-        torch.cat([TRUTH[without(PLAIN)], F.normalize(0.85 * TRUTH[[20]] + 0.27 * TRUTH[[21]] + 0.45 * STRAY, dim=1)]),
+        torch.cat([TRUTH[without(PLAIN)], F.normalize(0.85 * TRUTH[[20]] + 0.36 * TRUTH[[21]] + 0.45 * STRAY, dim=1)]),
         {PLAIN: "inexact"},
     ),
     "two children share a latent": (

@@ -35,15 +35,15 @@ PREDICTOR_NOTE = (
 )
 
 
-def lost_f1(run: Run) -> Html | None:
-    """From the SAE's F1 to 1, step by step."""
+def lost_f1(run: Run, several: bool) -> Html | None:
+    """From the SAE's F1 to 1, step by step; of one run, which is named where there are several."""
     if run.diagnosis is None:
         return None
     reading = (
         "From the F1 of the SAE to 1. Sparse coding finds the best codes of a dictionary, so what it gains over the "
         "SAE is the encoder's loss, and what the true dictionary gains over the learned one is the dictionary's. "
         "Limited: each activation gets as many codes as the SAE uses for it, so that a budget is not taken for a fault."
-    )
+    ) + _of(run, several)
     pictures = [
         plot(figures.waterfall(run, ""), "Sparse coding, free", "F1 from the SAE to 1, step by step"),
         plot(figures.waterfall(run, "_k"), "Limited to the SAE's own L0", "The same with a limited number of codes"),
@@ -61,6 +61,10 @@ def lost_f1(run: Run) -> Html | None:
         _gaps(run),
         tag("p", note, class_="note"),
     )
+
+
+def _of(run: Run, several: bool) -> str:
+    return f" This is {run.name}." if several else ""
 
 
 def _coders(run: Run) -> Html:
@@ -94,8 +98,8 @@ def _gaps(run: Run) -> Html:
     return table(["lost F1", "free", "limited", ""], rows, "Lost F1")
 
 
-def why_missed(run: Run) -> Html | None:
-    """Which features are missed, why, and what predicts it."""
+def why_missed(run: Run, several: bool) -> Html | None:
+    """Which features are missed, why, and what predicts it; of one run, which is named where there are several."""
     if run.diagnosis is None:
         return None
     n, missed = len(run.diagnosis["features"]), int(run.result["diagnosis/missed"])
@@ -105,7 +109,7 @@ def why_missed(run: Run) -> Html | None:
         f"A feature is missed when its own latent has a cosine of at most {FOUND} to it. What a latent is made of is "
         "found by sparse coding of its direction with the true features; the reason is the first rule that holds of "
         f"the latent which carries most of the feature. Trees and exclusive groups are {run.diagnosis['structure']}."
-    )
+    ) + _of(run, several)
     if not missed:
         return section("Missed features, and why", reading, tag("p", count))
     pictures = [

@@ -17,12 +17,13 @@ def contents(collection: Collection) -> Html:
         parts.append(maps(collection, known))
     if any(run.knows_activations for run in known):
         parts.append(frequency(collection))
-    parts.append(diagnosis.lost_f1(first))
+    several = len(collection.runs) > 1
+    parts.append(diagnosis.lost_f1(first, several))
     parts += [curves(collection), density(collection)]
     if first.W_dec.shape[1] == 2:
         parts.append(plane(first))
     if first.truth is not None:
-        parts.append(diagnosis.why_missed(first) or missed(collection, first))
+        parts.append(diagnosis.why_missed(first, several) or missed(collection, first))
     parts += [polysemanticity(first), dimensionality(first), configuration(collection)]
     return join(part for part in parts if part is not None)
 
