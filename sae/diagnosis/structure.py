@@ -107,13 +107,13 @@ class CoFiring:
         self.on = torch.from_numpy(np.diff(self.columns.indptr)).double()
 
     def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "some n_features"]]]:
-        """Counts of pairs, some features against all."""
+        """Counts of pairs in float32, where whole numbers are exact up to 2^24: some features against all."""
         n = len(self.on)
         at_once = max(1, PAIRS_AT_ONCE // n)
         for start in range(0, n, at_once):
             rows = slice(start, min(start + at_once, n))
             both = (self.columns[:, rows].T @ self.columns).toarray()
-            yield rows, torch.from_numpy(both).double()
+            yield rows, torch.from_numpy(both)
 
     def phi(
         self, one: Int[Tensor, "..."], other: Int[Tensor, "..."], both: Float[Tensor, "*pairs"]
@@ -145,16 +145,22 @@ class CoFiring:
 
 
 def partners(seen: CoFiring) -> tuple[Int[Tensor, " n_features"], Float[Tensor, " n_features"]]:
-    """Of each feature the one whose being on is most strongly correlated with its own, by |phi|; -1 and 0 without."""
-    n = len(seen.on)
+    """Of each feature the one whose being on is correlated most with its own, by |phi|; -1 and 0 without."""
+    n, N = len(seen.on), seen.n_samples
     partner, strongest = torch.full((n,), -1), torch.zeros(n, dtype=torch.float64)
+    p = (seen.on / N).float()
+    # 1 / sd, and 0 for what `phi` knows nothing of: the largest of all pairs is sought in few operations and in float32.
+    sharp = torch.where((seen.on >= MIN_FIRINGS) & (p < 1), (p * (1 - p)).rsqrt(), 0.0)
     for rows, both in seen.blocks():
         own = torch.arange(rows.start, rows.stop)
-        phi = seen.phi(own[:, None], torch.arange(n)[None, :], both)
-        phi[own - rows.start, own] = 0.0
-        size, best = phi.abs().max(dim=1)
-        partner[own] = torch.where(size > 0, best, -1)
-        strongest[own] = phi.gather(1, best[:, None]).squeeze(1)
+        lucky = torch.outer(p[own], p)
+        known = (both >= MIN_TOGETHER).logical_or_(lucky >= MIN_TOGETHER / N)
+        size = (both / N).sub_(lucky).mul_(sharp).abs_().mul_(known)
+        size[own - rows.start, own] = 0.0
+        best = size.argmax(dim=1)
+        exact = seen.phi(own, best, both[own - rows.start, best].double())
+        exact = torch.where(own == best, 0.0, exact)
+        partner[own], strongest[own] = torch.where(exact != 0, best, -1), exact
     return partner, strongest
 
 
