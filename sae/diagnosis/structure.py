@@ -149,7 +149,7 @@ def partners(seen: CoFiring) -> tuple[Int[Tensor, " n_features"], Float[Tensor, 
     n, N = len(seen.on), seen.n_samples
     partner, strongest = torch.full((n,), -1), torch.zeros(n, dtype=torch.float64)
     p = (seen.on / N).float()
-    # 1 / sd, and 0 for what `phi` knows nothing of: the largest of all pairs is sought in few operations and in float32.
+    # 1 / sd, and 0 for what `phi` knows nothing of: the largest of all pairs is sought quickly, in float32.
     sharp = torch.where((seen.on >= MIN_FIRINGS) & (p < 1), (p * (1 - p)).rsqrt(), 0.0)
     for rows, both in seen.blocks():
         own = torch.arange(rows.start, rows.stop)

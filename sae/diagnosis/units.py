@@ -15,7 +15,7 @@ from sae.metrics.inputs import directions
 from toymodels.geometry import purity_weights
 from toymodels.streams import generator
 
-N_RANDOM = 256
+N_RANDOM, UNITS_AT_ONCE = 256, 512
 MEASURES = ("purity", "features_per_unit", "selectivity")
 
 
@@ -38,11 +38,14 @@ def weight_purities(
     """Mean over units of max_i |W_ik| / Σ_i |W_ik|, W_ik the weight of feature i in unit k: d_ik for neuron k, the
     cosine C_ik for latent k. True features taken as latents are `latent_truth`, which interference alone keeps below 1;
     random directions are `latent_chance`."""
-    features, learned = (directions(rows)[0].cpu() for rows in (truth, W_dec))
+    features, learned = (directions(rows)[0].float().cpu() for rows in (truth, W_dec))
     random = torch.randn(N_RANDOM, features.shape[1], generator=generator(0, "diagnosis", "random directions"))
-    rows = {"latent": learned[alive.cpu()], "latent_chance": directions(random)[0], "latent_truth": features}
-    parts = {"neuron": features} | {name: features @ directions_.T for name, directions_ in rows.items()}
-    return {name: float(purity_weights(W).mean()) if W.shape[1] else 0.0 for name, W in parts.items()}
+    units = {"latent": learned[alive.cpu()], "latent_chance": directions(random)[0].float(), "latent_truth": features}
+    means = {"neuron": float(purity_weights(features).mean())}
+    for name, rows in units.items():
+        parts = [purity_weights(features @ some.T) for some in rows.split(UNITS_AT_ONCE)]
+        means[name] = float(torch.cat(parts).mean()) if len(rows) else 0.0
+    return means
 
 
 def distributions(
