@@ -216,6 +216,12 @@ def test_half_of_the_truth_is_the_dictionarys_fault_and_its_size_alone() -> None
     assert abs(number(found, "amortisation_gap") - number(found, "threshold_gap")) < 0.05
 
 
+def test_a_smaller_truth_keeps_its_strongest_features() -> None:
+    found = diagnosed(TRUTH[without(*RARE, *WEAK)])
+    assert number(found, "f1_small_truth_coded") == pytest.approx(number(found, "f1_learned_coded"), abs=0.005)
+    assert number(found, "size_gap") == pytest.approx(4 / N, abs=0.02)
+
+
 def test_an_encoder_that_stays_silent_is_the_encoders_fault() -> None:
     found = diagnose(Changed(TRUTH, lambda z: z * (torch.arange(len(z))[:, None] % 2 == 0)), TRUTH, VALIDATION, ROWS)
     check_sums(found)
