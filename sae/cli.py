@@ -139,6 +139,9 @@ class Eval(WithPlugins):
     run_dir: Positional[Path]
     baselines: bool = False
     """Other methods on the same activations too, at as many latents; takes seconds to minutes for each."""
+    diagnose: bool = False
+    """Also where its F1 went, and which true features it misses and why: features.csv, diagnosis.json, and sections of
+    the report. Up to some minutes."""
 
     def run(self) -> None:
         from sae.console import print_metrics  # noqa: PLC0415
@@ -146,12 +149,14 @@ class Eval(WithPlugins):
 
         self.load_plugins()
         if not self.baselines:
-            print_metrics(evaluate_run(self.run_dir).metrics)
+            print_metrics(evaluate_run(self.run_dir, self.diagnose).metrics)
             return
         from sae.baselines.beside import beside_run  # noqa: PLC0415
         from sae.baselines.show import print_beside  # noqa: PLC0415
 
-        print_beside(self.run_dir, *beside_run(self.run_dir, lambda name: logger.info("fitting %s", name)))
+        print_beside(
+            self.run_dir, *beside_run(self.run_dir, self.diagnose, lambda name: logger.info("fitting %s", name))
+        )
 
 
 @dataclass

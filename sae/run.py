@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sae import checkpoint, losses
 from sae.config import TrainConfig, parse_config, read_yaml
+from sae.diagnosis import diagnose_source, require_truth
+from sae.diagnosis.files import save_diagnosis
 from sae.ensemble import CHECKPOINTS, Ensemble, OnLine, Run, stop_requested
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate
@@ -37,6 +39,8 @@ BASELINES = "baselines.json"
 """Other methods on the same activations, and this one, when they were asked for."""
 STATUS = "status.json"
 """Of a member of a sweep that was given up: why."""
+DIAGNOSIS = ("features.csv", "diagnosis.json")
+"""Written by `sae eval --diagnose`."""
 # Rows, at most, that the centre and the scale are fitted on; sources that hold fewer rows back give fewer.
 N_CALIBRATION = 65_536
 # Thresholds are fitted on up to four times as many where rows are short, in so many entries. On a toy model an L0 of
@@ -54,6 +58,7 @@ OWN = (
     CHECKPOINTS,
     STATUS,
     BASELINES,
+    *DIAGNOSIS,
     "classes.json",
     "wandb",
 )
@@ -317,13 +322,17 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 
-def evaluate_run(out: Path) -> Evaluation:
+def evaluate_run(out: Path, diagnose: bool = False) -> Evaluation:
     """Measures a finished run again, on its own source's held-out activations, and writes the result.
 
+    With `diagnose` also where its F1 went, and which features it misses and why; without, an earlier diagnosis is
+    deleted, since it is one of another evaluation.
+
     Raises:
-        UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again.
+        UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
+            diagnosis is asked for where the true features are not known.
     """
-    return measure_again(out, *open_again(out))
+    return measure_again(out, *open_again(out), diagnose)
 
 
 def open_again(out: Path) -> tuple[SAE, TrainConfig, Source]:
@@ -337,9 +346,18 @@ def open_again(out: Path) -> tuple[SAE, TrainConfig, Source]:
     return sae, config, config.source.open()
 
 
-def measure_again(out: Path, sae: SAE, config: TrainConfig, source: Source) -> Evaluation:
-    """Every metric, written into the run's directory."""
-    evaluation = evaluate(sae, source.held_out_stream("evaluation", config.evaluation.n_samples), source.truth)
+def measure_again(out: Path, sae: SAE, config: TrainConfig, source: Source, diagnose: bool = False) -> Evaluation:
+    """Every metric, written into the run's directory; see `evaluate_run`."""
+    n_samples = config.evaluation.n_samples
+    if diagnose:
+        require_truth(source)
+    evaluation = evaluate(sae, source.held_out_stream("evaluation", n_samples), source.truth)
+    for name in DIAGNOSIS:
+        (out / name).unlink(missing_ok=True)
+    if diagnose:
+        found = diagnose_source(sae, source, evaluation, n_samples)
+        save_diagnosis(out, found)
+        evaluation = Evaluation(evaluation.metrics | found.metrics, evaluation.tables)
     save_evaluation(out, evaluation)
     return evaluation
 

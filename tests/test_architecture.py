@@ -70,6 +70,7 @@ LAYERS = {
         "prefetch",
         "metrics",
         "evaluation",
+        "diagnosis",
         "capture",
         "trainer",
         "members",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toymodels.features import Features
-from toymodels.sparse_coding import best_threshold, select_penalty, sparse_code
+from toymodels.sparse_coding import best_threshold, refit_largest, select_penalty, sparse_code
 from toymodels.streams import generator
 
 
@@ -67,6 +67,17 @@ def test_with_k_the_largest_codes_are_refitted(k, penalty):
         if len(kept):  # scipy aborts the process on no atoms at all
             expected[kept] = torch.from_numpy(nnls(D[kept].T.numpy(), row.numpy())[0])
         torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_row_may_keep_a_number_of_codes_of_its_own():
+    D, x = normal(30, 10, seed=1), normal(25, 10, seed=2)
+    k = torch.arange(25) % 5
+    free = sparse_code(x, D, 0.2)
+    limited = refit_largest(x, D, free, k)
+    assert ((limited > 0).sum(1) <= k).all()
+    for number in range(1, 5):
+        rows = k == number
+        torch.testing.assert_close(limited[rows], sparse_code(x[rows], D, 0.2, k=number))
 
 
 @given(

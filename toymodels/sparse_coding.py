@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # Atoms that a row may add in one step: larger supports are found in fewer steps.
@@ -53,11 +53,26 @@ def sparse_code(
     n_steps = 2 * (n + d) if n_steps is None else n_steps
     with torch.no_grad():
         z = _active_set(x, dictionary, penalty, tolerance=tolerance, n_steps=n_steps)
-        if k is None:
-            return z
-        largest = z.topk(k, dim=1)
-        kept = torch.zeros_like(z, dtype=torch.bool).scatter_(1, largest.indices, largest.values > 0)
-        return _active_set(x, dictionary, 0.0, kept, tolerance=tolerance, n_steps=n_steps)
+        return z if k is None else refit_largest(x, dictionary, z, k, tolerance=tolerance, n_steps=n_steps)
+
+
+def refit_largest(
+    x: Float[Tensor, "batch d"],
+    dictionary: Float[Tensor, "n d"],
+    z: Float[Tensor, "batch n"],
+    k: int | Int[Tensor, " batch"],
+    *,
+    tolerance: float = 1e-4,
+    n_steps: int | None = None,
+) -> Float[Tensor, "batch n"]:
+    """argmin_{z' ≥ 0} |x − z'D|² over the k largest positive codes of each row of z; k may differ from row to row."""
+    most = min(int(torch.as_tensor(k).max()) if len(x) else 0, len(dictionary))
+    largest = z.topk(most, dim=1)
+    within = torch.arange(most, device=z.device) < torch.as_tensor(k, device=z.device).reshape(-1, 1)
+    allowed = torch.zeros_like(z, dtype=torch.bool).scatter_(1, largest.indices, (largest.values > 0) & within)
+    steps = 2 * sum(dictionary.shape) if n_steps is None else n_steps
+    with torch.no_grad():
+        return _active_set(x, dictionary, 0.0, allowed, tolerance=tolerance, n_steps=steps)
 
 
 def _active_set(

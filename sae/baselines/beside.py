@@ -15,7 +15,9 @@ from sae.run import BASELINES, measure_again, open_again
 from toymodels.files import write_text
 
 
-def beside_run(out: Path, on_row: Callable[[str], None] | None = None) -> tuple[Evaluation, list[dict[str, Any]]]:
+def beside_run(
+    out: Path, diagnose: bool = False, on_row: Callable[[str], None] | None = None
+) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Measures a run again, and every baseline that its source has all for: at as many latents, of which as many fire.
 
     The rows, that of the SAE first, go into baselines.json of the run's directory too, where `sae report` finds them.
@@ -27,7 +29,7 @@ def beside_run(out: Path, on_row: Callable[[str], None] | None = None) -> tuple[
     sae, config, source = open_again(out)
     names = applicable(source, sae)
     began = time.perf_counter()
-    evaluation = measure_again(out, sae, config, source)
+    evaluation = measure_again(out, sae, config, source, diagnose)
     own = {"method": config.sae.kind, "seed": config.train.seed, **evaluation.metrics}
     rows: list[dict[str, Any]] = [{**own, "seconds": time.perf_counter() - began}]
     k = budget(config, evaluation.metrics["metrics/l0"], source.d_in)

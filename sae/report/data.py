@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ SUMMARY = "summary.json"
 BASELINES = "baselines.json"
 SWEEP = "sweep.json"
 CLASSES = "classes.json"
+FEATURES, DIAGNOSIS = "features.csv", "diagnosis.json"
 # A feature is found when its own latent has a cosine above this.
 FOUND = 0.9
 # Runs of which maps, densities and frequencies are drawn: more would not be told apart.
@@ -56,6 +58,8 @@ class Run:
     W_dec: Float[np.ndarray, "d_sae d_in"]
     classes: dict[str, list[dict[str, float]]] | None = None
     """For labelled data: what each class's best single unit of each sort scores."""
+    diagnosis: dict[str, Any] | None = None
+    """What `sae eval --diagnose` counted, and under `features` its table, a row a feature."""
 
     @property
     def truth(self) -> Float[np.ndarray, "n_features d_in"] | None:
@@ -179,6 +183,7 @@ def read_run(path: Path, name: str, method: str) -> Run:
             tables=_with_matching(load_file(path / TABLES), W_dec),
             W_dec=W_dec,
             classes=_read_json(path / CLASSES)["units"] if (path / CLASSES).is_file() else None,
+            diagnosis=_diagnosis(path) if (path / DIAGNOSIS).is_file() else None,
         )
     except UsageError:
         raise
@@ -200,6 +205,11 @@ def _with_matching(tables: dict[str, np.ndarray], W_dec: Float[np.ndarray, "d_sa
         "nearest_latent_cosine": matching.nearest_cosine,
     }
     return tables | {f"feature/{name}": column.numpy() for name, column in columns.items()}
+
+
+def _diagnosis(path: Path) -> dict[str, Any]:
+    with (path / FEATURES).open(encoding="utf-8", newline="") as file:
+        return _read_json(path / DIAGNOSIS) | {"features": list(csv.DictReader(file))}
 
 
 def _name(row: Row) -> str:

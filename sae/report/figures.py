@@ -17,6 +17,8 @@ from toymodels import palette
 MAX_FEATURES = 256
 MAX_POINTS = 2000
 BINS_PER_DECADE = 16
+# Of plotly, as SVG has them.
+DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
 Cosines = Float[np.ndarray, "rows columns"]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sae.report import figures, tables
+from sae.report import diagnosis, figures, tables
 from sae.report.data import FOUND, MAX_SHOWN, Collection, Row, Run, by_setting
 from sae.report.html import plot
 from sae.report.tables import join_words
 from toymodels.pages import Html, folded, grid, join, section, tag, text
-
-DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
 
 
 def contents(collection: Collection) -> Html:
@@ -22,11 +20,13 @@ def contents(collection: Collection) -> Html:
         parts.append(maps(collection, known))
     if any(run.knows_activations for run in known):
         parts.append(frequency(collection))
+    several = len(collection.runs) > 1
+    parts.append(diagnosis.lost_f1(first, several))
     parts += [curves(collection), density(collection)]
     if first.W_dec.shape[1] == 2:
         parts.append(plane(first))
     if first.truth is not None:
-        parts.append(missed(collection, first))
+        parts.append(diagnosis.why_missed(first, several) or missed(collection, first))
     parts += [polysemanticity(first), dimensionality(first), configuration(collection)]
     return join(part for part in parts if part is not None)
 
@@ -254,20 +254,23 @@ def missed(collection: Collection, run: Run) -> Html:
 
 def polysemanticity(run: Run) -> Html | None:
     """Features per unit, for neurons and for latents."""
+    before = tables.neurons_of(run)
     found = tables.unit_table(run)
     reading = (
-        "How many features one unit stands for, measured alike for the neurons that the dictionary reads and "
+        f"How many features one unit stands for, measured alike for the {before} that the dictionary reads and "
         "for its latents. Purity by chance is high, as noise passes for one or two features: read it with "
         "selectivity."
     )
-    return None if found is None else section("Polysemanticity, before and after", reading, found)
+    if found is None:
+        return None
+    return section("Polysemanticity, before and after", reading, found, diagnosis.units(run, before) or "")
 
 
 def dimensionality(run: Run) -> Html | None:
     """The geometry of the dictionary beside the truth's."""
     found = tables.geometry_table(run)
     reading = "How directions share the space: a dictionary that found the truth has the truth's geometry."
-    return None if found is None else section("Dimensionality", reading, found)
+    return None if found is None else section("Dimensionality", reading, found, diagnosis.geometry(run) or "")
 
 
 def configuration(collection: Collection) -> Html:
@@ -294,7 +297,7 @@ def _key(collection: Collection) -> Html:
     entries = []
     for place, method in enumerate(collection.methods):
         colour, dash = figures.series(place)
-        line = tag("line", x1=0, y1=5, x2=30, y2=5, stroke_dasharray=DASHES[dash], style=f"stroke:{colour}")
+        line = tag("line", x1=0, y1=5, x2=30, y2=5, stroke_dasharray=figures.DASHES[dash], style=f"stroke:{colour}")
         picture = tag("svg", line, viewBox="0 0 30 10", aria_hidden="true")
         entries.append(tag("li", picture, tables.method_name(method)))
     return tag("ul", *entries, class_="key")

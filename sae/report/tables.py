@@ -76,16 +76,16 @@ MISSED_COLUMNS = (
     ("nearest_latent", "nearest latent", None),
 )
 UNIT_MEASURES = {
-    "purity": ("purity", ".3f", "largest share that one feature has in a unit; 1 is monosemantic"),
+    "purity": ("purity", ".3f", "largest share of one feature; 1 is monosemantic"),
     "features_per_unit": (
         "features per unit",
         ".2f",
-        "effective number of features in a unit; 1 is monosemantic",
+        "effective number of features; 1 is monosemantic",
     ),
     "selectivity": (
         "selectivity",
         ".3f",
-        "how much of a unit's firing its best feature explains; 1 is all of it",
+        "share of its firing that its best feature explains",
     ),
 }
 GEOMETRY_MEASURES = {
@@ -213,11 +213,21 @@ def unit_table(run: Run) -> Html | None:
         return None
     rows = []
     for measure, (name, form, meaning) in UNIT_MEASURES.items():
-        keys = (f"neuron_{measure}", *(f"latent_{measure}{what}" for what in ("", "_chance", "_truth")))
-        cells = [_value(run, f"{prefix}/{key}", form) for key in keys]
+        both = [f"{unit}_{measure}{what}" for unit in ("neuron", "latent") for what in ("", "_chance")]
+        cells = [_value(run, f"{prefix}/{key}", form) for key in (*both, f"latent_{measure}_truth")]
         rows.append([name, *cells, _meaning(meaning)])
-    header = ["", "neurons (before)", "latents (after)", "by chance", "the truth", ""]
+    if "diagnosis/purity_weights_latent" in run.result:
+        keys = ("neuron", None, "latent", "latent_chance", "latent_truth")
+        cells = [_value(run, f"diagnosis/purity_weights_{key}", ".4f") if key else Html("") for key in keys]
+        rows.append(["purity of weights", *cells, _meaning("largest share of one feature in its weights")])
+    header = ["", f"{neurons_of(run)} (before)", "by chance", "latents (after)", "by chance", "the truth", ""]
     return table(header, rows, "Polysemanticity before and after")
+
+
+def neurons_of(run: Run) -> str:
+    """What the dimensions of the activations are."""
+    toy = (run.config.get("source") or {}).get("kind") == "toy"
+    return "hidden units of the toy model" if toy else "neurons"
 
 
 def geometry_table(run: Run) -> Html | None:
