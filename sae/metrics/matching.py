@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Up to so many pairs the dense method takes milliseconds.
-DENSE_PAIRS = 2**18
+# Up to so many pairs the dense method takes a second at most, whatever the values; where many are nearly equal, the sparse one
+# may take minutes.
+DENSE_PAIRS = 2**22
 # Pairs of each row that are matched first.
 CANDIDATES = 32
 # Pairs that are compared with their prices at once, and of each row that join together.
