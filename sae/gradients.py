@@ -148,6 +148,7 @@ def summed(
             before, now = grads[number], weight.grad
             if now is not None:
                 grads[number] = share * now if before is None else before + share * now
+            weight.grad = None  # autograd would add to it
     for weight, grad in zip(own, grads, strict=True):
         weight.grad = grad
     return list(torch.stack(means).sum(dim=0).unbind()), totals[0]
