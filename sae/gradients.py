@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -94,8 +94,8 @@ def _of_codes(
     """`Reference.gradient_rows`. Those in C have it for dense steps alone: their other plan is torch's."""
     if isinstance(kernels, Reference):
         return kernels.gradient_rows(state, x, gradient, plan)
-    if isinstance(kernels, Native) and isinstance(plan, DensePlan):
-        return kernels.gradient_rows(state, x, gradient, plan)
+    if isinstance(plan, DensePlan):
+        return cast(Native, kernels).gradient_rows(state, x, gradient, plan)
     if plan is None:
         return Reference().gradient_rows(state, x, gradient, None)
     return rows_of_plan(state, x, gradient, plan, int(plan.offsets[-1]))

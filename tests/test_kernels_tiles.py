@@ -134,6 +134,22 @@ def test_what_is_no_number_stays_in_its_row(bad):
     assert torch.equal(after[others], good[others])
 
 
+def test_infinite_latents_are_the_largest():
+    x, state = case("spread", 37, 64, 257, 0)
+    state.b_enc[[3, 200]] = float("inf")
+    kernels = Native(torch.float32, "bf16")
+    z = dense(kernels.top_k(kernels.scores(x, state), 12), 257)
+    assert z[:, [3, 200]].isinf().all()
+    pre, _ = judged(x, state)
+    assert torch.equal(z > 0, pre >= pre.topk(12, dim=1).values[:, -1:])
+
+
+def test_a_batch_of_no_rows_has_no_codes():
+    x, state = case("spread", 37, 64, 257, 0)
+    kernels = Native(torch.float32, "bf16")
+    assert not len(kernels.positive(kernels.scores(x[:0], state), 10).values)
+
+
 @pytest.mark.parametrize("shape", [(37, 64, 257), (5, 7, 3), (33, 31, 48)])
 def test_the_tiles_follow_the_encoder(shape):
     x, state = case("spread", *shape, 0)

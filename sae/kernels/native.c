@@ -702,7 +702,8 @@ static long collect(const Row *row, real least, int32_t *latents, real *values, 
 
 enum { COUNTED = 1024 };
 
-/* The k-th largest of a few positive values: counting all of them in each halving costs less than guessing at branches. */
+/* The k-th largest of a few positive values that are finite: counting all of them in each halving costs less than guessing at
+   branches. */
 static real kth_by_counting(const real *restrict values, long n, long k) {
     real low = values[0], high = values[0];
 #pragma omp simd reduction(min : low) reduction(max : high)
@@ -748,6 +749,13 @@ static real kth_largest(real *values, long n, long k) {
     return values[at];
 }
 
+static int all_finite(const real *values, long n) {
+    real largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (long e = 0; e < n; e++) largest = MAX(values[e], largest);
+    return largest < INFINITY;
+}
+
 /* Keeps the k largest of n entries, in their order; of equal ones the first. `work` holds n values. */
 static long keep_largest(int32_t *latents, real *values, long n, long k, real *work, real *cut) {
     *cut = 0;
@@ -764,7 +772,7 @@ static long keep_largest(int32_t *latents, real *values, long n, long k, real *w
     real least;
     if (k <= FEW) {
         least = kth_of_few(values, n, k);
-    } else if (n <= COUNTED) {
+    } else if (n <= COUNTED && all_finite(values, n)) {
         least = kth_by_counting(values, n, k);
     } else {
         memcpy(work, values, (size_t)n * sizeof(real));
@@ -774,7 +782,7 @@ static long keep_largest(int32_t *latents, real *values, long n, long k, real *w
     for (long e = 0; e < n; e++) above += values[e] > least;
     long ties = k - above;
     for (long e = 0; e < n; e++) {
-        if (values[e] > least || (values[e] == least && ties-- > 0)) {
+        if (kept < k && (values[e] > least || (values[e] == least && ties-- > 0))) {
             latents[kept] = latents[e];
             values[kept++] = values[e];
         }
@@ -1328,6 +1336,10 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
                 int64_t *window, const int32_t *firing, long batch, real *blocks, long threads) {
     Adam adam = {rate, correction1, correction2, beta1, rest1, beta2, rest2, epsilon};
     long n_blocks = (n_latents + block - 1) / block;
+    if (dense && block != VISITED) {
+        fprintf(stderr, "sae: a dense step is taken up by %d latents at a time, not %ld\n", VISITED, block);
+        abort();
+    }
     if (extra_of) {
         for (long j = 0; j < n_latents; j++) extra_of[j] = -1;
         for (long i = 0; i < n_extra; i++) extra_of[extra_latents[i]] = (int32_t)i;
