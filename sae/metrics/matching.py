@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Up to so many pairs the dense method takes a second at most, whatever the values; where many are nearly equal, the sparse
-# one may take minutes.
+# Up to so many pairs the dense method takes a second at most, whatever the values; where many are nearly equal, the
+# sparse one may take minutes.
 DENSE_PAIRS = 2**22
 # Pairs of each row that are matched first.
 CANDIDATES = 32
