@@ -772,7 +772,7 @@ def test_native_functions_have_the_types_of_their_heads():
 
 def test_small_weights_count_codes_as_sparse_sooner():
     small, large = torch.zeros(256, 64), torch.zeros(1025, 64)
-    assert [sparse_share(small, precision) for precision in ("fp32", "exact", "bf16")] == [1 / 6] * 3
+    assert [sparse_share(small, precision) for precision in ("fp32", "exact", "bf16")] == [1 / 6, 1 / 12, 1 / 40]
     assert [sparse_share(large, precision) for precision in ("fp32", "exact", "bf16")] == [1 / 12, 1 / 12, 1 / 40]
     scores = Scores(torch.zeros(12, 64), small, torch.zeros(256), lambda rows: torch.zeros(12, 256))
     assert capacity(scores) == 2 * 12 * 256 // 6

@@ -211,8 +211,8 @@ def test_resuming_is_bitwise(tmp_path):
 
 @pytest.mark.parametrize(("kind", "share"), [("topk", 0.5), ("batchtopk", 0.95)])
 def test_it_revives(kind, share, tmp_path):
-    """From an untied start and with rows of norm 1 many latents never win, and nothing brings them back. A common budget
-    leaves fewer behind, and fewer to win back: means over four seeds."""
+    """From an untied start and with rows of norm 1 many latents never win, and nothing brings them back. A budget of
+    the whole batch leaves fewer behind, and fewer to win back: means over four seeds."""
     stream = torch.Generator().manual_seed(0)
     truth = nn.functional.normalize(torch.randn(48, 16, generator=stream), dim=1)
     x = (torch.rand(40_000, 48, generator=stream) * (torch.rand(40_000, 48, generator=stream) < 0.04)) @ truth

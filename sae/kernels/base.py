@@ -230,7 +230,7 @@ class State:
 
 def sparse_share(encoder: Float[Tensor, "d_sae d_in"], precision: Precision) -> float:
     """Codes count as sparse when less than this share of them fires."""
-    return SPARSE_SHARE_SMALL if _is_small(encoder) else SPARSE_SHARE[precision]
+    return SPARSE_SHARE_SMALL if precision == "fp32" and _is_small(encoder) else SPARSE_SHARE[precision]
 
 
 def capacity(scores: Scores) -> int:
