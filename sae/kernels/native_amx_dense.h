@@ -3,14 +3,14 @@
        z = max(0, x encoder^T + bias),  gradient = scale (z decoder - x),  through = (gradient decoder^T + cost norms) where z > 0
        g_encoder = through^T x,  g_decoder = z^T gradient,  g_bias = sum of through over samples
 
-   Products are of bf16 numbers, summed in float32. Samples come in chunks: a chunk's z is multiplied by the decoder, 512
+   Products are of bf16 numbers, summed in float32. Samples come in chunks: a chunk's z is multiplied by the decoder, 256
    latents at a time, as soon as it is made. z is the one matrix as large as a batch's pre-latents that is written, in
    bf16; `through` and both gradients are made for 64 latents at a time, when the update visits these.
 
    Beside the tiles of native_amx.h there are tiles of columns (16 columns of a matrix, 32 samples of each) and of pairs
    of rows (16 pairs, in each side by side the numbers of 16 columns). */
 
-enum { DENSE_ROWS = 128, SHARED_STEPS = 16, N_SUMS = 2, VISITED = 64 };
+enum { DENSE_ROWS = 128, SHARED_STEPS = 8, N_SUMS = 2, VISITED = 64 };
 
 /* Samples of a batch that are worked on together. */
 static long dense_rows(long batch) { return (batch + DENSE_ROWS - 1) / DENSE_ROWS * DENSE_ROWS; }
