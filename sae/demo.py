@@ -158,7 +158,7 @@ def load_libraries() -> None:
 def sae_row(method: str, seed: int, config: TrainConfig, lines: Any) -> dict[str, Any]:
     """Trains and measures one SAE in its own process; each logged line goes into `lines`."""
     gc.collect()
-    gc.freeze()  # modules are no garbage: to look through them again and again takes 4 % of a run
+    gc.disable()  # what a run leaves in circles fits the memory until the next one; to look for it takes 4 % of a run
     logging.getLogger("sae").setLevel(logging.WARNING)
     began = time.perf_counter()
     result = train(
