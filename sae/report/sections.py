@@ -70,7 +70,7 @@ def trained(run: Run) -> str:
     options = (sae.get("base") or {}) | {key: value for key, value in sae.items() if value is not None}
     shown = [key for key in ("k", "l0", "l1_coefficient") if options.get(key) is not None]
     setting = "".join(f", {key.replace('_', ' ')} = {options[key]:g}" for key in shown)
-    size = f"{source.get('n_features')} features in {source.get('d_hidden')} dimensions"
+    size = "features" if run.truth is None else "{:,} features in {:,} dimensions".format(*run.truth.shape)
     origin = {"toy": f"a toy model that keeps {size}", "array": str(source.get("path")), "None": "the caller"}
     kind = str(source.get("kind"))
     amount = f"; {train['n_samples']:,} activations, seed {train['seed']}" if "n_samples" in train else ""
