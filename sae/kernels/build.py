@@ -1,6 +1,6 @@
 """Compiles a file of C on the machine that runs it, once, and loads it: native.c, or that of another room.
 
-No torch headers and no build system: one file of C, one call of the compiler, a second or two. The result is kept in
+No torch headers and no build system: one file of C and what it includes from its folder, one call of the compiler. The result is kept in
 the user's cache under a name made of everything that it depends on, or,
 where that cannot be written, for the process alone.
 """

@@ -1,4 +1,5 @@
-"""Encoder and selection on a CPU in C, from `native.c`: which codes a batch has. Large products are the BLAS's.
+"""Encoder and selection on a CPU in C, from `native.c`: which codes a batch has. Large products are the BLAS's, except
+where they are selected from as they are made: in whole numbers, and on AMX units.
 
 Buffers are made once and reused: at these sizes, asking the system for fresh pages costs as much as the work on them.
 What a method returns is therefore good until the same method is called again.
