@@ -1,8 +1,8 @@
-"""Compiles a file of C on the machine that runs it, once, and loads it: native.c, or that of another room.
+"""Compiles a file of C on the machine that runs it, once, and loads it: native.c, or another.
 
-No torch headers and no build system: one file of C and what it includes from its folder, one call of the compiler. The result is kept in
-the user's cache under a name made of everything that it depends on, or,
-where that cannot be written, for the process alone.
+No torch headers and no build system: one file of C with what it includes from its folder, one call of the compiler.
+The result is kept in the user's cache under a name made of everything that it depends on, or, where that cannot be
+written, for the process alone.
 """
 
 from __future__ import annotations
