@@ -1,4 +1,10 @@
-"""Products on AMX units, selected from as they are made: codes are those of rounded numbers, summed exactly."""
+"""Products on AMX units, selected from as they are made: codes are those of rounded numbers, summed exactly.
+
+Where a CPU has no such units, `amx_units.h` takes their place.
+"""
+
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import Codes, DenseStep, Rows, State
+from sae.kernels import Codes, DenseStep, Rows, State, build, selection
 from sae.kernels.native import Native
 from sae.kernels.reference import dense
 from sae.optim import Now
@@ -16,8 +22,26 @@ DATA = ["spread", "ascending", "equal", "few", "negative", "zero"]
 many = settings(max_examples=60, deadline=None)
 sizes = {"shape": st.sampled_from(SHAPES), "data": st.sampled_from(DATA), "seed": st.integers(0, 99)}
 
-if not Native(torch.float32, "bf16")._tiles:
-    pytest.skip("this CPU has no AMX units", allow_module_level=True)
+UNITS, CPU = Path(__file__).with_name("amx_units.h"), Path("/proc/cpuinfo")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def units(tmp_path_factory):
+    if Native(torch.float32, "bf16")._tiles:
+        yield
+        return
+    if not CPU.exists() or "avx512_bf16" not in CPU.read_text(encoding="utf-8"):
+        pytest.skip("this CPU cannot even take the place of AMX units: it has no bf16 numbers in AVX-512")
+    compiler, folder = [*build._compiler(), "-include", str(UNITS)], tmp_path_factory.mktemp("amx")
+
+    @cache
+    def library(real: str):
+        return build._kept(compiler, build.SOURCE, real, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "library", library)
+        assert Native(torch.float32, "bf16")._tiles
+        yield
 
 
 def case(data: str, batch: int, d_in: int, d_sae: int, seed: int) -> tuple[Tensor, State]:

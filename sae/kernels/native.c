@@ -28,6 +28,13 @@ typedef uint16_t bf16;
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
+/* Whether products are selected from as they are made (native_at_once.h). */
+#if defined(__AVX512F__) && !REAL_IS_DOUBLE
+#define SELECTS_AT_ONCE 1
+#else
+#define SELECTS_AT_ONCE 0
+#endif
+
 /* ---------------------------------------------------------------------------------------------- numbers and memory */
 
 static inline float from_bf16(bf16 bits) {
@@ -162,7 +169,9 @@ static inline __attribute__((always_inline)) void tile(const real *A, long row_s
                                                        int add) {
     const real *from[TILE_ROWS];
     for (long r = 0; r < TILE_ROWS; r++) from[r] = A + (r < n_rows ? r : 0) * row_stride;
-    wide sums[TILE_ROWS][2] = {0};
+    wide sums[TILE_ROWS][2];
+#pragma GCC unroll 6
+    for (long r = 0; r < TILE_ROWS; r++) sums[r][0] = sums[r][1] = (wide){0};
     for (long p = 0; p < k; p++) {
         const wide *b = (const wide *)(panel + p * TILE_COLUMNS);
         wide left = b[0], right = b[1];
@@ -180,13 +189,13 @@ static inline __attribute__((always_inline)) void tile(const real *A, long row_s
             if (add) sums[r][0] += to[0], sums[r][1] += to[1];
             to[0] = sums[r][0], to[1] = sums[r][1];
         }
-    } else {
-        for (long r = 0; r < n_rows; r++)
-            for (long i = 0; i < n_columns; i++) {
-                real sum = sums[r][i / WIDE][i % WIDE];
-                out[r * ld + i] = add ? out[r * ld + i] + sum : sum;
-            }
+        return;
     }
+    real whole[TILE_ROWS][TILE_COLUMNS]; /* by way of memory: registers cannot be counted through */
+#pragma GCC unroll 6
+    for (long r = 0; r < TILE_ROWS; r++) ((wide *)whole[r])[0] = sums[r][0], ((wide *)whole[r])[1] = sums[r][1];
+    for (long r = 0; r < n_rows; r++)
+        for (long i = 0; i < n_columns; i++) out[r * ld + i] = add ? out[r * ld + i] + whole[r][i] : whole[r][i];
 }
 
 /* out [m, n] = A B, or added to it. A's entries lie row_stride and column_stride apart (one of them is 1), B is packed. */
@@ -351,7 +360,7 @@ API void centre(const real *x, real factor, const real *b_dec, real *out, bf16 *
    have changed: sign * slack_row[b] * slack_latent[j] is added (see `exact` in engine.md). Where `pre` is null they are
    computed a few rows at a time, which are read while they lie in the cache: from x and the packed encoder, or, where
    `whole` is given, from whole numbers. These are upper bounds then, by no more than twice the row's margin. Where `tiles`
-   are given, native_amx.h multiplies and selects at once. */
+   are given, or with AVX-512, native_at_once.h selects from them as they are made. */
 typedef struct {
     const void *pre;
     const real *bias;
@@ -611,9 +620,53 @@ static real kth_of_few(const real *values, long n, long k) {
     }
 }
 
+enum { SIDE = 16 };
+
+#if SELECTS_AT_ONCE
+/* Of 16 entries those that exist where `left` are left. */
+static inline __mmask16 first_of(long left) { return (__mmask16)(left >= SIDE ? 0xffff : left > 0 ? (1u << left) - 1 : 0); }
+
+/* How many of sixteen values are larger than each, or equal and before it. */
+static inline __m512i ranks(__m512 values) {
+    __m512i rank = _mm512_setzero_si512(), one = _mm512_set1_epi32(1);
+    __m512i behind = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int s = 1; s < SIDE; s++) { /* each and the one s behind it; behind the last comes the first */
+        behind = _mm512_add_epi32(behind, one);
+        __m512 other = _mm512_permutexvar_ps(behind, values);
+        __mmask16 first = (__mmask16)(0xffff << (SIDE - s)); /* of the two, the other */
+        __mmask16 before = _mm512_cmp_ps_mask(other, values, _CMP_GT_OQ) | _mm512_mask_cmp_ps_mask(first, other, values, _CMP_EQ_OQ);
+        rank = _mm512_mask_add_epi32(rank, before, rank, one);
+    }
+    return rank;
+}
+
+/* The k-th largest, k <= 16, of the maxima of sixteen groups of positive values: k values reach it. 0 where fewer than k
+   groups have a value. */
+static inline real kth_of_sixteen_maxima(const real *values, long n, long k) {
+    __m512 largest = _mm512_setzero_ps();
+    for (long e = 0; e < n; e += SIDE) largest = _mm512_max_ps(_mm512_maskz_loadu_ps(first_of(n - e), values + e), largest);
+    __mmask16 kth = _mm512_cmpeq_epi32_mask(ranks(largest), _mm512_set1_epi32((int)k - 1));
+    return _mm512_cvtss_f32(_mm512_maskz_compress_ps(kth, largest));
+}
+
+/* keep_largest of up to sixteen values. */
+static inline long keep_largest_of_sixteen(int32_t *latents, real *values, long n, long k, real *cut) {
+    __mmask16 there = first_of(n);
+    __m512 v = _mm512_maskz_loadu_ps(there, values);
+    __mmask16 stays = _mm512_mask_cmplt_epi32_mask(there, ranks(v), _mm512_set1_epi32((int)k));
+    *cut = _mm512_mask_reduce_min_ps(stays, v);
+    _mm512_mask_storeu_epi32(latents, there, _mm512_maskz_compress_epi32(stays, _mm512_maskz_loadu_epi32(there, latents)));
+    _mm512_mask_storeu_ps(values, there, _mm512_maskz_compress_ps(stays, v));
+    return k;
+}
+#endif
+
 /* A positive bound that at least k of the maxima reach and few others do, or 0 where fewer than k are positive. The
    k-th largest value is at least as large: k values in k groups reach the bound. */
 static real bound(const Row *row, long k) {
+#if SELECTS_AT_ONCE
+    if (k <= FEW) return kth_of_sixteen_maxima(row->maxima, row->n, k);
+#endif
     if (k <= FEW) return kth_of_few(row->maxima, row->n, k);
     const real *restrict maxima = row->maxima;
     real low = 0, high = 0;
@@ -677,8 +730,15 @@ static long collect_in_order(const Row *row, real least, int32_t *latents, real 
     long n = 0;
     for (long start = 0; start < row->n_latents; start += AT_ONCE) {
         unsigned reached = 0;
+#if SELECTS_AT_ONCE
+        for (long i = start; i < start + AT_ONCE; i += SIDE) {
+            __m512 v = _mm512_add_ps(_mm512_loadu_ps(from + i), _mm512_loadu_ps(bias + i));
+            reached |= (unsigned)_mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_GE_OQ) << (i - start);
+        }
+#else
         for (long i = start; i < start + AT_ONCE; i += LANES)
             reached |= where_reached(from + i, bias + i, limits) << (i - start);
+#endif
         for (; reached; reached &= reached - 1, n++) {
             long j = start + __builtin_ctz(reached);
             if (n < room) latents[n] = (int32_t)j, values[n] = from[j] + bias[j];
@@ -760,6 +820,9 @@ static int all_finite(const real *values, long n) {
 static long keep_largest(int32_t *latents, real *values, long n, long k, real *work, real *cut) {
     *cut = 0;
     if (n <= k) return n;
+#if SELECTS_AT_ONCE
+    if (n <= SIDE) return keep_largest_of_sixteen(latents, values, n, k, cut);
+#endif
     if (n <= k + 4 && k > FEW) { /* few too many: drop the smallest one by one, of equal ones the last */
         for (; n > k; n--) {
             long smallest = 0;
@@ -796,9 +859,10 @@ static void fill_slots(const int32_t *who, const real *found, long n, long k, in
 }
 
 #include "native_amx.h"
+#include "native_at_once.h"
 
 /* Each row's k largest positive pre-latents, k slots a row; a slot without one has value 0. `cuts`, where given,
-   receives the k-th largest value of each row (0 where fewer are positive; of tiles, see top_k_of_tiles). */
+   receives the k-th largest value of each row (0 where fewer are positive; where product and selection are one, see top_k_at_once). */
 API void top_k(const void *pre, long rounded, const real *bias, const real *slack_row, const real *slack_latent, long sign,
                const real *x, const real *encoder, real *panels, const int16_t *whole, const real *scales,
                const bf16 *tiles, long d, long batch, long n_latents, long k, real guess, int32_t *latents, real *values,
@@ -807,7 +871,7 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
                     x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
 #if TILES
     if (tiles) {
-        top_k_of_tiles(&given, k, guess, latents, values, cuts, threads);
+        top_k_at_once(&given, k, guess, latents, values, cuts, threads);
         return;
     }
 #endif
@@ -861,8 +925,11 @@ API long at_least(const void *pre, long rounded, const real *bias, const real *s
                   int64_t *starts, int32_t *counts, int32_t *latents, real *values, long threads) {
     Scores given = {pre, bias,    slack_row, slack_latent, batch, n_latents, rounded, sign,
                     x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
-#if TILES
-    if (tiles) return at_least_of_tiles(&given, stride, least, row_least, capacity, starts, counts, latents, values, threads);
+#if SELECTS_AT_ONCE
+    if (!pre) {
+        if (!tiles) prepare(&given, panels, threads);
+        return at_least_at_once(&given, stride, least, row_least, capacity, starts, counts, latents, values, threads);
+    }
 #endif
     long groups = n_groups(n_latents, 0), at_once = rows_at_once(&given), room = room_for(&given, at_once);
     long total = 0, n_rows = (batch + stride - 1) / stride;
