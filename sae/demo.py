@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import Manager
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from sae import baselines
 from sae.baselines import require_sklearn
 from sae.config import TrainConfig
 from sae.console import postfix, print_methods
+from sae.ensemble import Ensemble, Run, SharedSource, stop_requested
 from sae.kernels import choose
 from sae.model import load
-from sae.run import check_out, require_report, train
+from sae.run import as_it_begins, check_out, conclude, open_run, require_report
 from sae.sources import ToySourceConfig
-from toymodels.processes import one_thread_each
+from toymodels.processes import n_cores, one_thread_each
 from toymodels.worlds import ToyRecipe
 
 N_SEEDS = 3
@@ -54,6 +55,9 @@ BASELINES = {
     "ica": 1,
     "dictionary_learning": 1,
 }
+Key = tuple[str, int]
+"""A method and a seed."""
+Named = tuple[Key, TrainConfig]
 TRAIN = {"n_samples": 6_144_000, "batch_size": 2048, "lr": 3.0e-3}
 
 
@@ -65,20 +69,21 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     began = time.perf_counter()
     toy = ToySourceConfig(seed=seed, weights=out / TOY)
     saes = [
-        (method, own_seed, sae_config(out, toy, method, own_seed, first=(method, own_seed) == ("topk", seed)))
+        ((method, own_seed), sae_config(out, toy, method, own_seed, first=(method, own_seed) == ("topk", seed)))
         for method, (_, n_seeds) in METHODS.items()
         for own_seed in range(seed, seed + n_seeds)
     ]
-    for _, _, config in saes:
+    for _, config in saes:
         check_out(config.out, resume=None, overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)  # better told now than after the toy model
     recipe = toy.recipe
     assert isinstance(recipe, ToyRecipe)
-    n_steps = recipe.n_steps + sum(config.n_steps for _, _, config in saes)
+    n_steps = recipe.n_steps + sum(config.n_steps for _, config in saes)
+    torch.set_num_threads(1)  # a second thread would wait for cores on which the others get ready
     with tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar, one_thread_each() as pool:
         bar.set_description("toy model")
-        for _ in saes:
-            pool.submit(load_libraries)  # the cores that the toy model leaves idle get ready
+        for _ in range(n_cores()):
+            pool.submit(load_libraries)
 
         def toy_step(step: int, losses: Tensor) -> None:
             bar.update()
@@ -86,10 +91,8 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
         world = recipe.build(toy.seed, on_step=toy_step)
         world.model.save(out / TOY)
         rows = train_and_measure(pool, out, toy, saes, bar)
-    (out / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    from sae.report import write_report  # noqa: PLC0415 - an extra, and slow to import
-
-    report = write_report([out])
+        (out / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        report = pool.submit(page_of, out).result()
     show(rows)
     print(f"\nwrote {report} after {time.perf_counter() - began:.0f} s. To try next:\n")
     print(f"  sae eval {out}    every metric of the TopK SAE, beside chance and the true dictionary")
@@ -113,69 +116,86 @@ def train_and_measure(
     pool: ProcessPoolExecutor,
     out: Path,
     toy: ToySourceConfig,
-    saes: Sequence[tuple[str, int, TrainConfig]],
+    saes: Sequence[Named],
     bar: tqdm,
 ) -> list[dict[str, Any]]:
     """A row for each SAE and each baseline, in the order of the table."""
     done_before = bar.n
-    steps = {(method, seed): 0 for method, seed, _ in saes}
+    steps = {key: 0 for key, _ in saes}
+    rows: dict[Key, dict[str, Any]] = {}
     with Manager() as manager:
         lines = manager.Queue()
-        # One TopK for the eye, then the slow ones first, so that no core is left waiting for a long last run.
-        queue = [saes[0], *reversed(saes[1:])]
-        jobs = {(m, s): pool.submit(sae_row, m, s, config, lines) for m, s, config in queue}
+        # Those of a seed see the same batches, which are drawn once. The first seed has the most of them.
+        by_seed = [[one for one in saes if one[0][1] == seed] for seed in dict.fromkeys(key[1] for key, _ in saes)]
+        waiting: set[Future[dict[Key, dict[str, Any]]]] = {pool.submit(sae_rows, toy, part, lines) for part in by_seed}
         for method, n_seeds in reversed(BASELINES.items()):
             if method != "topk_oracle":
-                jobs |= {
-                    (method, s): pool.submit(baseline_row, method, s, toy, out)
-                    for s in range(toy.seed, toy.seed + n_seeds)
+                waiting |= {
+                    pool.submit(baseline_row, method, seed, toy, out) for seed in range(toy.seed, toy.seed + n_seeds)
                 }
-        waiting = set(jobs.values())
         while waiting:
             finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             for job in finished:
-                job.result()  # raises what the job raised, now and not at the end
-            if jobs["topk", toy.seed] in finished:
-                jobs["topk_oracle", toy.seed] = pool.submit(baseline_row, "topk_oracle", toy.seed, toy, out)
-                waiting.add(jobs["topk_oracle", toy.seed])
+                rows |= job.result()  # raises what the job raised, now and not at the end
+                if ("topk", toy.seed) in job.result():
+                    waiting.add(pool.submit(baseline_row, "topk_oracle", toy.seed, toy, out))
             while not lines.empty():
-                method, seed, step, values = lines.get()
-                steps[method, seed] = step
-                bar.set_description(f"{method} seed {seed}", refresh=False)
+                key, step, values = lines.get()
+                steps[key] = step
+                bar.set_description("{} seed {}".format(*key), refresh=False)
                 bar.set_postfix_str(postfix(values), refresh=False)
             bar.update(done_before + sum(steps.values()) - bar.n)
     order = [*METHODS, *BASELINES]
-    return [jobs[key].result() for key in sorted(jobs, key=lambda key: (order.index(key[0]), key[1]))]
+    return [rows[key] for key in sorted(rows, key=lambda key: (order.index(key[0]), key[1]))]
 
 
 def load_libraries() -> None:
     """Builds and loads in a worker what its first run would wait for."""
     import scipy.optimize  # noqa: F401, PLC0415 - metrics import it when they match
 
+    import sae.report  # noqa: F401, PLC0415 - one of them writes the page
+
     choose(torch.device("cpu"), torch.float32)
 
 
-def sae_row(method: str, seed: int, config: TrainConfig, lines: Any) -> dict[str, Any]:
-    """Trains and measures one SAE in its own process; each logged line goes into `lines`."""
-    gc.collect()
-    gc.disable()  # what a run leaves in circles fits the memory until the next one; to look for it takes 4 % of a run
+def sae_rows(toy: ToySourceConfig, saes: Sequence[Named], lines: Any) -> dict[Key, dict[str, Any]]:
+    """Trains SAEs on the same batches, and measures each; each logged line goes into `lines`."""
+    gc.disable()  # what steps leave in circles is little; to look for it takes 4 % of a run
     logging.getLogger("sae").setLevel(logging.WARNING)
-    began = time.perf_counter()
-    result = train(
-        config,
-        overwrite=True,
-        report=False,
-        on_line=lambda step, values: lines.put((method, seed, step, dict(values))),
-    )
-    return {"method": method, "seed": seed, **result.metrics, "seconds": time.perf_counter() - began}
+    source = SharedSource(toy.open())
+    runs: dict[Run, Key] = {}
+    for key, config in saes:
+
+        def on_line(step: int, values: Mapping[str, float], key: Key = key) -> None:
+            lines.put((key, step, dict(values)))
+
+        runs[open_run(config, as_it_begins(config, resume=False), source, resume=False, on_line=on_line)] = key
+    rows = {}
+    with stop_requested() as stop:
+        for run, error in Ensemble(list(runs), source).feed(stop):
+            if error is not None:
+                raise error
+            method, seed = runs[run]
+            seconds = run.trainer.seconds
+            metrics = conclude(run, report=False).metrics
+            run.log.close()
+            rows[method, seed] = {"method": method, "seed": seed, **metrics, "seconds": seconds}
+    return rows
 
 
-def baseline_row(method: str, seed: int, toy: ToySourceConfig, out: Path) -> dict[str, Any]:
+def page_of(out: Path) -> Path:
+    """Writes the report of the first TopK."""
+    from sae.report import write_report  # noqa: PLC0415 - an extra, and slow to import
+
+    return write_report([out])
+
+
+def baseline_row(method: str, seed: int, toy: ToySourceConfig, out: Path) -> dict[Key, dict[str, Any]]:
     """Fits and measures one baseline on the same held-out activations as the SAEs."""
     source = toy.open()
     sae, name = (load(out), "sae_oracle") if method == "topk_oracle" else (None, method)
     given = baselines.prepare([name], source, d_sae=D_SAE, k=K, seed=seed, sae=sae)
-    return {**baselines.measured(name, given, source), "method": method}
+    return {(method, seed): {**baselines.measured(name, given, source), "method": method}}
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

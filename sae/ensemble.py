@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from sae import checkpoint
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import live_recovery
+from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.log import RunLog
 from sae.members import Members
 from sae.sources import Batch, Source
@@ -90,6 +92,24 @@ class Run:
         tensors, values = self.trainer.state()
         folder, keep = self.config.out / CHECKPOINTS, self.config.checkpoint.keep
         checkpoint.save(folder, self.n_steps_done, tensors, values, keep)
+
+
+class SharedSource(Source):
+    """A source whose held-out rows are drawn once for all that want them at once; streams are drawn anew."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.truth = source, source.truth
+        self.d_in, self.d_out = source.d_in, source.d_out
+        self._held_out: Callable[[Purpose, int], HeldOut] = cache(source.held_out)
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        return self.source.batches(batch_size, seed, start)
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        return self._held_out(purpose, n)
+
+    def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
+        return self.source.held_out_stream(purpose, n)
 
 
 class Ensemble:

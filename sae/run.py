@@ -46,9 +46,8 @@ N_CALIBRATION = 65_536
 # Thresholds are fitted on up to four times as many where rows are short, in so many entries. On a toy model an L0 of
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
-# What a run writes into its directory, and --overwrite deletes.
+# What a run writes into its directory, and --overwrite deletes: last what it is known by, should that be cut short.
 OWN = (
-    CONFIG,
     RESULT,
     TABLES,
     REPORT,
@@ -61,6 +60,7 @@ OWN = (
     *DIAGNOSIS,
     "classes.json",
     "wandb",
+    CONFIG,
 )
 
 

@@ -8,6 +8,7 @@ the data at the end (`SAE.rescale_`). A target other than the activations is div
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from typing import Any
 
@@ -46,12 +47,14 @@ class Trainer:
         self.window = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self.window_steps = 0
         self.n_resampled = 0
+        self.seconds = 0.0  # that this process spent on steps
         self.recorder = self._recorder()
 
     def step(
         self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
     ) -> None:
         """One batch, in the units of the data; `target` is what to reconstruct, where that is something else."""
+        began = time.perf_counter()
         if self.n_steps_done % REFRESH_STEPS == 0:
             self.look()
             self.resample(activations)
@@ -64,6 +67,7 @@ class Trainer:
             raise UsageError(self._too_large(len(activations))) from error
         self.window_steps += 1
         self.n_steps_done += 1
+        self.seconds += time.perf_counter() - began
 
     def advance(
         self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None

@@ -134,6 +134,20 @@ def test_overwriting_takes_the_run_and_nothing_else(tmp_path):
     assert (tmp_path / "run/notes.txt").read_text() == "mine"
 
 
+def test_a_run_half_deleted_can_be_overwritten(tmp_path, monkeypatch):
+    sae.train(config(tmp_path / "run"), report=False)
+    (tmp_path / "run/checkpoints").mkdir(exist_ok=True)
+
+    def cut_short(path: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.run.shutil.rmtree", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            sae.train(config(tmp_path / "run"), overwrite=True, report=False)
+    assert sae.train(config(tmp_path / "run"), overwrite=True, report=False).metrics["metrics/fvu"] > 0
+
+
 def test_a_directory_with_files_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "project/checkpoints").mkdir(parents=True)
     (tmp_path / "project/checkpoints/model.pt").write_text("precious")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
-from sae.ensemble import Diverged, Ensemble, Run, Stop
+from sae.ensemble import Diverged, Ensemble, Run, SharedSource, Stop
 from sae.errors import Interrupted, UsageError
-from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.run import STATUS, as_it_begins, conclude, open_run
-from sae.sources import Batch, Source
+from sae.sources import Source
 from sae.sweep.plan import Member, SweepSection
 from sae.sweep.rules import Line, Stopped, read_lines, verdict
 from toymodels.files import write_text
@@ -133,24 +131,6 @@ def opener() -> OpenSource:
         return kept[key]
 
     return open_source
-
-
-class SharedSource(Source):
-    """A source whose held-out rows are drawn once for all that want them at once; streams are drawn anew."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.truth = source, source.truth
-        self.d_in, self.d_out = source.d_in, source.d_out
-        self._held_out: Callable[[Purpose, int], HeldOut] = cache(source.held_out)
-
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        return self.source.batches(batch_size, seed, start)
-
-    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
-        return self._held_out(purpose, n)
-
-    def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
-        return self.source.held_out_stream(purpose, n)
 
 
 def _explain(error: Exception) -> str:
