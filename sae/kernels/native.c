@@ -49,17 +49,22 @@ static inline bf16 to_bf16(float value) {
     return value == value ? (bf16)rounded : (bf16)0x7fc0;
 }
 
+static void *some_memory(size_t size) {
+    void *start = aligned_alloc(64, (MAX(size, 1) + 63) / 64 * 64);
+    if (!start) {
+        fprintf(stderr, "sae: no memory for %zu bytes\n", size);
+        abort();
+    }
+    return start;
+}
+
 /* A thread's own memory, kept from call to call: fresh pages would cost more than what is done with them. */
 static _Thread_local struct { size_t size; void *start; } own;
 
 static void *own_memory(size_t size) {
     if (own.size < size) {
         free(own.start);
-        own.start = aligned_alloc(64, (size + 63) / 64 * 64);
-        if (!own.start) {
-            fprintf(stderr, "sae: no memory for %zu bytes\n", size);
-            abort();
-        }
+        own.start = some_memory(size);
         own.size = size;
     }
     return own.start;
@@ -869,8 +874,8 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
                real *cuts, long threads) {
     Scores given = {pre, bias,    slack_row, slack_latent, batch, n_latents, rounded, sign,
                     x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
-#if TILES
-    if (tiles) {
+#if SELECTS_AT_ONCE
+    if (!pre && !panels) {
         top_k_at_once(&given, k, guess, latents, values, cuts, threads);
         return;
     }
@@ -927,7 +932,7 @@ API long at_least(const void *pre, long rounded, const real *bias, const real *s
                     x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
 #if SELECTS_AT_ONCE
     if (!pre) {
-        if (!tiles) prepare(&given, panels, threads);
+        if (panels) prepare(&given, panels, threads);
         return at_least_at_once(&given, stride, least, row_least, capacity, starts, counts, latents, values, threads);
     }
 #endif

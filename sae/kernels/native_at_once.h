@@ -4,8 +4,15 @@
    only what passes is kept: no matrix of pre-latents exists, and weights are read once for all rows of a chunk. The bound
    rises as larger values are found.
 
-   What multiplies are the matrix units of native_amx.h, where the encoder is given in tiles, or `tile` of native.c, where
-   weights are small. The k largest of a row of few latents are faster found in two passes over it (top_k). */
+   There are three ways to multiply: the matrix units of native_amx.h, where the encoder is given in tiles; `tile` of
+   native.c, where its panels are given, as small weights have them; else the encoder is read as it is, and rows of x lie in
+   lanes. The k largest of a row of few latents are faster found in two passes over it (top_k). */
+
+/* Whether float32 products with large weights are selected from as they are made. */
+API long selects_at_once(long threads) {
+    (void)threads;
+    return SELECTS_AT_ONCE;
+}
 
 #if SELECTS_AT_ONCE
 enum { CHUNK_ROWS = 256, BLOCK_ROWS = 2 * SIDE, BLOCK_COLUMNS = 2 * SIDE };
@@ -56,8 +63,12 @@ static inline void keep(Kept *kept, __mmask16 which, __m512 values, __m512i late
     kept->n += _mm_popcnt_u32(which);
 }
 
+static inline int in_lanes(const Scores *scores) { return !scores->tiles && !scores->panels; }
+
 /* Rows that are multiplied at once: at most BLOCK_ROWS. */
-static inline long rows_of_block(const Scores *scores) { return scores->tiles ? BLOCK_ROWS : 5 * TILE_ROWS; }
+static inline long rows_of_block(const Scores *scores) {
+    return scores->tiles || in_lanes(scores) ? BLOCK_ROWS : 5 * TILE_ROWS;
+}
 
 /* out [BLOCK_ROWS, BLOCK_COLUMNS]: m rows of a chunk, from row r on, times the latents from c on. */
 static inline void multiply(const Scores *scores, const char *rows, long r, long m, long c, float *out) {
@@ -103,9 +114,94 @@ static void keep_from_product(const Scores *scores, const char *rows, long m, lo
     }
 }
 
+enum { LATENTS = 12 };
+
+/* Twelve rows of weights times 32 rows of x in lanes. */
+static inline __attribute__((always_inline)) void twelve_latents(const float *weights, const float *x, long d, __m512 sums[LATENTS][2]) {
+    const float *w0 = weights, *w3 = w0 + 3 * d, *w6 = w3 + 3 * d, *w9 = w6 + 3 * d; /* few addresses, so that all are in registers */
+    for (long i = 0; i < LATENTS; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    for (long p = 0; p < d; p++, w0++, w3++, w6++, w9++, x += BLOCK_ROWS) {
+        __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + SIDE), w;
+#define TIMES(i, from)                                    \
+    w = _mm512_set1_ps(*(from));                          \
+    sums[i][0] = _mm512_fmadd_ps(w, low, sums[i][0]);     \
+    sums[i][1] = _mm512_fmadd_ps(w, high, sums[i][1])
+        TIMES(0, w0);
+        TIMES(1, w0 + d);
+        TIMES(2, w0 + 2 * d);
+        TIMES(3, w3);
+        TIMES(4, w3 + d);
+        TIMES(5, w3 + 2 * d);
+        TIMES(6, w6);
+        TIMES(7, w6 + d);
+        TIMES(8, w6 + 2 * d);
+        TIMES(9, w9);
+        TIMES(10, w9 + d);
+        TIMES(11, w9 + 2 * d);
+#undef TIMES
+    }
+}
+
+/* What of latent j passes in the rows `which` of the 16 whose lists are given. */
+static void keep_lanes(__mmask16 which, __m512 values, long j, long k, float *least, Kept *kept) {
+    float found[SIDE];
+    _mm512_storeu_ps(found, values);
+    for (unsigned left = which; left; left &= left - 1) {
+        Kept *row = kept + __builtin_ctz(left);
+        row->values[row->n] = found[__builtin_ctz(left)], row->latents[row->n++] = (int32_t)j;
+        if (k > 0 && row->n >= row->full) least[row - kept] = tighten(row, least[row - kept], k);
+    }
+}
+
+/* keep_from_product, of rows in lanes; `last` has room for twelve rows of weights. */
+static void keep_from_lanes(const Scores *scores, const float *rows, long m, long k, float *least, Kept *kept, float *last) {
+    long d = scores->d, n_latents = scores->n_latents, n_rows = (m + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+    for (long b = m; b < n_rows; b++) least[b] = INFINITY;
+    for (long c = 0; c < n_latents; c += LATENTS) {
+        long n = MIN(LATENTS, n_latents - c);
+        const float *weights = scores->encoder + c * d;
+        if (n < LATENTS) {
+            memset(last, 0, (size_t)(LATENTS * d) * sizeof(float));
+            weights = memcpy(last, weights, (size_t)(n * d) * sizeof(float));
+        }
+        for (long r = 0; r < n_rows; r += BLOCK_ROWS) {
+            /* the next twelve come from afar: a part of them with each block of rows */
+            const char *next = (const char *)(scores->encoder + (c + LATENTS) * d);
+            size_t size = (size_t)(LATENTS * d) * sizeof(float);
+            if (c + 2 * LATENTS <= n_latents)
+                for (size_t at = size * (size_t)r / (size_t)n_rows; at < size * (size_t)(r + BLOCK_ROWS) / (size_t)n_rows; at += 64)
+                    _mm_prefetch(next + at, _MM_HINT_T1);
+            __m512 sums[LATENTS][2];
+            twelve_latents(weights, rows + r * d, d, sums);
+            for (long i = 0; i < n; i++) {
+                __m512 bias = _mm512_set1_ps(scores->bias[c + i]);
+                __m512 low = _mm512_add_ps(sums[i][0], bias), high = _mm512_add_ps(sums[i][1], bias);
+                __mmask16 first = _mm512_cmp_ps_mask(low, _mm512_loadu_ps(least + r), _CMP_GT_OQ);
+                __mmask16 second = _mm512_cmp_ps_mask(high, _mm512_loadu_ps(least + r + SIDE), _CMP_GT_OQ);
+                if (!(first | second)) continue;
+                keep_lanes(first, low, c + i, k, least + r, kept + r);
+                keep_lanes(second, high, c + i, k, least + r + SIDE, kept + r + SIDE);
+            }
+        }
+    }
+}
+
+/* m rows of x, `stride` apart, into lanes: 32 of them side by side, 0 where there are none. */
+static void rows_to_lanes(const float *x, long d, long stride, long m, float *lanes_of) {
+    __m512i apart = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)(stride * d)));
+    for (long r = 0; r < m; r += SIDE) {
+        float *to = lanes_of + r / BLOCK_ROWS * BLOCK_ROWS * d + r % BLOCK_ROWS;
+        for (long p = 0; p < d; p++)
+            _mm512_storeu_ps(to + p * BLOCK_ROWS, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), first_of(m - r), apart, x + r * stride * d + p, 4));
+    }
+    if (m % BLOCK_ROWS > 0 && m % BLOCK_ROWS <= SIDE)
+        for (long p = 0; p < d; p++) _mm512_storeu_ps(lanes_of + m / BLOCK_ROWS * BLOCK_ROWS * d + p * BLOCK_ROWS + SIDE, _mm512_setzero_ps());
+}
+
 /* Rows of a chunk, so that each thread has as many chunks: rows are independent, and their number changes no bit. */
 static long rows_of_chunk(const Scores *scores, long n_rows, long threads) {
-    long block = rows_of_block(scores), n_chunks = MAX(threads * ((n_rows + threads * CHUNK_ROWS - 1) / (threads * CHUNK_ROWS)), 1);
+    long block = rows_of_block(scores), most = in_lanes(scores) ? MAX(MIN((1L << 18) / scores->d, CHUNK_ROWS), block) : CHUNK_ROWS;
+    long n_chunks = MAX(threads * ((n_rows + threads * most - 1) / (threads * most)), 1);
     return ((n_rows + n_chunks - 1) / n_chunks + block - 1) / block * block;
 }
 
@@ -121,10 +217,10 @@ static inline size_t row_bytes(const Scores *scores) {
 typedef struct {
     float *values;
     int32_t *latents;
-    char *rows; /* in tiles, or as they are */
+    char *rows; /* in tiles, in lanes, or as they are */
     long room;  /* of a list */
     Kept *kept;
-    float *least, *norms, *work;
+    float *least, *norms, *work, *last; /* of a batch's weights those that are no twelve */
 } Chunk;
 
 static Chunk chunk_of(const Scores *scores, long rows) {
@@ -132,11 +228,12 @@ static Chunk chunk_of(const Scores *scores, long rows) {
        apart would share the few places that a cache has for them. */
     long n_latents = scores->n_latents, d = scores->d, room = (n_latents + 2 * SIDE) / SIDE * SIDE + 3 * SIDE;
     size_t lists = (size_t)(rows * room) * sizeof(float), own_rows = (size_t)rows * row_bytes(scores);
-    size_t rest = (size_t)rows * (sizeof(Kept) + 2 * sizeof(float)) + (size_t)n_latents * sizeof(float);
+    size_t rest = (size_t)rows * (sizeof(Kept) + 2 * sizeof(float)) + (size_t)(n_latents + LATENTS * d) * sizeof(float);
     char *memory = own_memory(2 * lists + own_rows + rest);
     Chunk chunk = {.values = (float *)memory, .latents = (int32_t *)(memory + lists), .rows = memory + 2 * lists, .room = room};
     chunk.kept = (Kept *)(memory + 2 * lists + own_rows);
     chunk.least = (float *)(chunk.kept + rows), chunk.norms = chunk.least + rows, chunk.work = chunk.norms + rows;
+    chunk.last = chunk.work + n_latents;
 #if TILES
     if (scores->tiles) use_tiles();
 #endif
@@ -150,33 +247,20 @@ static void leave(const Scores *scores) {
 #endif
 }
 
-/* m rows of x into a chunk, from row `first` on, `stride` apart. */
-static void fetch_rows(const Scores *scores, const Chunk *chunk, long first, long stride, long m) {
+/* m rows into a chunk, `stride` apart. */
+static void fetch_rows(const Scores *scores, const Chunk *chunk, const float *x, long stride, long m) {
     long d = scores->d;
-    const float *x = scores->x + first * stride * d;
 #if TILES
     if (scores->tiles) {
         tile_rows(x, d, stride, m, (bf16 *)chunk->rows);
         return;
     }
 #endif
-    for (long r = 0; r < m; r++) memcpy((float *)chunk->rows + r * d, x + r * stride * d, (size_t)d * sizeof(float));
-}
-
-/* Row `from` of a chunk, to the place of row `to`. */
-static void move_row(const Scores *scores, const Chunk *chunk, long from, long to) {
-#if TILES
-    if (scores->tiles) {
-        long steps = tile_steps(scores->d);
-        bf16 *rows = (bf16 *)chunk->rows;
-        for (long s = 0; s < steps; s++)
-            memmove(rows + (to / SIDE * steps + s) * TILE_ENTRIES + to % SIDE * DEPTH,
-                    rows + (from / SIDE * steps + s) * TILE_ENTRIES + from % SIDE * DEPTH, DEPTH * sizeof(bf16));
+    if (in_lanes(scores)) {
+        rows_to_lanes(x, d, stride, m, (float *)chunk->rows);
         return;
     }
-#endif
-    size_t size = row_bytes(scores);
-    memmove(chunk->rows + (size_t)to * size, chunk->rows + (size_t)from * size, size);
+    for (long r = 0; r < m; r++) memcpy((float *)chunk->rows + r * d, x + r * stride * d, (size_t)d * sizeof(float));
 }
 
 /* Empty lists of m rows. */
@@ -185,56 +269,75 @@ static void begin(const Chunk *chunk, long m, long full) {
         chunk->kept[b] = (Kept){chunk->latents + b * chunk->room, chunk->values + b * chunk->room, 0, full};
 }
 
-/* Only the rows that `which` names are left, from the first on, and their lists are empty. */
-static void leave_rows(const Scores *scores, const Chunk *chunk, const int32_t *which, long n, long full) {
-    for (long i = 0; i < n; i++) {
-        move_row(scores, chunk, which[i], i);
-        chunk->kept[i] = chunk->kept[which[i]], chunk->kept[i].n = 0, chunk->kept[i].full = full, chunk->least[i] = 0;
+static void keep_from_chunk(const Scores *scores, const Chunk *chunk, long m, long k) {
+    if (in_lanes(scores)) keep_from_lanes(scores, (const float *)chunk->rows, m, k, chunk->least, chunk->kept, chunk->last);
+    else keep_from_product(scores, chunk->rows, m, k, chunk->least, chunk->kept);
+}
+
+/* Where the codes of rows go, and each row's k-th largest pre-latent as a share of |x_b|, where it is asked for. */
+typedef struct {
+    long k;
+    int32_t *latents;
+    float *values, *cuts;
+} TopK;
+
+/* The k largest of m rows, the search in each beginning at `guess` * |x|. `which` has the numbers of the rows, where they do
+   not follow each other from `first` on. Rows in which the guess was too high are left out, and their number is appended
+   to `again`. */
+static void top_k_of_chunk(const Scores *scores, const Chunk *chunk, const float *x, long first, const int32_t *which, long m,
+                           float guess, const TopK *to, int32_t *again, long *n_again) {
+    long d = scores->d, k = to->k;
+    begin(chunk, m, 4 * k + 2 * SIDE);
+    for (long i = 0; i < m; i++) {
+        chunk->norms[i] = sqrtf(dot(x + i * d, x + i * d, d)), chunk->least[i] = guess * chunk->norms[i];
+        if (!(chunk->least[i] < INFINITY)) chunk->least[i] = 0;
+    }
+    fetch_rows(scores, chunk, x, 1, m);
+    keep_from_chunk(scores, chunk, m, k);
+    for (long i = 0; i < m; i++) {
+        Kept *kept = chunk->kept + i;
+        long b = which ? which[i] : first + i;
+        if (kept->n < k && chunk->least[i] > 0) {
+            long at;
+#pragma omp atomic capture
+            at = (*n_again)++;
+            again[at] = (int32_t)b;
+            continue;
+        }
+        float cut;
+        long n = keep_largest(kept->latents, kept->values, kept->n, k, chunk->work, &cut);
+        fill_slots(kept->latents, kept->values, n, k, to->latents + b * k, to->values + b * k);
+        if (!to->cuts) continue;
+        if (n == k && cut == 0)
+            for (long e = 0; e < k; e++) cut = e ? MIN(cut, kept->values[e]) : kept->values[0];
+        to->cuts[b] = chunk->norms[i] > 0 ? cut / chunk->norms[i] : 0;
     }
 }
 
-/* The search in row b begins at `guess` * |x_b|. Where that was too high, it begins again at 0: the guess changes how long
-   it takes, and nothing else. `cuts`, where given, receives the k-th largest pre-latent as a share of |x_b|. */
+/* The guess changes how long it takes, and nothing else: rows in which it was too high are searched again from 0 on, all of
+   them together, as a block of rows takes as long with few as with many. */
 static void top_k_at_once(const Scores *scores, long k, float guess, int32_t *latents, float *values, float *cuts, long threads) {
-    long n_rows = scores->batch, d = scores->d, rows = rows_of_chunk(scores, n_rows, threads), full = 4 * k + 2 * SIDE;
+    long n_rows = scores->batch, d = scores->d, rows = rows_of_chunk(scores, n_rows, threads), n_again = 0;
+    TopK to = {k, latents, values, cuts};
+    int32_t *again = some_memory((size_t)n_rows * sizeof(int32_t));
+    float *x_again = NULL;
 #pragma omp parallel num_threads((int)threads)
     {
         Chunk chunk = chunk_of(scores, rows);
 #pragma omp for schedule(dynamic, 1)
-        for (long first = 0; first < n_rows; first += rows) {
-            long m = MIN(rows, n_rows - first), left = m;
-            int32_t which[CHUNK_ROWS + BLOCK_ROWS];
-            begin(&chunk, m, full);
-            for (long b = 0; b < m; b++) {
-                const float *x = scores->x + (first + b) * d;
-                chunk.norms[b] = sqrtf(dot(x, x, d)), chunk.least[b] = guess * chunk.norms[b], which[b] = (int32_t)b;
-                if (!(chunk.least[b] < INFINITY)) chunk.least[b] = 0;
-            }
-            fetch_rows(scores, &chunk, first, 1, m);
-            while (left > 0) {
-                long again = 0, of = left;
-                keep_from_product(scores, chunk.rows, of, k, chunk.least, chunk.kept);
-                for (long i = 0; i < of; i++) {
-                    Kept *kept = chunk.kept + i;
-                    long b = first + which[i];
-                    if (kept->n < k && chunk.least[i] > 0) { /* which happens in the first round alone: row i is still there */
-                        which[again++] = (int32_t)i;
-                        continue;
-                    }
-                    float cut;
-                    long n = keep_largest(kept->latents, kept->values, kept->n, k, chunk.work, &cut);
-                    fill_slots(kept->latents, kept->values, n, k, latents + b * k, values + b * k);
-                    if (!cuts) continue;
-                    if (n == k && cut == 0)
-                        for (long e = 0; e < k; e++) cut = e ? MIN(cut, kept->values[e]) : kept->values[0];
-                    cuts[b] = chunk.norms[b - first] > 0 ? cut / chunk.norms[b - first] : 0;
-                }
-                if (again > 0) leave_rows(scores, &chunk, which, again, full);
-                left = again;
-            }
-        }
+        for (long first = 0; first < n_rows; first += rows)
+            top_k_of_chunk(scores, &chunk, scores->x + first * d, first, NULL, MIN(rows, n_rows - first), guess, &to, again, &n_again);
+#pragma omp single
+        if (n_again > 0) x_again = some_memory((size_t)(n_again * d) * sizeof(float));
+#pragma omp for schedule(static)
+        for (long i = 0; i < n_again; i++) memcpy(x_again + i * d, scores->x + again[i] * d, (size_t)d * sizeof(float));
+        long few = MIN(rows_of_chunk(scores, n_again, threads), rows), of = n_again;
+#pragma omp for schedule(dynamic, 1)
+        for (long i = 0; i < of; i += few)
+            top_k_of_chunk(scores, &chunk, x_again + i * d, 0, again + i, MIN(few, of - i), 0, &to, NULL, NULL);
         leave(scores);
     }
+    free(again), free(x_again);
 }
 
 static long at_least_at_once(const Scores *scores, long stride, float least, const float *row_least, long capacity,
@@ -251,8 +354,8 @@ static long at_least_at_once(const Scores *scores, long stride, float least, con
                 float limit = row_least ? row_least[(first + b) * stride] : least;
                 chunk.least[b] = limit > 0 ? nextafterf(limit, 0) : 0;
             }
-            fetch_rows(scores, &chunk, first, stride, m);
-            keep_from_product(scores, chunk.rows, m, 0, chunk.least, chunk.kept);
+            fetch_rows(scores, &chunk, scores->x + first * stride * scores->d, stride, m);
+            keep_from_chunk(scores, &chunk, m, 0);
             for (long b = 0; b < m; b++) {
                 long n = chunk.kept[b].n, start;
 #pragma omp atomic capture

@@ -27,7 +27,7 @@ GUESS = 0.92
 MAX_GUESSES = 40
 # Where a TopK begins to look in a row, as a share of |x|: nearly all rows of the last batch had their k-th code above
 # it, if they had one. One in so many is computed twice, and those without; if these are too many, it begins at 0.
-ROW_GUESS, FEW_ROWS, MANY_ROWS = 0.95, 256, 0.4
+ROW_GUESS, FEW_ROWS, MANY_ROWS = 0.95, 1024, 0.4
 # Where the search begins when some rows tell nothing of the cut.
 SMALLEST = 1e-37
 # As in native.c: latents of a panel of whole numbers, and what is known of all of them.
@@ -82,6 +82,7 @@ class Selection:
         self._buffer = Buffers(dtype, torch.device("cpu"))
         self._can_screen = precision == "fp32" and bool(self._call("screens"))
         self._tiles = precision == "bf16" and bool(self._call("multiplies_tiles"))
+        self._at_once = self._tiles or (precision == "fp32" and bool(self._call("selects_at_once")))
         self.cut = self.row_cut = 0.0
 
     # ------------------------------------------------------------------------------------------------ encoder
@@ -152,7 +153,7 @@ class Selection:
     def top_k(self, scores: Scores, k: int) -> Codes:
         batch, d_sae = scores.shape
         latents, values = self._slots("codes", batch * k)
-        own_blocks = self._can_screen or self._tiles
+        own_blocks = self._can_screen or self._at_once
         at_once = batch * d_sae if own_blocks else base.BLOCK_ENTRIES
         for rows in blocks(batch, d_sae, at_once):
             block, slots = self._block(scores, rows), slice(rows.start * k, rows.stop * k)
@@ -160,7 +161,8 @@ class Selection:
             if self.precision == "exact":
                 self._exact_top_k(block, k, *own)
             else:
-                cuts = self._buffer("cuts", (batch,)) if self._tiles else None
+                guessed = self._tiles or (self._at_once and not is_small(scores.encoder))
+                cuts = self._buffer("cuts", (batch,)) if guessed else None
                 self._call("top_k", *self._parts(block), *block.shape, k, self.row_cut, *own, cuts)
                 if cuts is not None:
                     self.row_cut = _guess(cuts)
@@ -265,7 +267,7 @@ class Selection:
     # ------------------------------------------------------------------------------------------------- plumbing
 
     def _block(self, scores: Scores, rows: slice) -> Block:
-        within = self._tiles or (self.precision == "fp32" and (self._can_screen or is_small(scores.encoder)))
+        within = self._can_screen or self._at_once or (self.precision == "fp32" and is_small(scores.encoder))
         return Block(scores, rows, None if within else scores.product(rows))
 
     def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
@@ -278,7 +280,8 @@ class Selection:
             x = scores.x if block.shape[0] == scores.x.shape[0] else scores.x[block.rows]
             d_sae = block.shape[1]
             screens = self._screens(scores.encoder)
-            panels = None if screens or self._tiles else panels_of(self._buffer, "encoder", d_sae, d)
+            panels = panels_of(self._buffer, "encoder", d_sae, d) if is_small(scores.encoder) else None
+            panels = None if self._tiles else panels
             whole = self._screen(d_sae, d) if screens else (None, None)
             within = (x, scores.encoder, panels, *whole, kept["encoder_tiles"] if self._tiles else None)
         return product, rounded, scores.bias, *slacks, sign, *within, d

@@ -1,4 +1,4 @@
-"""Products on AMX units, selected from as they are made: codes are those of rounded numbers, summed exactly.
+"""Products that are selected from as they are made: in float32, or on AMX units, where the numbers are rounded.
 
 Where a CPU has no such units, `amx_units.h` takes their place.
 """
@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import Codes, DenseStep, Rows, State, build, selection
+from sae.kernels import Codes, DenseStep, Rows, State, build, selection, small
 from sae.kernels.native import Native
 from sae.kernels.reference import dense
 from sae.optim import Now
@@ -23,6 +23,21 @@ many = settings(max_examples=60, deadline=None)
 sizes = {"shape": st.sampled_from(SHAPES), "data": st.sampled_from(DATA), "seed": st.integers(0, 99)}
 
 UNITS, CPU = Path(__file__).with_name("amx_units.h"), Path("/proc/cpuinfo")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _large_weights():
+    """Small ones have products of their own in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "ENTRIES", -1)
+        yield
+
+
+@pytest.fixture(params=["bf16", "fp32"], scope="module")
+def precision(request):
+    if not Native(torch.float32, request.param)._at_once:
+        pytest.skip("this CPU has no AVX-512")
+    return request.param
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,9 +79,10 @@ def case(data: str, batch: int, d_in: int, d_sae: int, seed: int) -> tuple[Tenso
     return x, State.of(weights, False)
 
 
-def judged(x: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """Pre-latents of the rounded numbers in float64, and how far sums in float32 may be from them."""
-    a, b = x.bfloat16().double(), state.encoder.bfloat16().double()
+def judged(x: Tensor, state: State, precision: str) -> tuple[Tensor, Tensor]:
+    """Pre-latents in float64, of the rounded numbers where they are, and how far sums in float32 may be from them."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = x.to(dtype).double(), state.encoder.to(dtype).double()
     blur = 2 * (x.shape[1] + 2) * 2**-24 * (a.abs() @ b.abs().T + state.b_enc.double().abs())
     return a @ b.T + state.b_enc.double(), blur
 
@@ -83,11 +99,11 @@ def selects(codes: Codes, pre: Tensor, blur: Tensor, cut: Tensor) -> None:
 @given(k_share=st.floats(0, 1), **sizes)
 @example(k_share=0.02, shape=(65, 200, 2048), data="ascending", seed=0)
 @example(k_share=0.02, shape=(65, 200, 2048), data="equal", seed=0)
-def test_top_k(k_share, shape, data, seed):
+def test_top_k(precision, k_share, shape, data, seed):
     x, state = case(data, *shape, seed)
     k = 1 + int(k_share * (shape[2] - 1))
-    kernels = Native(torch.float32, "bf16")
-    pre, blur = judged(x, state)
+    kernels = Native(torch.float32, precision)
+    pre, blur = judged(x, state, precision)
     cut = pre.topk(k, dim=1).values[:, -1:].clamp_min(0)
     for _ in range(2):  # the second time with what the first has seen
         codes = kernels.top_k(kernels.scores(x, state), k)
@@ -103,11 +119,11 @@ def test_top_k(k_share, shape, data, seed):
 
 @many
 @given(share=st.floats(0, 1), **sizes)
-def test_batch_top_k(share, shape, data, seed):
+def test_batch_top_k(precision, share, shape, data, seed):
     x, state = case(data, *shape, seed)
     n = 1 + int(share * (shape[0] * shape[2] - 1))
-    kernels = Native(torch.float32, "bf16")
-    pre, blur = judged(x, state)
+    kernels = Native(torch.float32, precision)
+    pre, blur = judged(x, state, precision)
     top = pre.flatten().topk(n)
     for _ in range(2):
         codes = kernels.batch_top_k(kernels.scores(x, state), n)
@@ -120,27 +136,27 @@ def test_batch_top_k(share, shape, data, seed):
 
 @many
 @given(**sizes)
-def test_positive(shape, data, seed):
+def test_positive(precision, shape, data, seed):
     x, state = case(data, *shape, seed)
-    kernels = Native(torch.float32, "bf16")
+    kernels = Native(torch.float32, precision)
     codes = kernels.positive(kernels.scores(x, state), shape[0] * shape[2])
     assert codes is not None
     assert (codes.values > 0).all()
-    selects(codes, *judged(x, state), torch.zeros(1))
+    selects(codes, *judged(x, state, precision), torch.zeros(1))
 
 
-def test_a_batch_that_needs_more_slots_says_so():
+def test_a_batch_that_needs_more_slots_says_so(precision):
     x, state = case("spread", 37, 64, 257, 0)
-    kernels = Native(torch.float32, "bf16")
+    kernels = Native(torch.float32, precision)
     assert kernels.positive(kernels.scores(x, state), 10) is None
 
 
-def test_threads_change_nothing():
+def test_threads_change_nothing(precision):
     x, state = case("spread", 600, 65, 2048, 3)
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        kernels = Native(torch.float32, "bf16")
+        kernels = Native(torch.float32, precision)
         found.append([part.clone() for part in kernels.top_k(kernels.scores(x, state), 9)[:3]])
     torch.set_num_threads(1)
     for one, other in zip(*found, strict=True):
@@ -148,9 +164,9 @@ def test_threads_change_nothing():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_in_its_row(bad):
+def test_what_is_no_number_stays_in_its_row(precision, bad):
     x, state = case("spread", 37, 64, 257, 0)
-    kernels = Native(torch.float32, "bf16")
+    kernels = Native(torch.float32, precision)
     good = dense(kernels.top_k(kernels.scores(x, state), 5), 257).clone()
     x[3, 7] = bad
     after = dense(kernels.top_k(kernels.scores(x, state), 5), 257)
@@ -158,19 +174,19 @@ def test_what_is_no_number_stays_in_its_row(bad):
     assert torch.equal(after[others], good[others])
 
 
-def test_infinite_latents_are_the_largest():
+def test_infinite_latents_are_the_largest(precision):
     x, state = case("spread", 37, 64, 257, 0)
     state.b_enc[[3, 200]] = float("inf")
-    kernels = Native(torch.float32, "bf16")
+    kernels = Native(torch.float32, precision)
     z = dense(kernels.top_k(kernels.scores(x, state), 12), 257)
     assert z[:, [3, 200]].isinf().all()
-    pre, _ = judged(x, state)
+    pre, _ = judged(x, state, precision)
     assert torch.equal(z > 0, pre >= pre.topk(12, dim=1).values[:, -1:])
 
 
-def test_a_batch_of_no_rows_has_no_codes():
+def test_a_batch_of_no_rows_has_no_codes(precision):
     x, state = case("spread", 37, 64, 257, 0)
-    kernels = Native(torch.float32, "bf16")
+    kernels = Native(torch.float32, precision)
     assert not len(kernels.positive(kernels.scores(x[:0], state), 10).values)
 
 
