@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -129,6 +130,8 @@ def _reconstruct(
             if not bool(z.values.isfinite().all()):
                 row = whole.n_samples + int((~z.values.isfinite()).any(dim=1).nonzero()[0])
                 raise UsageError(f"codes must be finite, those of sample {row} are not; check weights and activations")
+            if z.d_sae != len(W_dec):
+                raise UsageError(f"codes of {z.d_sae} latents do not fit a W_dec of {len(W_dec)} rows")
             whole.update(wanted, coder.decode(z, chunk), z)
             for width, of_prefix in by_prefix.items():
                 first = z.scaled((torch.arange(len(W_dec), device=W_dec.device) < width).to(W_dec.dtype))
@@ -141,6 +144,8 @@ def _reconstruct(
             neurons.update(piece.wanted.cpu(), acts)
     density = whole.density()
     values = _group("metrics", whole.compute())
+    if not isfinite(values["metrics/mse"]):
+        raise UsageError("reconstructions must be finite, some are not; check weights and activations")
     values |= {f"metrics/fvu_prefix_{width}": part.compute()["fvu"] for width, part in by_prefix.items()}
     values["sparsity/dead_features"] = float((density == 0).sum())
     return density, values
@@ -169,6 +174,8 @@ def _geometry(W_dec: Tensor, truth: Tensor | None, alive: Tensor) -> dict[str, f
 def _check_finite(piece: HeldOut) -> None:
     if not all(bool(rows.isfinite().all()) for rows in (piece.x, piece.wanted)):
         raise UsageError("activations must be finite, the evaluation set holds nan or inf; drop those rows")
+    if piece.acts is not None and not bool(piece.acts.values.isfinite().all()):
+        raise UsageError("true activations must be finite, the evaluation set holds nan or inf; drop those rows")
 
 
 def _check_widths(W_dec: Tensor, truth: Tensor, first: HeldOut) -> None:

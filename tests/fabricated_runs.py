@@ -94,7 +94,7 @@ def _feature_tables(truth: Tensor, latent: Tensor, cosine: Tensor, stream: torch
         "feature/magnitude": torch.rand(n, generator=stream) * 0.1 + 0.5,
         "feature/matched_latent": latent,
         "feature/matched_cosine": cosine.float(),
-        **{f"feature/{name}": f1.clone() for name in ("precision", "recall", "f1", "auroc", "r2")},
+        **{f"feature/{name}": f1.clone() for name in ("precision", "recall", "f1", "auroc", "r2", "shrinkage")},
         "feature/nearest_feature": cosines.argmax(dim=1),
         "feature/nearest_feature_cosine": cosines.max(dim=1).values,
         "feature/found": cosine > 0.9,

@@ -33,6 +33,7 @@ LAYERS = {
         "training",
         "geometry",
         "theory",
+        "thresholds",
         "sparse_coding",
         "sequences",
         "worlds",

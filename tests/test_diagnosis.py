@@ -271,8 +271,8 @@ def test_standard_errors_are_those_of_the_mean() -> None:
     one, other = (
         diagnose(Coder(TRUTH[:20]), TRUTH, VALIDATION, HeldOut(ROWS.x[half], ROWS.acts[half])) for half in HALVES
     )
-    error = number(one, "unreachable_se")
-    assert 0 < abs(number(one, "unreachable") - number(other, "unreachable")) < 6 * error
+    error = number(one, "amortisation_gap_se")
+    assert 0 < abs(number(one, "amortisation_gap") - number(other, "amortisation_gap")) < 6 * error
 
 
 HALVES = (slice(0, 2000), slice(2000, 4000))

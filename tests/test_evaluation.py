@@ -70,3 +70,7 @@ def test_bad_rows_in_a_later_window_are_refused(source: WorldSource, monkeypatch
         x[700, 2] = bad
         with pytest.raises(UsageError, match="the evaluation set holds nan or inf; drop those rows"):
             evaluate(coder(source.truth), HeldOut(x, known), source.truth)
+    x, acts, _ = source.held_out("evaluation", 900)
+    acts.values[-1] = torch.nan
+    with pytest.raises(UsageError, match="true activations must be finite, the evaluation set holds nan or inf"):
+        evaluate(coder(source.truth), HeldOut(x, acts), source.truth)

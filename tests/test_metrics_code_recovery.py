@@ -1,5 +1,6 @@
 """Judges of code recovery: the slow, obvious version of every score, scikit-learn, the truth, and luck."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -19,11 +20,12 @@ from sae.metrics import (
     match_dictionary,
     recovery,
 )
-from sae.metrics.code_recovery import auroc, best_threshold, code_recovery
+from sae.metrics.code_recovery import auroc, code_recovery
 from sae.metrics.inputs import compressed, permuted
 from sae.metrics.samples import Samples, Window, columns
 from toymodels.features import FeatureBatch, Features
 from toymodels.streams import generator
+from toymodels.thresholds import threshold_of_highest_f1
 
 N, N_FEATURES, D, D_SAE = 500, 24, 10, 17
 MACRO = ("precision", "recall", "f1", "auroc", "r2", "shrinkage")
@@ -132,12 +134,12 @@ def test_f1_best_takes_the_best_of_all_thresholds_on_every_fourth_sample() -> No
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(seed=st.integers(0, 999), n=st.integers(0, 60), columns=st.integers(1, 4))
-def test_best_threshold_equals_trying_each(seed: int, n: int, columns: int) -> None:
+def test_the_threshold_of_highest_f1_equals_trying_each(seed: int, n: int, columns: int) -> None:
     stream = generator(seed, "threshold")
     on = torch.rand(n, columns, generator=stream) < 0.2
     z = torch.randint(0, 20, (n, columns), generator=stream).double() + 6 * on  # with ties
     row, column = (z > 0).nonzero().unbind(dim=1)
-    found = best_threshold(column, z[row, column], on[row, column], on.sum(dim=0).double(), 0.0)
+    found = threshold_of_highest_f1(column, z[row, column], on[row, column], on.sum(dim=0).double(), 0.0)
 
     def total(threshold: float) -> float:
         f1 = [2 * (p & q).sum() / (p.sum() + q.sum()) for p, q in zip((z > threshold).T, on.T, strict=True) if q.any()]
@@ -431,3 +433,18 @@ def test_deciles_split_the_table_by_frequency() -> None:
 def test_errors_name_the_value(codes: Tensor | None, acts: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recovery(WORLD.W_dec, WORLD.truth, codes=codes, acts=acts, firing_threshold=0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    codes, acts, scores = WORLD.z.clone(), WORLD.acts.dense(), WORLD.z.clone()
+    codes[7, 3] = acts[9, 2] = scores[11, 1] = bad
+    known = {"codes": WORLD.z, "acts": WORLD.acts}
+    for words, message in (
+        (known | {"codes": codes}, "codes must be finite, those of sample 7 hold nan or inf"),
+        (known | {"acts": acts}, "true activations must be finite, sample 9 holds nan or inf"),
+        (known | {"pre_latents": scores}, "pre-latents must be finite, those of sample 11"),
+        (known | {"pre_latents": scores[:, 1:]}, "pre-latents of .* do not fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recovery(WORLD.W_dec, WORLD.truth, **words)  # type: ignore[arg-type]

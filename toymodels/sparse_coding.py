@@ -16,6 +16,8 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from toymodels.thresholds import best_threshold
+
 # Atoms that a row may add in one step: larger supports are found in fewer steps.
 AT_ONCE = 4
 
@@ -187,27 +189,3 @@ def select_penalty(
         z = sparse_code(x, dictionary, penalty, k=k)
         choices.append(PenaltyChoice(penalty, *best_threshold(z, fires)))
     return max(choices, key=lambda choice: choice.f1)
-
-
-def best_threshold(z: Float[Tensor, "batch n"], fires: Bool[Tensor, "batch n"]) -> tuple[float, float]:
-    """The firing threshold of highest macro F1 against `fires`, and that F1.
-
-    Tried are 0 and a hundred evenly spaced quantiles of the positive codes.
-    """
-    row, feature = (z > 0).nonzero(as_tuple=True)
-    code, true = z[row, feature], fires[row, feature]
-    ranks = torch.arange(100, device=z.device) * len(code) // 100
-    thresholds = F.pad(code.sort().values[ranks] if len(code) else code, (1, 0))
-    # A code in bin b exceeds the first b thresholds.
-    n_bins = len(thresholds) + 1
-    bins = feature * n_bins + torch.searchsorted(thresholds, code)
-
-    def above(entries: Tensor) -> Tensor:
-        counts = rearrange(torch.bincount(entries, minlength=z.shape[1] * n_bins), "(n b) -> n b", b=n_bins)
-        return counts.flip(1).cumsum(1).flip(1)[:, 1:]
-
-    positives = fires.sum(dim=0, keepdim=True).mT
-    f1 = 2 * above(bins[true]) / (above(bins) + positives).clamp(min=1)
-    macro = f1[positives.squeeze(1) > 0].mean(dim=0)
-    best = int(macro.argmax())
-    return float(thresholds[best]), float(macro[best])

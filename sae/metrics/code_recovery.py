@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -16,6 +15,7 @@ from sae.metrics.inputs import Matrix, directions, rows_of
 from sae.metrics.native import add_matched_, can_call, look_up
 from sae.metrics.samples import Window, rows_in
 from toymodels.features import FeatureBatch
+from toymodels.thresholds import orders, threshold_of_highest_f1
 
 # Every fourth sample chooses the threshold of f1_best, the others judge it.
 VALIDATION_EVERY = 4
@@ -162,7 +162,7 @@ def chosen_thresholds(views: Sequence[Iterable[Window]], matching: Matching, flo
     column, value = (torch.cat(part) for part in zip(*entries, strict=True))
     order = orders(column, value, len(matching.latent))
     return [
-        best_threshold(column, value, torch.cat(hit), active, floor, order)
+        threshold_of_highest_f1(column, value, torch.cat(hit), active, floor, order)
         for hit, active in zip(hits, n_active, strict=True)
     ]
 
@@ -225,51 +225,6 @@ def _position(
     queries = score.new_zeros(len(ordered), int(counts.max()))
     queries[column, slot] = score
     return torch.searchsorted(ordered, queries, right=right)[column, slot]
-
-
-def best_threshold(
-    column: Int[Tensor, " entries"],
-    value: Float[Tensor, " entries"],
-    hit: Bool[Tensor, " entries"],
-    n_active: Float[Tensor, " columns"],
-    floor: float,
-    order: tuple[Int[Tensor, " entries"], Int[Tensor, " entries"]] | None = None,
-) -> float:
-    """The threshold t >= floor for all columns that maximises Σ_i F1_i, column i firing where its value > t.
-
-    Entry e, above the floor, is a value of column `column[e]` in a sample where that column's feature fires
-    (`hit[e]`) or not; `n_active` is how often each does. Exact: values are added from the largest to the
-    smallest, and each changes the F1 of its own column. The answer is the largest value that does not fire;
-    the floor where nothing is ever hit. `order`: the `orders` of the entries, where they are known.
-    """
-    if not hit.any():
-        return floor
-    descending, by_column = orders(column, value, len(n_active)) if order is None else order
-    own, hits = column[by_column], hit[by_column].double()
-    starts = torch.ones_like(own, dtype=torch.bool)
-    starts[1:] = own[1:] != own[:-1]
-    start = starts.nonzero().squeeze(1)[starts.cumsum(0) - 1]
-
-    n_fires = torch.arange(1, len(own) + 1, device=own.device) - start
-    n_hits = hits.cumsum(0) - (hits.cumsum(0) - hits)[start]
-    f1 = 2 * n_hits / (n_fires + n_active[own])
-    gain = torch.empty_like(f1)
-    gain[by_column] = f1 - torch.where(starts, 0.0, f1.roll(1))
-
-    value, total = value[descending], gain[descending].cumsum(0)
-    next_value = torch.cat([value[1:], value.new_tensor([floor])])
-    total = torch.where(value > next_value, total, -torch.inf)  # equal values fire together
-    return float(next_value[total.argmax()])
-
-
-def orders(
-    column: Int[Tensor, " entries"], value: Float[Tensor, " entries"], n_columns: int
-) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"]]:
-    """The entries from the largest value to the smallest, and those of each column likewise, column after column."""
-    # numpy sorts several times as fast as torch, small integers by their digits.
-    descending = torch.from_numpy(np.argsort(-value.numpy()))
-    small = np.uint16 if n_columns <= 2**16 else np.int64
-    return descending, descending[torch.from_numpy(np.argsort(column[descending].numpy().astype(small), kind="stable"))]
 
 
 def _count_(total: Float[Tensor, " k"], index: Int[Tensor, " entries"], weights: Tensor) -> None:

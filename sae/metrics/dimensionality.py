@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.metrics.chance import beside_chance
-from sae.metrics.inputs import Mask, Matrix, as_tensor, directions
+from sae.metrics.inputs import Mask, Matrix, as_tensor, directions, row_norms
 from sae.metrics.once import fingerprint, once
 from toymodels import geometry
 from toymodels.streams import generator
@@ -37,7 +37,11 @@ def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
 
     Beside each stand `<name>_chance` and `<name>_chance_sd`, of random directions with these norms.
     What is undefined (the Welch ratios for n <= m, D* of zeros) is left out. `seed` drives chance alone.
+
+    Raises:
+        ValueError: a row holds nan or inf.
     """
+    row_norms(W)  # refuses what is not finite
     rows = _precise(as_tensor(W))
     return beside_chance(_geometry(rows), [_geometry(random) for random in _random_directions(rows, seed)], {})
 

@@ -233,11 +233,6 @@ def as_samples(
         raise ValueError(
             f"codes of {len(codes)} samples do not fit acts of {len(acts)}; pass those of one evaluation set"
         )
-    if acts.n_features != len(truth):
-        raise ValueError(
-            f"true activations of {acts.n_features} features do not fit a truth of {len(truth)}; pass those of one "
-            "world"
-        )
     norms = directions(W_dec)[1].cpu().to(codes.values.dtype)
     with Samples(len(W_dec), len(truth)) as samples:
         size = window_rows(W_dec.shape[1], len(W_dec))
@@ -257,6 +252,11 @@ def _threshold(
         )
     if len(codes) == 0:
         raise ValueError("codes hold no sample, so there is nothing to evaluate; pass [samples, d_sae]")
+    if acts is not None and acts.n_features != len(truth):
+        raise ValueError(
+            f"true activations of {acts.n_features} features do not fit a truth of {len(truth)}; pass those of one "
+            "world"
+        )
     if given is not None:
         return given
     if acts is None:

@@ -61,6 +61,11 @@ def argmax(x: Float[Tensor, "_rows _columns"]) -> Int[Tensor, " _rows"]:
     return torch.from_numpy(np.ascontiguousarray(x.numpy()).argmax(axis=1))
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is nan or inf: their sum would be neither, unless it overflows."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def scale_threshold(x: Matrix) -> float:
     """Above what a latent fires: 1e-6 of the input's scale sqrt(E|x - mean(x)|^2)."""
     return FIRING_SHARE * float(as_tensor(x).double().var(dim=0, correction=0).sum().sqrt())
@@ -79,13 +84,15 @@ def as_acts(acts: FeatureBatch | Matrix) -> FeatureBatch:
     """Dense true activations become their non-zero entries.
 
     Raises:
-        ValueError: a batch with more leading axes than one.
+        ValueError: a batch with more leading axes than one, or with values that are not finite.
     """
-    if not isinstance(acts, FeatureBatch):
-        return FeatureBatch.from_dense(as_tensor(acts).cpu())
-    if len(acts.shape) != 2:
+    if isinstance(acts, FeatureBatch) and len(acts.shape) != 2:
         raise ValueError(f"true activations must be [samples, n_features], got {list(acts.shape)}; pass one instance")
-    return acts.to("cpu")
+    acts = acts.to("cpu") if isinstance(acts, FeatureBatch) else FeatureBatch.from_dense(as_tensor(acts).cpu())
+    if not all_finite(acts.values):
+        sample = int(rows_of(acts)[~acts.values.isfinite()][0])
+        raise ValueError(f"true activations must be finite, sample {sample} holds nan or inf; drop that sample")
+    return acts
 
 
 def rows_of(acts: FeatureBatch) -> Int[Tensor, " nnz"]:
@@ -108,11 +115,18 @@ def permuted(acts: FeatureBatch, order: Int[Tensor, " samples"]) -> FeatureBatch
 
 
 def as_codes(z: SparseCodes | Matrix) -> SparseCodes:
-    """Dense units become codes in the full layout, signs kept."""
+    """Dense units become codes in the full layout, signs kept.
+
+    Raises:
+        ValueError: a code is not finite.
+    """
+    values = as_tensor(z.values if isinstance(z, SparseCodes) else z)
+    if not all_finite(values):
+        sample = int((~values.isfinite()).any(dim=1).nonzero()[0])
+        raise ValueError(f"codes must be finite, those of sample {sample} hold nan or inf; drop that sample")
     if isinstance(z, SparseCodes):
-        return SparseCodes(as_tensor(z.values), z.indices, z.d_sae)
-    z = as_tensor(z)
-    return SparseCodes(z, None, z.shape[1])
+        return SparseCodes(values, z.indices, z.d_sae)
+    return SparseCodes(values, None, values.shape[1])
 
 
 def compressed(z: SparseCodes, threshold: float) -> FeatureBatch:

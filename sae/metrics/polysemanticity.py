@@ -48,9 +48,11 @@ def polysemanticity(
     of a polysemantic neuron. Selectivity is near 0 by chance; read the two together.
 
     Raises:
-        ValueError: different numbers of samples.
+        ValueError: no sample, different numbers of samples, or values that are not finite.
     """
     z, a = as_codes(units).to("cpu"), as_acts(acts)
+    if not len(z):
+        raise ValueError("units hold no sample, so there is nothing to evaluate; pass [samples, K]")
     if len(z) != len(a):
         raise ValueError(f"units of {len(z)} samples and acts of {len(a)}; pass the same evaluation set")
     sparse, size = isinstance(units, SparseCodes), window_rows(1, z.d_sae)
@@ -160,8 +162,8 @@ def unit_scores(sums: CoStatistics) -> dict[str, Tensor]:
         feature_k           = argmax_i s_ik, -1 where all are 0
         alive_k             : z_k is not constant
 
-    A unit that tells of no feature (all s_ik = 0) scores 0 throughout, as do undefined ratios. r² rather than
-    the co-firing mass E[a z]: that one counts chance, and perfect latents would score .35.
+    A unit that tells of no feature (all s_ik = 0) has purity and features_per_unit 0; undefined ratios are 0, too.
+    r² rather than the co-firing mass E[a z]: that one counts chance, and perfect latents would score .35.
     """
     scores = UnitScores(sums.n_units)
     scores.add(sums)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sae.metrics.chance import shuffles
 from sae.metrics.code_recovery import auroc, owners
 from sae.metrics.dictionary_recovery import Matching
-from sae.metrics.inputs import permuted, rows_of
+from sae.metrics.inputs import all_finite, permuted, rows_of
 from toymodels.features import FeatureBatch
 
 # Scores that are kept whole, and of those the ones that are sorted at once.
@@ -26,6 +26,7 @@ class Ranking:
 
     def __init__(self, matching: Matching, n_samples: int) -> None:
         self.owner = owners(matching)
+        self.n_latents = len(self.owner)
         self.latents = matching.latent.cpu()[matching.has_latent.cpu()]
         self.n_wanted = min(n_samples, max(1, KEPT_ENTRIES // max(len(self.latents), 1)))
         self.n_seen = 0
@@ -38,7 +39,16 @@ class Ranking:
         return self.n_seen >= self.n_wanted
 
     def update(self, scores: Float[Tensor, "batch d_sae"], acts: FeatureBatch) -> None:
-        """Adds a batch: pre-latents, or codes where nothing else is known."""
+        """Adds a batch: pre-latents, or codes where nothing else is known.
+
+        Raises:
+            ValueError: they are of another width, or not finite.
+        """
+        if scores.shape[1] != self.n_latents:
+            raise ValueError(f"pre-latents of {scores.shape[1]} latents do not fit a W_dec of {self.n_latents} rows")
+        if not all_finite(scores):
+            sample = self.n_seen + int((~scores.isfinite()).any(dim=1).nonzero()[0])
+            raise ValueError(f"pre-latents must be finite, those of sample {sample} hold nan or inf; drop that sample")
         n = min(len(scores), self.n_wanted - self.n_seen)
         if self._scores is None:
             self._scores = scores.new_empty(len(self.latents), self.n_wanted, device="cpu")

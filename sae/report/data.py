@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file
 from sae.config import read_yaml
 from sae.errors import UsageError
 from sae.metrics.dictionary_recovery import match_dictionary
+from sae.metrics.ground_truth import frequency_deciles
 
 CONFIG, LINES, RESULT, TABLES, WEIGHTS = FILES = (
     "config.yaml",
@@ -81,6 +83,12 @@ class Run:
     def feature(self, name: str) -> np.ndarray:
         """One column of the table of true features."""
         return self.tables[f"feature/{name}"]
+
+    def deciles(self) -> dict[str, np.ndarray]:
+        """Means over tenths of the features, from rare to frequent (`metrics.frequency_deciles`)."""
+        features = {key: torch.as_tensor(column) for key, column in self.tables.items() if key.startswith("feature/")}
+        table = {key.removeprefix("feature/").removeprefix("matched_"): column for key, column in features.items()}
+        return {name: column.numpy() for name, column in frequency_deciles(table).items()}
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of the logged lines that have a key."""

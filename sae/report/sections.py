@@ -202,7 +202,17 @@ def frequency(collection: Collection) -> Html:
         plot(cosine, "Direction", "Matched cosine against frequency"),
         plot(f1, "Firing", "F1 against frequency"),
     ]
-    return section("Recovery against frequency", reading, _key(collection), grid(*pictures, columns=2))
+    first = next(run for run in collection.shown if run.knows_activations)
+    whose = join([", ", _label(collection, first)]) if len(collection.shown) > 1 else ""
+    tenths = tag("p", "Means over tenths of the features, from rare to frequent", whose, ":")
+    return section(
+        "Recovery against frequency",
+        reading,
+        _key(collection),
+        grid(*pictures, columns=2),
+        tenths,
+        tables.decile_table(first),
+    )
 
 
 def curves(collection: Collection) -> Html:

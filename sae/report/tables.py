@@ -184,6 +184,29 @@ def missed_table(run: Run) -> Html:
     return join([tag("p", count), table(["", *(title for _, title, _ in columns)], rows, "Missed features")])
 
 
+DECILE_COLUMNS = (
+    ("n_features", "features", ".0f"),
+    ("frequency", "frequency", ".3%"),
+    ("mcc", "MCC", ".3f"),
+    ("coverage_0.9", "coverage", ".3f"),
+    ("precision", "precision", ".3f"),
+    ("recall", "recall", ".3f"),
+    ("f1", "F1", ".3f"),
+    ("auroc", "AUROC", ".3f"),
+    ("r2", "R²", ".3f"),
+)
+
+
+def decile_table(run: Run) -> Html:
+    """Tenths of the true features, from rare to frequent."""
+    found = run.deciles()
+    rows = [
+        [f"{number + 1}", *(format(float(found[name][number]), form) for name, _, form in DECILE_COLUMNS)]
+        for number in range(len(found["frequency"]))
+    ]
+    return table(["tenth", *(title for _, title, _ in DECILE_COLUMNS)], rows, "Recovery by tenths of frequency")
+
+
 def class_table(classes: dict[str, list[dict[str, float]]]) -> Html:
     """A row for each class, a column for each sort of unit, and their means."""
     rows: list[list[object]] = []
