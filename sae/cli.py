@@ -148,15 +148,19 @@ class Eval(WithPlugins):
         from sae.run import evaluate_run  # noqa: PLC0415
 
         self.load_plugins()
-        if not self.baselines:
-            print_metrics(evaluate_run(self.run_dir, self.diagnose).metrics)
-            return
-        from sae.baselines.beside import beside_run  # noqa: PLC0415
-        from sae.baselines.show import print_beside  # noqa: PLC0415
+        if self.baselines:
+            from sae.baselines.beside import beside_run  # noqa: PLC0415
+            from sae.baselines.show import print_beside  # noqa: PLC0415
 
-        print_beside(
-            self.run_dir, *beside_run(self.run_dir, self.diagnose, lambda name: logger.info("fitting %s", name))
-        )
+            evaluation, rows = beside_run(self.run_dir, self.diagnose, lambda name: logger.info("fitting %s", name))
+            print_beside(self.run_dir, evaluation, rows)
+        else:
+            evaluation = evaluate_run(self.run_dir, self.diagnose)
+            print_metrics(evaluation.metrics)
+        if self.diagnose:
+            from sae.diagnosis.show import print_diagnosis  # noqa: PLC0415
+
+            print_diagnosis(self.run_dir, evaluation.metrics)
 
 
 @dataclass

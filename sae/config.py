@@ -355,7 +355,7 @@ def flags(words: Sequence[str]) -> dict[str, Any]:
                 raise UsageError(f"--{name} needs a value, as in --{name} VALUE")
             text = queue.pop(0)
         try:
-            values[name.replace("-", "_")] = yaml.safe_load(text)
+            values[name.replace("-", "_")] = text if text.startswith("*") else yaml.safe_load(text)  # a glob, no alias
         except yaml.YAMLError as error:
             raise UsageError(f"--{name} {text}: the value is not valid YAML") from error
     return values

@@ -127,8 +127,9 @@ def print_headlines(metrics: Mapping[str, float]) -> None:
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
-    """Final metrics, each beside its chance value and the true dictionary's where there are such."""
-    names = [name for name in metrics if not name.endswith(BESIDE)]
+    """Final metrics, each beside its chance value and the true dictionary's where there are such; without those of a
+    diagnosis, which has words of its own."""
+    names = [name for name in metrics if not name.endswith(BESIDE) and not name.startswith("diagnosis/")]
     rows = [
         [
             name,

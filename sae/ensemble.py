@@ -70,7 +70,7 @@ class Run:
         if step % config.log.every == 0 or step == config.n_steps:
             self._line(step)
         every = config.checkpoint.every_steps
-        if step % every == 0 or (step == config.n_steps and step > every):  # what follows the last step may fail too
+        if step % every == 0 or step == config.n_steps:  # what follows the last step may fail, or be stopped, too
             self.save()
 
     def _line(self, step: int) -> None:

@@ -197,6 +197,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     folder = Path(folder)
     for name in (MANIFEST, WEIGHTS):
         if not (folder / name).is_file():
+            if (folder / "sweep.json").is_file():
+                raise UsageError(f"{folder} is a sweep's directory; give one of its members, {folder}/NAME")
             raise UsageError(f"{folder} holds no SAE: {name} is missing; give a run directory that finished training")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

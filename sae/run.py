@@ -91,6 +91,8 @@ def train(
         UsageError: the source is bad, or `config.out` holds a run and neither resume nor overwrite was asked for.
         Interrupted: a signal came; a checkpoint was written first.
     """
+    if not isinstance(config, TrainConfig):
+        raise UsageError(f"a configuration is an sae.TrainConfig, got a {type(config).__name__}; pass TrainConfig(...)")
     if source is not None:
         config = config.model_copy(update={"source": None})  # what is recorded must be what was trained on
     require_wandb(config)
@@ -98,6 +100,8 @@ def train(
     if source is None and config.source is None:
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
     check_out(config.out, resume, overwrite)
+    if resume and not (config.out / CONFIG).exists():
+        logger.warning("nothing to resume in %s: the run begins", config.out)
     if resume and (config.out / CONFIG).exists():
         require_same_run(config)
         if (config.out / RESULT).exists():
@@ -142,6 +146,13 @@ def conclude(run: Run, report: bool) -> Result:
     n_steps, sae = trainer.n_steps_done, finished(trainer, rows)
     del run.trainer, trainer  # Adam's moments take twice the memory of the weights
     evaluation = evaluate(sae, source.held_out_stream("evaluation", config.evaluation.n_samples), source.truth)
+    fvu = evaluation.metrics["metrics/fvu"]
+    if fvu > 1:
+        logger.warning(
+            "FVU is %.3g on held-out activations: their mean alone would reconstruct better; lower train.lr=%g",
+            fvu,
+            config.lr,
+        )
     save_result(config.out, sae, evaluation)
     page = write_report_if_installed(config.out) if report else None
     run.log.finish(n_steps, evaluation.metrics, evaluation.tables["latent/frequency"], page)
@@ -176,6 +187,8 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
     sae.initialise_(b_dec, generator(config.train.seed, "sae"), centre)
     if sae.sparsifier.initial_l0 is not None:
         sae.sparsifier.start_(cuts(sae, calibration.x / unit, sae.sparsifier.initial_l0), sae.b_enc.detach())
+    if not sae.sparsifier.pursuit_steps:
+        sae.sparsifier.require_codes(sae.pre_latents(calibration.x[:64] / unit))
     for name, rows, size in (("activations", calibration.x, unit), ("targets", calibration.target, target_unit)):
         if rows is not None:
             width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
@@ -325,8 +338,7 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
 def evaluate_run(out: Path, diagnose: bool = False) -> Evaluation:
     """Measures a finished run again, on its own source's held-out activations, and writes the result.
 
-    With `diagnose` also where its F1 went, and which features it misses and why; without, an earlier diagnosis is
-    deleted, since it is one of another evaluation.
+    With `diagnose` also where its F1 went, and which features it misses and why; without, an earlier diagnosis stays.
 
     Raises:
         UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
@@ -352,12 +364,14 @@ def measure_again(out: Path, sae: SAE, config: TrainConfig, source: Source, diag
     if diagnose:
         require_truth(source)
     evaluation = evaluate(sae, source.held_out_stream("evaluation", n_samples), source.truth)
-    for name in DIAGNOSIS:
-        (out / name).unlink(missing_ok=True)
     if diagnose:
         found = diagnose_source(sae, source, evaluation, n_samples)
         save_diagnosis(out, found)
-        evaluation = Evaluation(evaluation.metrics | found.metrics, evaluation.tables)
+        kept = found.metrics
+    else:
+        before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
+        kept = {name: value for name, value in before.items() if name.startswith("diagnosis/")}
+    evaluation = Evaluation(evaluation.metrics | kept, evaluation.tables)
     save_evaluation(out, evaluation)
     return evaluation
 

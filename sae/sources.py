@@ -280,7 +280,7 @@ def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor,
 
 
 def as_source(data: object) -> Source:
-    """A source from what a user has at hand: a tensor, an array, a list of them, or any iterable of batches.
+    """A source from what a user has at hand: a tensor, an array, a list of them, a file, or any iterable of batches.
 
     A tuple of two is activations and targets; an iterable may give such pairs as its batches.
 
@@ -296,6 +296,8 @@ def as_source(data: object) -> Source:
             )
         x, target = (table(part, name) for part, name in zip(data, ("the source", "the target"), strict=True))
         return PairSource(ArraySource(Pairs(x, target)), x.d_in)
+    if isinstance(data, str | Path):
+        return ArraySourceConfig(path=Path(data)).open()
     if isinstance(data, Tensor | np.ndarray | list):
         return ArraySource(table(data, "the source"))
     if isinstance(data, Iterable):

@@ -1,7 +1,7 @@
 import pytest
 
 from sae import Sparsifier, UsageError, load_config
-from sae.config import SAEConfig, SourceConfig, TrainConfig, parse_config
+from sae.config import SAEConfig, SourceConfig, TrainConfig, flags, parse_config
 
 SMALLEST = {"source": {"kind": "array", "path": "acts.npy"}, "sae": {"kind": "topk", "d_sae": 256, "k": 3}}
 
@@ -81,3 +81,7 @@ def test_configurations_cannot_be_changed():
     config = TrainConfig.model_validate(SMALLEST)
     with pytest.raises(ValueError, match="frozen"):
         config.train.lr = 1.0
+
+
+def test_a_glob_is_no_alias_of_yaml():
+    assert flags(["--source.path", "*.npy"]) == {"source.path": "*.npy"}

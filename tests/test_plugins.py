@@ -28,6 +28,15 @@ def _forget(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.fixture
+def toy_config():
+    return {
+        "source": {"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 20},
+        "train": {"n_samples": 640, "batch_size": 64},
+        "evaluation": {"n_samples": 200},
+    }
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -164,3 +173,32 @@ def test_memory_of_a_plugins_kind():
 def test_importing_sae_loads_no_plugin():
     script = "import sae; assert not sae.plugins.LOADED; assert 'groupmax' not in sae.SAEConfig.kinds"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("return pre_latents.relu()", "Mine.forward must return sae.SparseCodes, got Tensor"),
+        ("return SparseCodes(pre_latents, None, 24)", "codes must not be negative, Mine.forward gives -"),
+    ],
+)
+def test_a_sparsifier_that_breaks_its_promise(tmp_path, run_cli, toy_config, body, told):
+    text = f"""
+from typing import Literal
+import torch
+from sae import SAEConfig, SparseCodes, Sparsifier
+
+class Mine(Sparsifier):
+    def forward(self, pre_latents):
+        {body}
+
+class MineConfig(SAEConfig):
+    kind: Literal["mine"] = "mine"
+    def build(self):
+        return Mine()
+"""
+    plugin = write(tmp_path / "mine.py", text)
+    config = write(tmp_path / "run.yaml", yaml.safe_dump(toy_config | {"sae": {"kind": "mine", "d_sae": 24}}))
+    code, _, err = run_cli("train", config, "--plugin", plugin, "--out", tmp_path / "run")
+    assert code == 2
+    assert told in err

@@ -2,6 +2,7 @@ import gc
 import json
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -301,3 +302,34 @@ def test_device_auto_is_what_is_there(tmp_path):
     result = sae.train(sae.TrainConfig.model_validate(options | {"out": tmp_path / "run"}), source=torch.randn(300, 8))
     assert result.sae.W_dec.device.type == "cpu"
     assert "device: auto" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_short_run_that_is_stopped_while_it_is_measured_resumes_there(tmp_path, monkeypatch):
+    def stopped(*parts: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.run.evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sae.train(config(tmp_path / "run"), report=False)
+    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+    assert json.loads((saved / "state.json").read_text())["n_steps_done"] == 20
+    monkeypatch.setattr("sae.trainer.Trainer.step", stopped)  # no step is left
+    sae.train(config(tmp_path / "run"), resume=True, report=False)
+    assert (tmp_path / "run/result.json").exists()
+
+
+def test_what_went_wrong_is_told(tmp_path, caplog):
+    sae.train(config(tmp_path / "run", train={"lr": 30.0}), report=False)
+    assert "their mean alone would reconstruct better; lower train.lr=30" in caplog.text
+    sae.train(config(tmp_path / "other"), resume=True, report=False)
+    assert f"nothing to resume in {tmp_path / 'other'}: the run begins" in caplog.text
+
+
+def test_activations_may_be_given_by_the_name_of_their_file(tmp_path):
+    rows = torch.randn(500, 6)
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    one = sae.train(config(tmp_path / "one"), rows, report=False)
+    for name in (tmp_path / "rows.npy", str(tmp_path / "rows.npy")):
+        other = sae.train(config(tmp_path / "other"), name, overwrite=True, report=False)
+        assert torch.equal(one.sae.W_dec, other.sae.W_dec)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sae import losses
 from sae.codes import SparseCodes
+from sae.errors import UsageError
 from sae.kernels import Codes, Decoded, Kernels, Scalar, Scores, State
 
 Error = Callable[[SparseCodes, Tensor], Tensor]
@@ -84,6 +85,25 @@ class Sparsifier(nn.Module, ABC):
     @abstractmethod
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
         """Codes to train on: differentiable in the pre-latents that were chosen."""
+
+    @torch.no_grad()
+    def require_codes(self, pre_latents: Float[Tensor, "batch d_sae"]) -> None:
+        """Refuses what `forward` gives where it breaks its promise, as one of a user's own may.
+
+        Raises:
+            UsageError: it is no `SparseCodes`, or a code is negative.
+        """
+        codes: object = self(pre_latents)
+        name = f"{type(self).__name__}.forward"
+        if not isinstance(codes, SparseCodes):
+            raise UsageError(
+                f"{name} must return sae.SparseCodes, got {type(codes).__name__}; return SparseCodes.where(fires, "
+                "values) or SparseCodes(values, indices, d_sae)"
+            )
+        if bool((codes.values < 0).any()):
+            raise UsageError(
+                f"codes must not be negative, {name} gives {float(codes.values.min()):.4g}; clamp them at 0"
+            )
 
     def edge(self, pre_latents: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Tensor] | None:
         """Where a cut decides in inference: what a pre-latent must exceed to fire, and the code that it then has."""
