@@ -87,6 +87,8 @@ class SAEConfig(Family):
     """The kind may reconstruct a target other than its input."""
     skips: ClassVar[bool] = False
     """The input also reaches the reconstruction through a matrix W_skip."""
+    lr_factor: ClassVar[float] = 1.0
+    """The kind's default learning rate, as a multiple of that of the others."""
 
     d_sae: int = Field(gt=0)
     """Number of latents."""
@@ -151,7 +153,7 @@ class TrainSection(Section):
     """Activations to train on, epochs included."""
     batch_size: int = Field(default=2048, gt=0)
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae))."""
+    """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae)), of matching_pursuit eight times that."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of all gradients together: longer ones are shortened to it, before Adam; default no clipping."""
     accumulate: int = Field(default=1, gt=0)
@@ -273,8 +275,9 @@ class TrainConfig(Section):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate. Wider dictionaries want smaller steps; 3e-3 is measured at 256 latents."""
-        return self.train.lr or 3e-3 * min(1.0, (256 / self.sae.d_sae) ** 0.5)
+        """Peak learning rate. Wider dictionaries want smaller steps; 3e-3 is measured at 256 latents, the kind's factor
+        beside it."""
+        return self.train.lr or self.sae.lr_factor * 3e-3 * min(1.0, (256 / self.sae.d_sae) ** 0.5)
 
     @property
     def sparsity_warmup_fraction(self) -> float:

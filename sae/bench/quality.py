@@ -83,9 +83,12 @@ def measured(held_out: HeldOut, truth: Tensor, W_dec: Tensor, reconstruct: objec
     return {"l0": values["l0"], "fvu": values["fvu"], "mcc": float(mcc), "dead": values["dead"]}
 
 
-def rate(rival: Rival, given: Data) -> float:
+def rate(rival: Rival, kind: str, given: Data) -> float:
     """The learning rate: that of ours, or what sparsify/trainer.py derives, as it steps by signs."""
-    return 5e-3 / (given.shape.d_sae / 2**14) ** 0.5 if rival.name == "eai-sparsify" else _config(given, 0).lr
+    if rival.name == "eai-sparsify":
+        return 5e-3 / (given.shape.d_sae / 2**14) ** 0.5
+    option = {"k": given.shape.k} if kind in (*BY_K, *OPTION) else {}
+    return _config(given, 0, {"kind": kind} | option).lr
 
 
 def of_rival(rival: Rival, kind: str, lr: float, seed: int, given: Data) -> dict[str, float]:
@@ -183,7 +186,7 @@ class Comparison:
     def _rival(self, rival: Rival, kind: str, seed: int, given: Data) -> Trial:
         found = self._find(kind, rival.name, seed)
         if found is None:
-            lr = rate(rival, given)
+            lr = rate(rival, kind, given)
             values = of_rival(rival, kind, lr, seed, given)
             found = self._add(Trial(self.name, kind, rival.name, seed, lr, float(given.shape.k), **values))
         return found

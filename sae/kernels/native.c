@@ -199,8 +199,11 @@ static inline __attribute__((always_inline)) void tile(const real *A, long row_s
     real whole[TILE_ROWS][TILE_COLUMNS]; /* by way of memory: registers cannot be counted through */
 #pragma GCC unroll 6
     for (long r = 0; r < TILE_ROWS; r++) ((wide *)whole[r])[0] = sums[r][0], ((wide *)whole[r])[1] = sums[r][1];
-    for (long r = 0; r < n_rows; r++)
-        for (long i = 0; i < n_columns; i++) out[r * ld + i] = add ? out[r * ld + i] + whole[r][i] : whole[r][i];
+    for (long r = 0; r < n_rows; r++) {
+        real *restrict to = out + r * ld;
+#pragma omp simd
+        for (long i = 0; i < n_columns; i++) to[i] = add ? to[i] + whole[r][i] : whole[r][i];
+    }
 }
 
 /* out [m, n] = A B, or added to it. A's entries lie row_stride and column_stride apart (one of them is 1), B is packed. */
