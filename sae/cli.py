@@ -165,11 +165,11 @@ class Eval(WithPlugins):
 
 @dataclass
 class Report(WithPlugins):
-    """Write one self-contained report.html; several runs are compared."""
+    """Write one self-contained page: report.html of a run or sweep, or comparison.html of several runs."""
 
     run_dirs: Positional[tuple[Path, ...]]
     out: Path | None = None
-    """The file to write; default report.html in the first run directory."""
+    """The file to write; default report.html in the directory, or of several comparison.html in the first."""
 
     def run(self) -> None:
         from sae.report import write_report  # noqa: PLC0415

@@ -38,7 +38,7 @@ METHOD_COLUMNS = {
     "FVU": ("metrics/fvu", 3),
     "L0": ("metrics/l0", 2),
     "dead": ("sparsity/dead_features", 0),
-    "s": ("seconds", 0),
+    "fit s": ("seconds", 0),
 }
 
 
@@ -105,17 +105,21 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_methods(title: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
-    """A row for each method, mean ± sd over its seeds; columns that no method has a value for are left out."""
+    """A row for each method, mean ± sd over its seeds, a dash for none; columns without any value are left out."""
     columns = {name: place for name, place in METHOD_COLUMNS.items() if any(place[0] in row for row in rows)}
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        table.append([method, *(mean_sd([row[key] for row in own], digits) for key, digits in columns.values())])
+        table.append(
+            [method, *(mean_sd([row[key] for row in own if key in row], digits) for key, digits in columns.values())]
+        )
     print_table(title, ["", *columns], table, caption)
 
 
 def mean_sd(values: Sequence[float], digits: int) -> str:
-    """`.998` over `±.001`, so that eight columns fit a terminal; or one value alone."""
+    """`.998` over `±.001`, so that eight columns fit a terminal; or one value alone, or a dash."""
+    if not values:
+        return "–"
     spread = f"\n±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}".replace("±0.", "±.")
 

@@ -35,6 +35,8 @@ from toymodels.streams import generator
 logger = logging.getLogger("sae")
 
 CONFIG, RESULT, TABLES, REPORT = ("config.yaml", "result.json", "evaluation.safetensors", "report.html")
+COMPARISON = "comparison.html"
+"""Of this run with others: written by `sae report`."""
 BASELINES = "baselines.json"
 """Other methods on the same activations, and this one, when they were asked for."""
 STATUS = "status.json"
@@ -51,6 +53,7 @@ OWN = (
     RESULT,
     TABLES,
     REPORT,
+    COMPARISON,
     LINES,
     WEIGHTS,
     MANIFEST,

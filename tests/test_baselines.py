@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -307,12 +308,20 @@ def test_baselines_beside_a_run(run_cli, tmp_path):
     rows = json.loads((tmp_path / "run" / "baselines.json").read_text())
     assert [row["method"] for row in rows] == ["relu", *baselines.BASELINES]
     assert rows[0] | trained.metrics == rows[0]
+    assert [row["method"] for row in rows if "seconds" not in row] == ["relu"]
+    header, own = (next(line for line in outcome.out.splitlines() if name in line) for name in ("fit s", "relu"))
+    assert own.split()[-1] == "–"
+    assert len(header) < 80
     assert all(row["method"] in outcome.out for row in rows)
     k = min(6, round(trained.metrics["metrics/l0"]))
     assert {row["metrics/l0"] for row in rows if row["method"] == "random"} == {k}
     page = write_report([tmp_path / "run"]).read_text()
     assert "K-SVD" in page
     assert "semi-NMF" in page
+    assert "Baselines beside run" in page
+    assert "Further baselines" not in page
+    table = page.partition("Baselines beside run")[2].partition("</table>")[0]
+    assert re.search(r'>seconds to fit</th></tr>.*?scope="row">ReLU</th>.*?<td>–</td></tr>', table, re.DOTALL)
     sae.train(config, overwrite=True, report=False)
     assert not (tmp_path / "run" / "baselines.json").exists()
 

@@ -128,6 +128,17 @@ def test_report_of_two_runs(run_cli, finished, tmp_path):
     assert "</html>" in (tmp_path / "both.html").read_text()
 
 
+def test_a_comparison_leaves_the_report_of_the_first_run(run_cli, finished, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(finished, tmp_path / name)
+    own = (tmp_path / "one/report.html").read_text()
+    outcome = run_cli("report", tmp_path / "one", tmp_path / "two")
+    assert f"wrote {tmp_path / 'one/comparison.html'}" in outcome.out
+    assert "2 dictionaries compared" in (tmp_path / "one/comparison.html").read_text()
+    assert (tmp_path / "one/report.html").read_text() == own
+    assert not (tmp_path / "two/comparison.html").exists()
+
+
 @pytest.mark.parametrize("words", [(), ("demo",), ("train",), ("eval",), ("report",)])
 def test_help(run_cli, words):
     outcome = run_cli(*words, "--help")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,8 @@ from sae.codes import SparseCodes
 from sae.diagnosis import Diagnosis, diagnose, diagnose_source
 from sae.diagnosis.gaps import jackknife
 from sae.diagnosis.holdings import parts_of
-from sae.diagnosis.reasons import REASONS, rate
-from sae.diagnosis.structure import CoFiring, declared_structure, observed_structure, partners
+from sae.diagnosis.reasons import REASONS, attributes, rate
+from sae.diagnosis.structure import CoFiring, Structure, declared_structure, observed_structure, partners
 from sae.evaluation import evaluate
 from sae.metrics import recovery
 from sae.run import evaluate_run
@@ -460,6 +463,54 @@ def test_a_report_draws_what_was_diagnosed(run: Path) -> None:
     mean = np.mean(figures._dimensionality(figures._alive(read)))
     assert mean == pytest.approx(result["dimensionality/feature_dimensionality"], abs=1e-5)
     assert len(figures.dimension_curves(read)["data"][1]["x"]) == alive.sum()
+
+
+def test_few_missed_features_are_told_as_counts_and_do_not_fill_the_panel(run: Path) -> None:
+    pytest.importorskip("plotly")
+    from sae.report import diagnosis_figures as figures
+    from sae.report.data import read_run
+
+    evaluate_run(run, diagnose=True)
+    read = read_run(run, "run", "topk")
+    assert read.diagnosis is not None
+    few = {"reasons": [{"name": "rare", "means": "rare", "n": 1}], "features": read.diagnosis["features"] * 4}
+    read = replace(read, diagnosis=read.diagnosis | few, result=read.result | {"diagnosis/missed": 1.0})
+    (note,) = figures.predictors(read)["layout"]["annotations"]
+    assert (note["text"], note["xanchor"]) == ("all: 1 of 96", "left")
+    (note,) = figures.predictors(replace(read, result={"diagnosis/missed": 95.0}))["layout"]["annotations"]
+    assert (note["text"], note["xanchor"]) == ("all: 95 of 96", "right")
+    layout = figures.reason_bars(read)["layout"]
+    assert layout["xaxis"]["dtick"] == 1
+    assert layout["xaxis"]["range"][1] >= 5
+    assert layout["yaxis"]["range"] == [4.5, -0.5]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_no_table_of_a_diagnosis_is_cut_off(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    from sae.report import write_report
+
+    evaluate_run(run, diagnose=True)
+    page = write_report([run], tmp_path / "page.html")
+    count = """<script>document.title = "cut off: " + [...document.querySelectorAll(".scroll")]
+      .filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.ariaLabel);</script></body>"""
+    page.write_text(page.read_text().replace("</body>", count))
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --window-size=1250,900 --virtual-time-budget=5000"
+    command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>cut off: </title>" in done.stdout
+
+
+def test_properties_of_one_set_of_features_have_one_row() -> None:
+    def structure(*groups: int) -> Structure:
+        return Structure(torch.tensor([-1, 0, 0, -1]), torch.tensor(groups), declared=True)
+
+    table = {name: torch.ones(4) for name in ("frequency", "magnitude", "nearest_feature_cosine")}
+    family = ("parent", "parent of an exclusive group", "child", "member of an exclusive group")
+    same = attributes(table, structure(-1, 0, 0, -1), torch.ones(4))
+    assert [name for name in family if name in same] == ["parent", "child"]
+    other = attributes(table, structure(-1, 0, 0, 0), torch.ones(4))
+    assert [name for name in family if name in other] == ["parent", "child", "member of an exclusive group"]
 
 
 def test_what_cannot_be_diagnosed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

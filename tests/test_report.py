@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from fabricated_runs import fabricate, fabricate_demo
 from safetensors.torch import load_file, save_file
 
 from sae.errors import UsageError
 from sae.report import html, write_report
+from sae.report.keys import SHAPES
 
 pytest.importorskip("plotly")
 CHROMIUM = shutil.which("chromium")
@@ -105,6 +107,58 @@ def test_options_that_are_not_given_are_not_told(tmp_path: Path, options: dict, 
     assert said in Page(write_report([run])).text
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            {"kind": "world", "path": "a.yaml"},
+            "activations of the world a.yaml, which has 64 features in 16 dimensions;",
+        ),
+        ({"kind": "array", "path": "acts.npy"}, "trained on the activations in acts.npy;"),
+        (None, "trained on activations that were passed in from Python;"),
+    ],
+    ids=["world", "array", "python"],
+)
+def test_where_the_activations_are_from(tmp_path: Path, source: dict | None, said: str) -> None:
+    run = fabricate(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"source": source}))
+    assert said in Page(write_report([run])).text
+
+
+@pytest.mark.parametrize(
+    ("fvu", "said"),
+    [
+        (0.07, "It leaves 7.0% of the variance unexplained, with"),
+        (4331926.4, "It reconstructs worse than the mean activation does (FVU 4.332e+06), with"),
+    ],
+)
+def test_an_error_above_the_variance_is_told_in_words(tmp_path: Path, fvu: float, said: str) -> None:
+    run = fabricate(tmp_path)
+    result = json.loads((run / "result.json").read_text()) | {"metrics/fvu": fvu}
+    (run / "result.json").write_text(json.dumps(result))
+    page = Page(write_report([run]))
+    assert said in page.text
+    assert "4331926" not in page.text.partition("Every metric")[0]
+
+
+def test_what_hardly_changes_is_drawn_on_a_linear_axis(tmp_path: Path) -> None:
+    run = fabricate(tmp_path)
+
+    def l0_axis(*values: float) -> dict[str, Any]:
+        lines = [{"step": step, "losses/overall_loss": 1.0, "metrics/l0": l0} for step, l0 in enumerate(values)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        _, l0, _ = [figure for figure in Page(write_report([run])).figures if figure["data"][0].get("mode") == "lines"][
+            :3
+        ]
+        return l0["layout"]["yaxis"]
+
+    for values in ((12.0, 12.0), (30.0, 6.0)):
+        assert l0_axis(*values)["rangemode"] == "tozero"
+        assert "type" not in l0_axis(*values)
+    assert l0_axis(61.0, 12.0)["type"] == "log"
+
+
 def test_map_of_latents_is_a_diagonal_in_the_order_of_the_match(tmp_path: Path) -> None:
     run = fabricate(tmp_path, n_missed=0)
     tables = load_file(run / "evaluation.safetensors")
@@ -131,10 +185,40 @@ def test_demo_summarises_methods_and_draws_their_runs(tmp_path: Path) -> None:
     mcc = [row["recovery/mcc"] for row in rows if row["method"] == "l1"]
     assert f"L1 2 {fmean(mcc):.3f} ± {stdev(mcc):.3f} 0.329" in page.text
     assert "ICA 1 0.420 0.329" in page.text
+    (methods, *_) = re.findall(r'aria-label="Methods">.*?</table>', page.source, re.DOTALL)
+    bars = [
+        [bool(re.search('class="(no-)?bar"', cell)) for cell in row.split("</t")] for row in methods.split("<tr>")[1:]
+    ]
+    assert {row.index(True) for row in bars} == {4}  # narrow pages leave the whole column out, head included
     lines = [[trace.get("name") for trace in figure["data"]] for figure in page.figures]
     every = [f"{method}-{seed}" for method in ("topk", "batchtopk", "l1", "l1_low") for seed in (0, 1)]
     assert lines.count(every) == 3  # loss, L0, MCC
     assert len(page.maps()) == 5  # the neurons, and one seed of each method
+
+
+def test_baselines_of_a_demo_add_what_its_summary_lacks(tmp_path: Path) -> None:
+    run = fabricate_demo(tmp_path, n_seeds=1)
+    rows = [{"method": method, "seed": 0, "recovery/mcc": 0.6} for method in ("topk", "pca", "ksvd")]
+    (run / "baselines.json").write_text(json.dumps(rows))
+    page = Page(write_report([run]))
+    more = page.text.partition("Further baselines beside topk-0")[2].partition("Every metric")[0]
+    assert "K-SVD 0.600" in more
+    assert "PCA" not in more
+    assert "TopK" not in more
+    assert "What the first table has already is not repeated." in more
+    (run / "baselines.json").write_text(json.dumps(rows[:2]))
+    assert "Further baselines" not in Page(write_report([run])).text
+
+
+def test_legends_look_as_what_they_name(tmp_path: Path) -> None:
+    page = Page(write_report([fabricate_demo(tmp_path, n_seeds=1)]))
+    keys = re.findall(r'<ul class="key">.*?</ul>', page.source)
+    assert [key.count("<line") for key in keys] == [0, 4, 4]  # frequency, training, density
+    points = next(figure["data"] for figure in page.figures if figure["data"][0].get("mode") == "markers")
+    shapes = [trace["marker"]["symbol"] for trace in points]
+    assert shapes == ["circle", "square", "diamond", "triangle-up"]
+    assert re.findall('<path d="(.*?)"', keys[0]) == [SHAPES[shape] for shape in shapes]
+    assert all(trace["marker"]["opacity"] < 0.5 for trace in points)
 
 
 def test_runs_are_compared_and_unlike_ones_too(tmp_path: Path) -> None:
@@ -258,6 +342,7 @@ def test_browser_draws_every_figure_without_complaint(tmp_path: Path) -> None:
     n_plots = len(re.findall(r'class="plot (?:wide|square)', done.stdout))
     assert n_plots == len(Page(path).figures)
     assert done.stdout.count('class="plot-container plotly') == n_plots
+    assert 'class="modebar-btn' not in done.stdout  # where nothing hovers they would stand over the data for good
     assert len(re.findall(r'<image [^>]*href="data:image/png', done.stdout)) == 5
 
 

@@ -63,10 +63,36 @@ def test_every_member_has_a_row_and_a_point_that_leads_to_it(tmp_path: Path) -> 
         assert [name for trace in points for name in trace["customdata"]] == names
         assert [len(trace["x"]) for trace in points] == [4, 2]
     assert [len(figure["data"]) for figure in page.figures[2:]] == [6, 6, 6]
+    assert [key.count("<line") for key in re.findall(r'<ul class="key">.*?</ul>', page.source)] == [0, 2]
     assert "6 of 6 members are done ." in page.text
     assert "sae.kind (topk, relu), sae.k (2, 4), sae.l1_coefficient (0.1) and train.seed (0, 1)" in page.text
-    best = max(names, key=lambda name: json.loads((tmp_path / name / "result.json").read_text())["recovery/mcc"])
-    assert f"The best recovery is that of {best}" in page.text
+
+
+def test_the_best_setting_is_that_of_the_best_mean_over_seeds(tmp_path: Path) -> None:
+    sweep = fabricate_sweep(tmp_path)
+    scores = {"topk-k2": (0.99, 0.5), "topk-k4": (0.9, 0.94), "relu-l1_coefficient0.1": (0.6, 0.6)}
+    for setting, of_seeds in scores.items():
+        for seed, mcc in enumerate(of_seeds):
+            path = tmp_path / f"{setting}-seed{seed}/result.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"recovery/mcc": mcc}))
+    text = Page(write_report([sweep])).text
+    assert (
+        "The best recovery is that of TopK, k = 4: MCC 0.920 ± 0.028 over 2 seeds, at L0 4.05, where a random" in text
+    )
+    assert "The lowest error" not in text
+    for seed in (0, 1):
+        (tmp_path / f"relu-l1_coefficient0.1-seed{seed}/result.json").write_text(
+            json.dumps(json.loads(path.read_text()) | {"metrics/fvu": 0.01})
+        )
+    text = Page(write_report([sweep])).text
+    assert "The lowest error is that of ReLU, l1 coefficient = 0.1: FVU 0.010 ± 0.000 over 2 seeds, MCC 0.600." in text
+
+
+def test_a_sweep_called_sweep_is_named_once(tmp_path: Path) -> None:
+    summary = tmp_path / "sweep.json"
+    fabricate_sweep(tmp_path)
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"name": "sweep"}))
+    assert Page(write_report([tmp_path])).headings[0] == "Sweep: 6 dictionaries"
 
 
 def test_lines_join_means_over_seeds(tmp_path: Path) -> None:
@@ -86,6 +112,18 @@ def test_the_front_is_what_no_member_beats(tmp_path: Path) -> None:
     assert (front["x"], front["y"]) == ([1, 1, 2, 4], [0.3, 0.3, 0.2, 0.1])
     page = Page(write_report([fabricate_sweep(tmp_path)]))
     assert re.findall(r"front (\w+)", page.text.partition("Members")[2]) == ["done"] * 2
+
+
+@pytest.mark.parametrize(("widest", "kind", "x"), [(4.0, None, 2.0), (40.0, "log", 0.30103)])
+def test_the_l0_of_the_truth_stands_at_its_place_on_either_axis(widest: float, kind: str | None, x: float) -> None:
+    points = [
+        Point(str(l0), "g", "", str(l0), True, {"metrics/l0": l0, "metrics/fvu": 0.1}, []) for l0 in (1.0, widest)
+    ]
+    layout = trade_off(points, "metrics/fvu", "FVU", log=True, truth=2.0)["layout"]
+    (words,) = layout["annotations"]
+    assert words["x"] == pytest.approx(x)
+    assert layout["xaxis"].get("type") == kind
+    assert layout["yaxis"]["rangemode"] == "tozero"
 
 
 def test_members_that_ended_badly_are_told_and_not_drawn_among_the_results(tmp_path: Path) -> None:
@@ -162,6 +200,6 @@ def test_bars_are_intervals_over_three_seeds_and_more() -> None:
 
 def test_settings_are_shown_over_seeds(tmp_path: Path) -> None:
     text = write_report([fabricate_sweep(tmp_path)]).read_text()
-    assert "Settings over seeds: mean ± standard deviation" in text
-    assert "Every metric over the 2 seeds of topk-k2-seed0" in text
+    assert "<h3>Settings over seeds</h3>" in text
+    assert "Every metric over the 2 seeds of TopK, k = 2" in text
     assert "2.05" in text  # the mean of L0 2.0 and 2.1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,16 @@ def beside_run(
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Measures a run again, and every baseline that its source has all for: at as many latents, of which as many fire.
 
-    The rows, that of the SAE first, go into baselines.json of the run's directory too, where `sae report` finds them.
-    `on_row` hears which baseline is next.
+    The rows, that of the SAE first, go into baselines.json of the run's directory too, where `sae report` finds them;
+    the SAE's has no `seconds`, as it was trained before. `on_row` hears which baseline is next.
 
     Raises:
         UsageError: the run cannot be measured again, or its source has a target.
     """
     sae, config, source = open_again(out)
     names = applicable(source, sae)
-    began = time.perf_counter()
     evaluation = measure_again(out, sae, config, source, diagnose)
-    own = {"method": config.sae.kind, "seed": config.train.seed, **evaluation.metrics}
-    rows: list[dict[str, Any]] = [{**own, "seconds": time.perf_counter() - began}]
+    rows: list[dict[str, Any]] = [{"method": config.sae.kind, "seed": config.train.seed, **evaluation.metrics}]
     k = budget(config, evaluation.metrics["metrics/l0"], source.d_in)
     given = prepare(names, source, d_sae=config.sae.d_sae, k=k, seed=config.train.seed, sae=sae)
     for name in names:

@@ -97,7 +97,7 @@ def run(
     n_fit: int = N_FIT,
     n_evaluation: int = N_EVALUATION,
 ) -> list[dict[str, Any]]:
-    """A row for each baseline: its name, the seed, every metric that an SAE gets, and the seconds that it took.
+    """A row for each baseline: its name, the seed, every metric that an SAE gets, and the seconds to fit it.
 
     `source` is what `sae.train` takes. Baselines are fitted on `n_fit` rows of training, at `d_sae` latents of which k
     fire; penalties and thresholds are chosen on rows for calibration; all is measured on rows for evaluation.
@@ -144,7 +144,8 @@ def measured(name: str, given: Given, source: Source, n_evaluation: int = N_EVAL
     """A row of `run`."""
     began = time.perf_counter()
     coder = BASELINES[name](given)
+    seconds = time.perf_counter() - began
     values = evaluate(coder, source.held_out_stream("evaluation", n_evaluation), source.truth).metrics
     if isinstance(coder.code, SparseCoding):
         values = {**values, "codes/penalty": coder.code.penalty, "codes/firing_threshold": coder.code.threshold}
-    return {"method": name, "seed": given.seed, **values, "seconds": time.perf_counter() - began}
+    return {"method": name, "seed": given.seed, **values, "seconds": seconds}

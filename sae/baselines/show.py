@@ -11,6 +11,7 @@ from sae.evaluation import Evaluation
 from sae.run import BASELINES
 
 CAPTION = (
+    "fit s: seconds to fit a method; the SAE was trained before.\n"
     "sae_oracle, sae_pursuit: its dictionary, coded by sparse coding and by matching pursuit; oracle*: the true one.\n"
     "pca, ica, ksvd: each component with both signs. docs/baselines.md says what each of them is."
 )

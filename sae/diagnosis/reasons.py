@@ -209,7 +209,10 @@ def _wilson(x: int, n: int, z: float = 1.96) -> tuple[float, float]:
 def attributes(
     table: Mapping[str, Tensor], structure: Structure, phi: Float[Tensor, " n_features"]
 ) -> dict[str, Bool[Tensor, " n_features"]]:
-    """What may predict being missed, known without any dictionary; quarters are of the features that are ever on."""
+    """What may predict being missed, known without any dictionary; quarters are of the features that are ever on.
+
+    Of names for one set of features, as where all children are members of exclusive groups, the first alone is kept.
+    """
 
     def quarter(values: Tensor) -> Bool[Tensor, " n_features"]:
         """The highest quarter; none where all are alike."""
@@ -218,7 +221,7 @@ def attributes(
         inside[order[: len(values) // 4]] = True
         return inside if bool((values != values[0]).any()) else torch.zeros_like(inside)
 
-    return {
+    found = {
         RAREST: quarter(-table["frequency"]),
         "weakest quarter": quarter(-table["magnitude"]),
         "parent": structure.n_children > 0,
@@ -228,3 +231,5 @@ def attributes(
         "most correlated quarter": quarter(phi.abs()),
         "quarter with the closest neighbour": quarter(table["nearest_feature_cosine"]),
     }
+    first = {tuple(holds.tolist()): name for name, holds in reversed(found.items())}
+    return {name: holds for name, holds in found.items() if first[tuple(holds.tolist())] == name}

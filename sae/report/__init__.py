@@ -1,4 +1,4 @@
-"""One self-contained `report.html` from run directories, and the picture that opens the README."""
+"""One self-contained page from run directories, and the picture that opens the README."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from sae.report.html import page, plotly_js
 from sae.report.sections import contents, title
 from sae.report.sweep import read_sweep, sweep_contents
 
-NAME = "report.html"
+NAME, COMPARISON = "report.html", "comparison.html"
 
 
 def write_report(runs: Sequence[Path], target: Path | None = None) -> Path:
     """Writes the report of one run, of several compared, or of a sweep, and returns where it is.
 
     Only the run directories are read: configuration, log, results, weights; and `summary.json` with the runs
-    that it names. `target` None: `report.html` in the first of them. The file needs no network.
+    that it names. `target` None: `report.html` in the directory, or where there are several `comparison.html` in the
+    first of them, which keeps its own report. The file needs no network.
 
     Raises:
         UsageError: plotly is missing, no run is given, one is unfinished, or the target cannot be written.
@@ -33,7 +34,7 @@ def write_report(runs: Sequence[Path], target: Path | None = None) -> Path:
     else:
         collection = collect([Path(run) for run in runs])
         text = page(title(collection), contents(collection))
-    target = Path(runs[0]) / NAME if target is None else Path(target)
+    target = Path(runs[0]) / (NAME if len(runs) == 1 else COMPARISON) if target is None else Path(target)
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -104,6 +104,8 @@ class Collection:
     siblings: list[Run]
     """Further runs of a given directory's summary: they appear in figures, the summary in a table."""
     summaries: list[list[Row]]
+    baselines: dict[str, list[Row]]
+    """Other methods on the activations of a run, those that its summary has already left out; by the run's name."""
 
     @property
     def runs(self) -> list[Run]:
@@ -147,11 +149,14 @@ def collect(paths: Sequence[Path]) -> Collection:
     if not paths:
         raise UsageError("a report needs a run directory, got none; give one, as in `sae report runs/demo`")
     given, siblings, summaries = [], [], []
+    baselines: dict[str, list[Row]] = {}
     for path, name in zip(paths, _names(paths), strict=True):
         run = read_run(path, name, name)
+        known = set()
         if (path / SUMMARY).is_file():
             rows = _read_json(path / SUMMARY)
             summaries.append(rows)
+            known = {row["method"] for row in rows}
             folders = [path / _name(row) for row in rows]
             # The directory itself is the run of its kind that has no directory of its own.
             for row, folder in zip(rows, folders, strict=True):
@@ -164,9 +169,10 @@ def collect(paths: Sequence[Path]) -> Collection:
                 if all((folder / file).is_file() for file in FILES)
             ]
         if (path / BASELINES).is_file():
-            summaries.append(_read_json(path / BASELINES))
+            beside = [row for row in _read_json(path / BASELINES) if row["method"] not in known]
+            baselines |= {run.name: beside} if beside else {}
         given.append(run)
-    return Collection(given, siblings, summaries)
+    return Collection(given, siblings, summaries, baselines)
 
 
 def read_run(path: Path, name: str, method: str) -> Run:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sae.report import diagnosis_figures as figures
+from sae.report import keys
 from sae.report.data import FOUND, Run
-from sae.report.figures import DASHES, series
 from sae.report.html import plot
 from toymodels.pages import Html, grid, join, section, table, tag
 
@@ -191,8 +191,8 @@ def _row(row: dict[str, str], reason: str) -> list[object]:
     return [
         row["feature"],
         tag("span", reason, class_="meaning"),
-        ", ".join(part.replace(":", " × ") for part in row["carrier_holds"].split()[:3]) or "no carrier",
-        _role(row),
+        _words(*(part.replace(":", " × ") for part in row["carrier_holds"].split()[:3] or ["no carrier"])),
+        _words(_role(row)),
         f"{float(row['frequency']):.2%}",
         f"{float(row['magnitude']):.2f}",
         f"{float(row['f1']):.2f}",
@@ -214,10 +214,15 @@ def _role(row: dict[str, str]) -> str:
     return ", ".join(roles) or "–"
 
 
-def _other(index: str, value: str, what: str) -> str:
+def _other(index: str, value: str, what: str) -> Html:
     if int(index) < 0:
-        return "none"
-    return f"{index} ({what}), {value}" if what and what != "other" else f"{index}, {value}"
+        return _words("none")
+    return _words(f"{index} ({what})" if what and what != "other" else index, value)
+
+
+def _words(*parts: str) -> Html:
+    """A cell that may go on in the next line after each of its parts."""
+    return tag("span", ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts), class_="words")
 
 
 def units(run: Run, before: str) -> Html | None:
@@ -232,7 +237,7 @@ def units(run: Run, before: str) -> Html | None:
         ),
         plot(figures.unit_curves(run, "purity", "purity", False, before), "Purity", "Share of units up to a purity"),
     ]
-    key = _key(before, "latents")
+    key = keys.lines([before, "latents"])
     return join([key, grid(*pictures, columns=2)])
 
 
@@ -244,18 +249,8 @@ def geometry(run: Run) -> Html | None:
         plot(figures.dimension_curves(run), "Feature dimensionality", "Share of directions up to a dimensionality"),
         plot(figures.spectrum(run), "Spectrum", "Share of the variance along each principal direction"),
     ]
-    key = _key("true features", "latents")
+    key = keys.lines(["true features", "latents"])
     return join([key, grid(*pictures, columns=2)])
-
-
-def _key(*names: str) -> Html:
-    """Which curve is which."""
-    items = []
-    for place, name in enumerate(names):
-        colour, dash = series(place)
-        line = tag("line", x1=0, y1=5, x2=30, y2=5, stroke_dasharray=DASHES[dash], style=f"stroke:{colour}")
-        items.append(tag("li", tag("svg", line, viewBox="0 0 30 10", aria_hidden="true"), name))
-    return tag("ul", *items, class_="key")
 
 
 def _dots() -> Html:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from sae.report.data import Run
-from sae.report.figures import MAX_POINTS, _axis, _figure, _short, _spread, series, unit
+from sae.report.figures import MAX_POINTS, SYMBOLS, _axis, _figure, _short, _spread, series, unit
 from sae.report.html import Figure
 
-# Reasons that are told apart by colour and shape; the rarest share the last ones.
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon")
+FEW = 5
 
 
 def waterfall(run: Run, limit: str) -> Figure:
@@ -91,9 +90,11 @@ def reason_bars(run: Run) -> Figure:
         "marker": {"color": [_look(place)[0] for place in range(len(reasons))]},
         "hovertemplate": "%{y}: %{x} features<extra></extra>",
     }
-    most = max((reason["n"] for reason in reasons), default=1)
-    y = _axis("", autorange="reversed", showgrid=False, ticks="", automargin=True, type="category")
-    x = _axis("missed features", range=[0, 1.14 * most])
+    # One feature, or one reason, does not fill the panel.
+    most = max([FEW, *(reason["n"] for reason in reasons)])
+    last = max(FEW, len(reasons)) - 0.5
+    y = _axis("", range=[last, -0.5], showgrid=False, ticks="", automargin=True, type="category")
+    x = _axis("missed features", range=[0, 1.14 * most], **({"dtick": 1} if most == FEW else {}))
     return _figure([bar], xaxis=x, yaxis=y, margin={"l": 200, "r": 8, "t": 8, "b": 44})
 
 
@@ -131,7 +132,8 @@ def predictors(run: Run) -> Figure:
     assert run.diagnosis is not None
     rows = run.diagnosis["predictors"]
     names = [row["name"] for row in rows]
-    base = run.result["diagnosis/missed"] / max(len(run.diagnosis["features"]), 1)
+    missed, n = int(run.result["diagnosis/missed"]), len(run.diagnosis["features"])
+    base = missed / max(n, 1)
     lines: list[dict[str, Any]] = [
         {
             "type": "scatter",
@@ -165,8 +167,9 @@ def predictors(run: Run) -> Figure:
         shapes=[{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": base, "x1": base, "line": level}],
         annotations=[
             {
-                "text": f"all: {base:.0%}",
+                "text": f"all: {missed:,} of {n:,}",
                 "x": base,
+                "xanchor": "left" if base < 0.5 else "right",
                 "yref": "paper",
                 "y": 1.0,
                 "yanchor": "bottom",
@@ -266,7 +269,7 @@ def _points(rows: Sequence[dict[str, str]], name: str, colour: str, symbol: str)
 
 
 def _look(place: int) -> tuple[str, str]:
-    """Colour and marker of the reason at a place."""
+    """Colour and marker of the reason at a place; the rarest share the last marker."""
     return series(place)[0], SYMBOLS[min(place, len(SYMBOLS) - 1)]
 
 

@@ -17,8 +17,10 @@ from toymodels import palette
 MAX_FEATURES = 256
 MAX_POINTS = 2000
 BINS_PER_DECADE = 16
-# Of plotly, as SVG has them.
-DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
+# Of the largest value over the least: a logarithmic axis would have hardly a tick, or blow up what does not change.
+LINEAR_UP_TO = 5
+# One shape of marker a series beside its colour: a reader who cannot tell the colours tells these.
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon2")
 Cosines = Float[np.ndarray, "rows columns"]
 
 
@@ -63,9 +65,10 @@ def frequency(collection: Collection, column: str, name: str) -> Figure:
     """A point a feature: its firing frequency, and how well it was recovered."""
     traces = []
     runs = [run for run in collection.shown if run.knows_activations]
+    look = {"size": 5, "opacity": 0.65} if len(runs) == 1 else {"size": 4.5, "opacity": 0.4}  # none may hide another
     for run in runs:
         order = run.order[_spread(len(run.order), MAX_POINTS)]
-        colour, _ = _series(collection, run)
+        place = collection.methods.index(run.method)
         traces.append(
             {
                 "type": "scatter",
@@ -73,7 +76,7 @@ def frequency(collection: Collection, column: str, name: str) -> Figure:
                 "name": run.name,
                 "x": _short(run.feature("frequency")[order]),
                 "y": _short(run.feature(column)[order]),
-                "marker": {"color": colour, "size": 5, "opacity": 0.65},
+                "marker": {"color": series(place)[0], "symbol": symbol(place), **look},
                 "customdata": order.tolist(),
                 "hovertemplate": f"feature %{{customdata}}<br>frequency %{{x:.2%}}<br>{name} %{{y:.3f}}",
             }
@@ -104,7 +107,7 @@ def curves(collection: Collection, key: str, name: str, log: bool, chance: float
                 "hovertemplate": f"step %{{x}}<br>{name} %{{y:.4g}}",
             }
         )
-    axis = _log_axis(traces) if log else {"range": [-0.03, 1.04]}
+    axis = _positive_axis(traces) if log else {"range": [-0.03, 1.04]}
     layout: dict[str, Any] = {"xaxis": _axis("step", rangemode="tozero"), "yaxis": _axis("", **axis)}
     if chance is not None:
         layout["shapes"] = [_level(chance)]
@@ -241,11 +244,13 @@ def _series(collection: Collection, run: Run) -> tuple[str, str]:
     return series(collection.methods.index(run.method))
 
 
-def _log_axis(traces: list[dict[str, Any]]) -> dict[str, Any]:
-    """A logarithmic axis with plain numbers, at fewer places the more decades it spans."""
+def _positive_axis(traces: list[dict[str, Any]]) -> dict[str, Any]:
+    """From 0 on where values are near each other; else logarithmic, at fewer places the more decades it spans."""
     values = [value for trace in traces for value in trace["y"] if value and value > 0] or [1.0]
+    if max(values) <= LINEAR_UP_TO * min(values):
+        return {"rangemode": "tozero"}
     low, high = np.log10(min(values)), np.log10(max(values))
-    steps = (1, 1.5, 2, 3, 4, 5, 7) if high - low < 0.7 else (1, 2, 5) if high - low < 3 else (1,)
+    steps = (1, 2, 5) if high - low < 3 else (1,)
     ticks = [step * 10.0**power for power in range(int(np.floor(low)) - 1, int(high) + 2) for step in steps]
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
@@ -270,3 +275,8 @@ def series(place: int) -> tuple[str, str]:
     """Colour and dash of the method at a place."""
     n = len(palette.SERIES_LIGHT)
     return f"var(--series-{place % n})", palette.DASHES[(place + place // n) % len(palette.DASHES)]
+
+
+def symbol(place: int) -> str:
+    """The marker of the series at a place."""
+    return SYMBOLS[place % len(SYMBOLS)]

@@ -3,10 +3,12 @@
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const touch = matchMedia("(pointer: coarse)").matches;
+// Where nothing hovers plotly would show its buttons at all times.
+const hovers = matchMedia("(hover: hover)").matches;
 const options = {
   responsive: true,
   displaylogo: false,
-  displayModeBar: touch ? false : "hover",
+  displayModeBar: hovers && !touch ? "hover" : false,
   modeBarButtons: [["toImage", "resetScale2d"]],
 };
 

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from sae.metrics.seeds import interval
-from sae.report.figures import _axis, _figure, _level, _log_axis, _note, _short, _spread, series
+from sae.report.figures import _axis, _figure, _level, _note, _positive_axis, _short, _spread, series, symbol
 from sae.report.html import Figure
 from sae.report.tables import L0
 
-# One shape of marker a group beside its colour: a reader who cannot tell the colours tells these.
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon2")
 # Points of all curves of a figure together.
 MAX_CURVE_POINTS = 20_000
 # Of two seeds a 95 % interval is nine standard deviations to either side: it would hide the rest.
@@ -39,11 +37,6 @@ class Point:
 def groups(points: Sequence[Point]) -> list[str]:
     """In order of appearance: the place decides colour and shape."""
     return list(dict.fromkeys(point.group for point in points))
-
-
-def symbol(place: int) -> str:
-    """The marker of the group at a place."""
-    return SYMBOLS[place % len(SYMBOLS)]
 
 
 def pareto(points: Sequence[Point], key: str) -> set[str]:
@@ -82,8 +75,8 @@ def trade_off(
     best = pareto(done, key) if log else set()
     if best:
         traces.insert(0, _front([point for point in done if point.name in best], key))
-    across = {"tickvals": None, **_log_axis([{"y": [point.result[L0] for point in done]}])}
-    y = _log_axis([{"y": [point.result[key] for point in done]}]) if log else {"range": [-0.03, 1.04]}
+    across = _positive_axis([{"y": [point.result[L0] for point in done]}, {"y": [truth or 0.0]}])
+    y = _positive_axis([{"y": [point.result[key] for point in done]}]) if log else {"range": [-0.03, 1.04]}
     layout: dict[str, Any] = {
         "xaxis": _axis("L0: latents firing at a time", **across),
         "yaxis": _axis(name, **y),
@@ -98,7 +91,12 @@ def trade_off(
             {
                 "text": f"the truth fires {truth:.2f}",
                 "showarrow": False,
-                **{"xref": "x", "x": float(np.log10(truth)), "xanchor": "left", "xshift": 3},
+                **{
+                    "xref": "x",
+                    "x": float(np.log10(truth)) if "type" in across else truth,
+                    "xanchor": "left",
+                    "xshift": 3,
+                },
                 **{"yref": "paper", "y": 0, "yanchor": "bottom"},
             }
         )
@@ -126,7 +124,7 @@ def curves(points: Sequence[Point], key: str, name: str, log: bool) -> Figure:
                 "hovertemplate": f"{point.name}<br>step %{{x}}<br>{name} %{{y:.4g}}<extra></extra>",
             }
         )
-    axis = _log_axis(traces) if log else {"range": [-0.03, 1.04]}
+    axis = _positive_axis(traces) if log else {"range": [-0.03, 1.04]}
     return _figure(traces, xaxis=_axis("step", rangemode="tozero"), yaxis=_axis("", **axis))
 
 

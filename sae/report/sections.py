@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from sae.report import diagnosis, figures, tables
+from sae.report import diagnosis, figures, keys, tables
 from sae.report.data import FOUND, MAX_SHOWN, Collection, Row, Run, by_setting
 from sae.report.html import plot
 from sae.report.tables import join_words
@@ -70,20 +70,36 @@ def trained(run: Run) -> str:
     options = (sae.get("base") or {}) | {key: value for key, value in sae.items() if value is not None}
     shown = [key for key in ("k", "l0", "l1_coefficient") if options.get(key) is not None]
     setting = "".join(f", {key.replace('_', ' ')} = {options[key]:g}" for key in shown)
-    size = "features" if run.truth is None else "{:,} features in {:,} dimensions".format(*run.truth.shape)
-    origin = {"toy": f"a toy model that keeps {size}", "array": str(source.get("path")), "None": "the caller"}
-    kind = str(source.get("kind"))
     amount = f"; {train['n_samples']:,} activations, seed {train['seed']}" if "n_samples" in train else ""
     name = f"{tables.method_name(sae['kind'])} with {len(run.W_dec):,} latents{setting}"
-    return f"{name}, trained on activations of {origin.get(kind, kind)}{amount}."
+    return f"{name}, trained on {_origin(run, source)}{amount}."
+
+
+def _origin(run: Run, source: Mapping[str, object]) -> str:
+    """The activations, in words."""
+    size = "features" if run.truth is None else "{:,} features in {:,} dimensions".format(*run.truth.shape)
+    match source.get("kind"):
+        case "toy":
+            return f"activations of a toy model that keeps {size}"
+        case "world":
+            return f"activations of the world {source.get('path')}, which has {size}"
+        case "array":
+            return f"the activations in {source.get('path')}"
+        case None:
+            return "activations that were passed in from Python"
+        case kind:
+            return f"activations from the source {kind}"
 
 
 def verdict(run: Run) -> Html:
     """Did it find the truth?"""
-    rest = (
-        f"It leaves {run.result[tables.FVU]:.1%} of the variance unexplained, with "
-        f"{run.result[tables.L0]:.2f} latents firing at a time."
+    fvu = run.result[tables.FVU]
+    error = (
+        f"leaves {fvu:.1%} of the variance unexplained"
+        if fvu <= 1
+        else f"reconstructs worse than the mean activation does (FVU {fvu:.4g})"
     )
+    rest = f"It {error}, with {run.result[tables.L0]:.2f} latents firing at a time."
     if run.truth is None:
         return text(
             "The true features of these activations are not known: the report shows reconstruction and "
@@ -133,6 +149,8 @@ def metrics(collection: Collection) -> Html:
         parts.append(tables.comparison_table(rows, "Runs"))
     elif not collection.summaries:
         parts.append(tables.score_table(collection.given[0]))
+    for name, beside in collection.baselines.items():
+        parts += _beside(name, beside, bool(collection.summaries))
     reading = "Measured on held-out activations."
     if collection.summaries:
         reading = "Each row is a method, mean ± standard deviation over its seeds."
@@ -155,6 +173,20 @@ def metrics(collection: Collection) -> Html:
     ]
     every = [folded(f"Every metric of {run.name}", tables.every_metric(run)) for run in collection.given]
     return section("Final metrics", reading, *parts, *seeds, *every)
+
+
+def _beside(name: str, rows: Sequence[Row], more: bool) -> list[Html]:
+    """The baselines of one run, `more` where there is a table of methods that theirs adds to."""
+    words = (
+        f"What other methods find in the activations of {name}, one run each; where a method leaves the choice, with "
+        "as many latents, of which as many fire."
+    )
+    words += " What the first table has already is not repeated." if more else ""
+    return [
+        tag("h3", f"{'Further baselines' if more else 'Baselines'} beside {name}"),
+        tag("p", words, class_="reading"),
+        tables.comparison_table(tables.by_method(rows), f"Baselines beside {name}"),
+    ]
 
 
 def _first(names: Sequence[str]) -> str:
@@ -208,7 +240,7 @@ def frequency(collection: Collection) -> Html:
     return section(
         "Recovery against frequency",
         reading,
-        _key(collection),
+        _key(collection, keys.dots),
         grid(*pictures, columns=2),
         tenths,
         tables.decile_table(first),
@@ -300,17 +332,10 @@ def _label(collection: Collection, run: Run) -> str:
     return tables.method_name(run.method) if collection.siblings else run.name
 
 
-def _key(collection: Collection) -> Html:
-    """Which line is which; the dash tells what the colour may not."""
-    if len(collection.methods) == 1:
-        return Html("")
-    entries = []
-    for place, method in enumerate(collection.methods):
-        colour, dash = figures.series(place)
-        line = tag("line", x1=0, y1=5, x2=30, y2=5, stroke_dasharray=figures.DASHES[dash], style=f"stroke:{colour}")
-        picture = tag("svg", line, viewBox="0 0 30 10", aria_hidden="true")
-        entries.append(tag("li", picture, tables.method_name(method)))
-    return tag("ul", *entries, class_="key")
+def _key(collection: Collection, look: Callable[[Sequence[str]], Html] = keys.lines) -> Html:
+    """Which line or marker is which method's, where there are several."""
+    several = len(collection.methods) > 1
+    return look([tables.method_name(method) for method in collection.methods]) if several else Html("")
 
 
 def _ramp() -> Html:

@@ -5,34 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
 from sae.config import read_yaml
 from sae.errors import UsageError
-from sae.report import pareto
+from sae.report import keys, pareto
 from sae.report.data import CONFIG, LINES, RESULT, SEEDS, SWEEP, TABLES
-from sae.report.figures import series
 from sae.report.html import plot
 from sae.report.pareto import Point, groups
-from sae.report.tables import DEAD, FVU, L0, MCC, comparison_table, join_words, method_name, seed_table
+from sae.report.tables import DEAD, FVU, L0, MCC, comparison_table, join_words, method_name, number, seed_table
 from toymodels.pages import Html, folded, grid, join, section, table, tag
 
 F1 = "recovery/f1"
 _FREQUENCY = "feature/frequency"
-# Of markers as paths in a box of 10: what pareto.SYMBOLS are in plotly.
-SHAPES = {
-    "circle": "M9 5A4 4 0 1 1 1 5A4 4 0 1 1 9 5Z",
-    "square": "M1.3 1.3H8.7V8.7H1.3Z",
-    "diamond": "M5 .3L9.7 5L5 9.7L.3 5Z",
-    "triangle-up": "M5 .8L9.8 8.8H.2Z",
-    "cross": "M3.4 .6H6.6V3.4H9.4V6.6H6.6V9.4H3.4V6.6H.6V3.4H3.4Z",
-    "star": "M5 .2L6.3 3.6L9.9 3.8L7.1 6L8.1 9.6L5 7.5L1.9 9.6L2.9 6L.1 3.8L3.7 3.6Z",
-    "pentagon": "M5 .6L9.5 3.9L7.8 9.2H2.2L.5 3.9Z",
-    "hexagon2": "M2.6 .8H7.4L9.8 5L7.4 9.2H2.6L.2 5Z",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +52,8 @@ class SweepPage:
 
     @property
     def title(self) -> str:
-        return f"Sweep {self.name}: {len(self.members):,} dictionaries"
+        name = "Sweep" if self.name.lower() == "sweep" else f"Sweep {self.name}"
+        return f"{name}: {len(self.members):,} dictionaries"
 
     @property
     def points(self) -> list[Point]:
@@ -100,7 +91,7 @@ def _read_member(folder: Path, row: dict[str, Any], varies: Sequence[str]) -> Me
     values = row["values"]
     done = row["status"] == "done" and (folder / RESULT).is_file()
     lines = (folder / LINES).read_text(encoding="utf-8").splitlines(keepends=True) if (folder / LINES).is_file() else []
-    without_seed = {key: value for key, value in values.items() if key.rpartition(".")[2] not in SEEDS}
+    without_seed = _without_seed(values)
     own_options = [key for key in without_seed if key.startswith("sae.") and key not in ("sae.kind", "sae.d_sae")]
     point = Point(
         name=row["name"],
@@ -112,6 +103,10 @@ def _read_member(folder: Path, row: dict[str, Any], varies: Sequence[str]) -> Me
         lines=[json.loads(line) for line in lines if line.endswith("\n")],
     )
     return Member(values, row["status"], row["reason"], config, point)
+
+
+def _without_seed(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key.rpartition(".")[2] not in SEEDS}
 
 
 def _truth_l0(path: Path, members: Sequence[Member]) -> float | None:
@@ -140,16 +135,17 @@ def _headline(sweep: SweepPage) -> Html:
     others = join_words([f"{_n(sweep, status)} {status}" for status in ends])
     verdict: list[object] = [tag("strong", f"{done:,} of {n:,} members are done"), f", {others}." if others else "."]
     if sweep.knows_truth:
-        best = max(sweep.done, key=lambda member: member.point.result.get(MCC, -1.0))
-        result = best.point.result
+        settings = _settings(sweep)
+        best = max(settings, key=lambda setting: setting.mean(MCC))
         verdict.append(
-            f" The best recovery is that of {best.name}: MCC {result[MCC]:.3f} at L0 {result[L0]:.2f}, where a random "
-            f"dictionary scores {result[f'{MCC}_chance']:.3f}."
+            f" The best recovery is that of {best.name}: MCC {best.over_seeds(MCC)}, at L0 {best.mean(L0):.2f}, where "
+            f"a random dictionary scores {best.mean(f'{MCC}_chance'):.3f}."
         )
-        lowest = min(sweep.done, key=lambda member: member.point.result[FVU])
+        lowest = min(settings, key=lambda setting: setting.mean(FVU))
         if lowest is not best:
-            said = lowest.point.result
-            verdict.append(f" The lowest error is that of {lowest.name}: FVU {said[FVU]:.3f}, MCC {said[MCC]:.3f}.")
+            verdict.append(
+                f" The lowest error is that of {lowest.name}: FVU {lowest.over_seeds(FVU)}, MCC {lowest.mean(MCC):.3f}."
+            )
     heading = tag("h1", sweep.title)
     return tag("header", heading, tag("p", first, class_="reading"), tag("p", *verdict, class_="verdict"))
 
@@ -159,7 +155,7 @@ def _trade_offs(sweep: SweepPage) -> Html:
         "Each point is a member, and leads to its row below; lines join means over seeds. Fewer latents explain "
         "less, so dictionaries are compared at the same L0."
     )
-    if any(len(group) >= pareto.SEEDS_FOR_BARS for group in _settings(sweep).values()):
+    if any(len(setting.results) >= pareto.SEEDS_FOR_BARS for setting in _settings(sweep)):
         reading += f" Bars are 95 % intervals, from {pareto.SEEDS_FOR_BARS} seeds on."
     fvu = pareto.trade_off(sweep.points, FVU, "FVU", log=True, truth=sweep.truth_l0)
     pictures = [plot(fvu, "Error: FVU, lower is better", "FVU against L0")]
@@ -173,8 +169,8 @@ def _trade_offs(sweep: SweepPage) -> Html:
             sweep.points, MCC, "MCC", log=False, chance=chance if same else None, truth=sweep.truth_l0
         )
         pictures.append(plot(mcc, "Recovery of the truth: MCC, higher is better", "MCC against L0"))
-    words = tag("p", note, class_="note")
-    return section("What sparsity costs", reading, _key(sweep), grid(*pictures, columns=len(pictures)), words)
+    key, words = keys.dots(groups(sweep.points)), tag("p", note, class_="note")
+    return section("What sparsity costs", reading, key, grid(*pictures, columns=len(pictures)), words)
 
 
 def _members(sweep: SweepPage) -> Html:
@@ -185,14 +181,15 @@ def _members(sweep: SweepPage) -> Html:
         values = [member.point.result[key] for member in sweep.done if key in member.point.result]
         best |= {key: pick(values)} if values else {}
     front = pareto.pareto(sweep.points, FVU)
-    place = {group: number for number, group in enumerate(groups(sweep.points))}
+    place = {group: at for at, group in enumerate(groups(sweep.points))}
     rows: list[list[object]] = []
     for member in sweep.members:
         result = member.point.result
-        cells: list[object] = [tag("span", _dot(place[member.point.group]), member.name, id=f"member-{member.name}")]
+        dot = keys.dot(place[member.point.group])
+        cells: list[object] = [tag("span", dot, member.name, id=f"member-{member.name}")]
         cells += [_varying(_value(member.values.get(key))) for key in sweep.varies]
         for key, _, form in scores:
-            value = f"{result[key]:{form}}" if key in result else ""
+            value = number(result.get(key), form)
             cells.append(tag("strong", value) if key in result and result[key] == best.get(key) else value)
         status = tag("span", member.status, class_="status bad" if member.reason else "status")
         cells += ["front" if member.name in front else "", status]
@@ -210,31 +207,53 @@ def _members(sweep: SweepPage) -> Html:
     return section("Members", reading, _reasons(sweep), table(header, rows, "Members"), *_over_seeds(sweep))
 
 
-def _settings(sweep: SweepPage) -> dict[str, list[Member]]:
-    """Finished members that differ in their seed alone, under the name of the first."""
+class Setting(NamedTuple):
+    """Finished members that differ in their seed alone."""
+
+    name: str
+    results: list[dict[str, float]]
+
+    def mean(self, key: str) -> float:
+        """Over the seeds; -inf where the metric is not known."""
+        return fmean(result.get(key, -inf) for result in self.results)
+
+    def over_seeds(self, key: str) -> str:
+        """`0.982 ± 0.004 over 2 seeds`."""
+        n, mean = len(self.results), f"{self.mean(key):.3f}"
+        return mean if n == 1 else f"{mean} ± {stdev(result[key] for result in self.results):.3f} over {n} seeds"
+
+
+def _settings(sweep: SweepPage) -> list[Setting]:
     groups: dict[str, list[Member]] = {}
     for member in sweep.done:
         groups.setdefault(member.point.setting, []).append(member)
-    return {own[0].name: own for own in groups.values()}
+    return [Setting(_values(own[0]), [member.point.result for member in own]) for own in groups.values()]
+
+
+def _values(member: Member) -> str:
+    """A setting by its values: `TopK, k = 4`."""
+    values = {key: value for key, value in _without_seed(member.values).items() if key != "sae.kind"}
+    words = [f"{key.rpartition('.')[2].replace('_', ' ')} = {_value(value)}" for key, value in values.items()]
+    return ", ".join([method_name(member.config["sae"]["kind"]), *words])
 
 
 def _over_seeds(sweep: SweepPage) -> list[Html]:
     """Means over seeds in a table, and every metric of each setting with its interval in a box."""
-    settings = {name: [member.point.result for member in own] for name, own in _settings(sweep).items()}
-    if all(len(own) == 1 for own in settings.values()):
+    settings = _settings(sweep)
+    if all(len(own) == 1 for _, own in settings):
         return []
-    words = tag("p", "Settings over seeds: mean ± standard deviation, each under the name of its first member.")
     boxes = [
         folded(f"Every metric over the {len(own)} seeds of {name}", seed_table(own, f"{name} over seeds"))
-        for name, own in settings.items()
+        for name, own in settings
         if len(own) > 1
     ]
-    return [words, comparison_table(list(settings.items()), "Settings over seeds"), *boxes]
+    heading, words = tag("h3", "Settings over seeds"), tag("p", "Mean ± standard deviation.", class_="reading")
+    return [heading, words, comparison_table(settings, "Settings over seeds"), *boxes]
 
 
 def _training(sweep: SweepPage) -> Html:
     begun = [point for point in sweep.points if point.lines]
-    reading = "One line a member, over the steps of training, in the colour of its group."
+    reading = "One line a member, over the steps of training, in the colour and dash of its group."
     if len(sweep.done) < len(sweep.members):
         reading += " Those of members that are not done are thick."
     pictures = [
@@ -244,7 +263,7 @@ def _training(sweep: SweepPage) -> Html:
     if any(MCC in line for point in begun for line in point.lines[-1:]):
         mcc = pareto.curves(begun, MCC, "MCC", log=False)
         pictures.append(plot(mcc, "MCC: recovery of the truth", "MCC over training"))
-    return section("Training", reading, _key(sweep), grid(*pictures, columns=len(pictures)))
+    return section("Training", reading, keys.lines(groups(sweep.points)), grid(*pictures, columns=len(pictures)))
 
 
 def _configuration(sweep: SweepPage) -> Html:
@@ -253,17 +272,6 @@ def _configuration(sweep: SweepPage) -> Html:
     reading = join(["Each member's own folder has its resolved config.yaml;", command, "draws it by itself."])
     words = json.dumps(first.config, indent=1, ensure_ascii=False)
     return section("Configuration", reading, folded(f"{first.name}, with all defaults", tag("pre", words)))
-
-
-def _key(sweep: SweepPage) -> Html:
-    entries = [tag("li", _dot(place), group) for place, group in enumerate(groups(sweep.points))]
-    return tag("ul", *entries, class_="key")
-
-
-def _dot(place: int) -> Html:
-    """The marker of a group, as the figures draw it."""
-    path = tag("path", d=SHAPES[pareto.symbol(place)], style=f"fill:{series(place)[0]}")
-    return tag("svg", path, viewBox="0 0 10 10", class_="dot", aria_hidden="true")
 
 
 def _reasons(sweep: SweepPage) -> Html:

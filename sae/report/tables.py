@@ -12,6 +12,10 @@ from sae.report.data import FOUND, Row, Run
 from toymodels.pages import Html, join, table, tag, text
 
 MAX_MISSED = 30
+# Numbers from here on are of a run that went wrong: their digits say nothing.
+TOO_LONG = 1e6
+# Of a column of bars, which narrow pages leave out as a whole.
+NO_BAR = tag("span", class_="no-bar")
 
 
 class Score(NamedTuple):
@@ -37,7 +41,7 @@ SCORES = (
     Score(FVU, "FVU", ".4f", "share of the variance that the reconstruction misses"),
     Score(L0, "L0", ".2f", "latents that fire for one activation, on average"),
     Score(DEAD, "dead", ".1%", "share of latents that never fire"),
-    Score("seconds", "seconds", ".1f", "time to train"),
+    Score("seconds", "seconds to fit", ".1f", "time to fit or train"),
 )
 METHODS = {
     "topk": "TopK",
@@ -133,9 +137,9 @@ def comparison_table(rows: Sequence[tuple[str, Sequence[Row]]], label: str) -> H
     """A row a method: mean ± sd over its seeds; chance stands beside MCC, and is a tick on its bar."""
     scores = [score for score in SCORES if any(score.key in row for _, group in rows for row in group)]
     seeds = any(len(group) > 1 for _, group in rows)
-    header = ["", *(["seeds"] if seeds else [])]
+    header: list[object] = ["", *(["seeds"] if seeds else [])]
     for score in scores:
-        header += ["MCC", "by chance", ""] if score.key == MCC else [score.name]
+        header += ["MCC", "by chance", NO_BAR] if score.key == MCC else [score.name]
     body = []
     for name, group in rows:
         cells: list[object] = [name, *([len(group)] if seeds else [])]
@@ -143,7 +147,7 @@ def comparison_table(rows: Sequence[tuple[str, Sequence[Row]]], label: str) -> H
             cells.append(_spread(group, score))
             if score.key == MCC:
                 chance = _mean(group, f"{MCC}_chance")
-                cells += [_number(chance, score.form), _bar(_mean(group, MCC), chance)]
+                cells += [number(chance, score.form), _bar(_mean(group, MCC), chance)]
         body.append(cells)
     return table(header, body, label)
 
@@ -155,7 +159,7 @@ def seed_table(group: Sequence[Row], label: str) -> Html:
         for row in group
     ]
     rows = [
-        [key, *(_number(value, ".6g") for value in (found.mean, found.low, found.high, found.sd)), found.n]
+        [key, *(number(value, ".6g") for value in (found.mean, found.low, found.high, found.sd)), found.n]
         for key, found in sorted(over_seeds(numbers).items())
     ]
     return table(["", "mean", "95 % from", "to", "sd", "seeds"], rows, label)
@@ -225,7 +229,7 @@ def class_table(classes: dict[str, list[dict[str, float]]]) -> Html:
 
 def every_metric(run: Run) -> Html:
     """The whole of result.json."""
-    rows = [[key, _number(value, ".6g")] for key, value in sorted(run.result.items())]
+    rows = [[key, number(value, ".6g")] for key, value in sorted(run.result.items())]
     return table(["", "value"], rows, "Every metric")
 
 
@@ -269,7 +273,7 @@ def geometry_table(run: Run) -> Html | None:
 def _of_feature(run: Run, i: int, name: str, form: str | None) -> str:
     """A value of feature i, or (form None) its nearest other direction and their cosine."""
     if form is not None:
-        return _number(float(run.feature(name)[i]), form)
+        return number(float(run.feature(name)[i]), form)
     index = int(run.feature(name)[i])
     return "none" if index < 0 else f"{index}, cosine {run.feature(f'{name}_cosine')[i]:.3f}"
 
@@ -281,24 +285,26 @@ def _mean(group: Sequence[Row], key: str) -> float | None:
 
 def _spread(group: Sequence[Row], score: Score) -> Html:
     values = [row[score.key] for row in group if row.get(score.key) is not None]
-    return _number(fmean(values) if values else None, score.form, stdev(values) if len(values) > 1 else None)
+    return Html("–") if not values else number(fmean(values), score.form, stdev(values) if len(values) > 1 else None)
 
 
 def _value(run: Run, key: str, form: str) -> Html:
     """A final metric, with its standard deviation where that is recorded."""
-    return _number(run.result.get(key), form, run.result.get(f"{key}_sd"))
+    return number(run.result.get(key), form, run.result.get(f"{key}_sd"))
 
 
-def _number(value: float | None, form: str, sd: float | None = None) -> Html:
+def number(value: float | None, form: str, sd: float | None = None) -> Html:
+    """A cell: a value with its standard deviation, where there are such."""
     if value is None:
         return Html("")
-    number = f"{value:z{form}}".replace("-", "−") if isfinite(value) else "undefined"
-    return text(number) if sd is None else Html(number + tag("span", f" ± {sd:{form}}", class_="sd"))
+    form = ".2e" if form.endswith("f") and abs(value) >= TOO_LONG else form
+    words = f"{value:z{form}}".replace("-", "−") if isfinite(value) else "undefined"
+    return text(words) if sd is None else Html(words + tag("span", f" ± {sd:{form}}", class_="sd"))
 
 
 def _bar(value: float | None, chance: float | None) -> Html:
     if value is None:
-        return Html("")
+        return NO_BAR
     reach = tag("i", style=f"width:{100 * min(max(value, 0), 1):.1f}%")
     tick = "" if chance is None else tag("b", style=f"left:{100 * chance:.1f}%")
     return tag("span", reach, tick, class_="bar", aria_hidden="true")
