@@ -157,6 +157,8 @@ def conclude(run: Run, report: bool) -> Result:
             config.lr,
         )
     save_result(config.out, sae, evaluation)
+    if n_steps <= config.checkpoint.every_steps:  # what was saved for a stop in the meantime
+        shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
     page = write_report_if_installed(config.out) if report else None
     run.log.finish(n_steps, evaluation.metrics, evaluation.tables["latent/frequency"], page)
     return Result(sae, evaluation.metrics, config.out)
