@@ -770,9 +770,11 @@ def test_native_functions_have_the_types_of_their_heads():
         kernels._call("centre", torch.zeros(4, 4).double().T, 1.0, vector, torch.zeros(4, 4).double(), None, 4, 4)
 
 
-def test_small_weights_count_codes_as_sparse_sooner():
+@pytest.mark.parametrize(("units", "share"), [("AVX2", 1 / 6), ("AVX512", 1 / 12)])
+def test_small_weights_count_codes_as_sparse_sooner_where_products_are_slow(monkeypatch, units, share):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: units)
     small, large = torch.zeros(256, 64), torch.zeros(1025, 64)
-    assert [sparse_share(small, precision) for precision in ("fp32", "exact", "bf16")] == [1 / 6, 1 / 12, 1 / 40]
+    assert [sparse_share(small, precision) for precision in ("fp32", "exact", "bf16")] == [share, 1 / 12, 1 / 40]
     assert [sparse_share(large, precision) for precision in ("fp32", "exact", "bf16")] == [1 / 12, 1 / 12, 1 / 40]
     scores = Scores(torch.zeros(12, 64), small, torch.zeros(256), lambda rows: torch.zeros(12, 256))
     assert capacity(scores) == 2 * 12 * 256 // 6
