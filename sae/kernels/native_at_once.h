@@ -188,6 +188,13 @@ static void keep_from_lanes(const Scores *scores, const float *rows, long m, lon
 
 /* m rows of x, `stride` apart, into lanes: 32 of them side by side, 0 where there are none. */
 static void rows_to_lanes(const float *x, long d, long stride, long m, float *lanes_of) {
+    if (stride * d > INT32_MAX / SIDE) { /* too far apart for the numbers that gather */
+        memset(lanes_of, 0, (size_t)((m + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS * d) * sizeof(float));
+        for (long r = 0; r < m; r++)
+            for (long p = 0; p < d; p++)
+                lanes_of[(r / BLOCK_ROWS * d + p) * BLOCK_ROWS + r % BLOCK_ROWS] = x[r * stride * d + p];
+        return;
+    }
     __m512i apart = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)(stride * d)));
     for (long r = 0; r < m; r += SIDE) {
         float *to = lanes_of + r / BLOCK_ROWS * BLOCK_ROWS * d + r % BLOCK_ROWS;
@@ -220,7 +227,7 @@ typedef struct {
     char *rows; /* in tiles, in lanes, or as they are */
     long room;  /* of a list */
     Kept *kept;
-    float *least, *norms, *work, *last; /* of a batch's weights those that are no twelve */
+    float *least, *norms, *work, *last; /* the last has room for the weights of twelve latents */
 } Chunk;
 
 static Chunk chunk_of(const Scores *scores, long rows) {
@@ -331,7 +338,7 @@ static void top_k_at_once(const Scores *scores, long k, float guess, int32_t *la
         if (n_again > 0) x_again = some_memory((size_t)(n_again * d) * sizeof(float));
 #pragma omp for schedule(static)
         for (long i = 0; i < n_again; i++) memcpy(x_again + i * d, scores->x + again[i] * d, (size_t)d * sizeof(float));
-        long few = MIN(rows_of_chunk(scores, n_again, threads), rows), of = n_again;
+        long few = MAX(MIN(rows_of_chunk(scores, n_again, threads), rows), 1), of = n_again;
 #pragma omp for schedule(dynamic, 1)
         for (long i = 0; i < of; i += few)
             top_k_of_chunk(scores, &chunk, x_again + i * d, 0, again + i, MIN(few, of - i), 0, &to, NULL, NULL);
