@@ -450,3 +450,11 @@ def test_a_terminated_run_resumes_to_the_same_weights(run_cli, tmp_path):
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "sae", *map(str, words)]
+
+
+@pytest.mark.parametrize(("own", "spins"), [({}, "6000"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_waiting_threads_sleep_soon_unless_the_user_says_how_they_wait(own, spins):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | own
+    code = "import os, sae; print(os.environ.get('GOMP_SPINCOUNT'))"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == str(spins)
