@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import Manager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sae import baselines
 from sae.baselines import require_sklearn
 from sae.config import TrainConfig
 from sae.console import postfix, print_methods
-from sae.ensemble import Ensemble, Run, SharedSource, stop_requested
+from sae.ensemble import Ensemble, Run, SharedSource
 from sae.kernels import choose
 from sae.model import load
 from sae.run import as_it_begins, check_out, conclude, open_run, require_report
@@ -80,17 +81,21 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     assert isinstance(recipe, ToyRecipe)
     n_steps = recipe.n_steps + sum(config.n_steps for _, config in saes)
     torch.set_num_threads(1)  # a second thread would wait for cores on which the others get ready
-    with tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar, one_thread_each() as pool:
+    lines = get_context("spawn").Queue()
+    with (
+        tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar,
+        one_thread_each(get_ready, (lines,)) as pool,
+    ):
         bar.set_description("toy model")
         for _ in range(n_cores()):
-            pool.submit(load_libraries)
+            pool.submit(int)  # starts a process
 
         def toy_step(step: int, losses: Tensor) -> None:
             bar.update()
 
         world = recipe.build(toy.seed, on_step=toy_step)
         world.model.save(out / TOY)
-        rows = train_and_measure(pool, out, toy, saes, bar)
+        rows = train_and_measure(pool, lines, out, toy, saes, bar)
         (out / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         report = pool.submit(page_of, out).result()
     show(rows)
@@ -114,6 +119,7 @@ def sae_config(out: Path, toy: ToySourceConfig, method: str, seed: int, first: b
 
 def train_and_measure(
     pool: ProcessPoolExecutor,
+    lines: Any,
     out: Path,
     toy: ToySourceConfig,
     saes: Sequence[Named],
@@ -123,34 +129,39 @@ def train_and_measure(
     done_before = bar.n
     steps = {key: 0 for key, _ in saes}
     rows: dict[Key, dict[str, Any]] = {}
-    with Manager() as manager:
-        lines = manager.Queue()
-        # Those of a seed see the same batches, which are drawn once. The first seed has the most of them.
-        by_seed = [[one for one in saes if one[0][1] == seed] for seed in dict.fromkeys(key[1] for key, _ in saes)]
-        waiting: set[Future[dict[Key, dict[str, Any]]]] = {pool.submit(sae_rows, toy, part, lines) for part in by_seed}
-        for method, n_seeds in reversed(BASELINES.items()):
-            if method != "topk_oracle":
-                waiting |= {
-                    pool.submit(baseline_row, method, seed, toy, out) for seed in range(toy.seed, toy.seed + n_seeds)
-                }
-        while waiting:
-            finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            for job in finished:
-                rows |= job.result()  # raises what the job raised, now and not at the end
-                if ("topk", toy.seed) in job.result():
-                    waiting.add(pool.submit(baseline_row, "topk_oracle", toy.seed, toy, out))
-            while not lines.empty():
-                key, step, values = lines.get()
-                steps[key] = step
-                bar.set_description("{} seed {}".format(*key), refresh=False)
-                bar.set_postfix_str(postfix(values), refresh=False)
-            bar.update(done_before + sum(steps.values()) - bar.n)
+    # Those of a seed see the same batches, which are drawn once. The first seed has the most of them.
+    by_seed = [[one for one in saes if one[0][1] == seed] for seed in dict.fromkeys(key[1] for key, _ in saes)]
+    waiting: set[Future[dict[Key, dict[str, Any]]]] = {pool.submit(sae_rows, toy, part) for part in by_seed}
+    for method, n_seeds in reversed(BASELINES.items()):
+        if method != "topk_oracle":
+            waiting |= {
+                pool.submit(baseline_row, method, seed, toy, out) for seed in range(toy.seed, toy.seed + n_seeds)
+            }
+    while waiting:
+        finished, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+        for job in finished:
+            rows |= job.result()  # raises what the job raised, now and not at the end
+            if ("topk", toy.seed) in job.result():
+                waiting.add(pool.submit(baseline_row, "topk_oracle", toy.seed, toy, out))
+        while not lines.empty():
+            key, step, values = lines.get()
+            steps[key] = step
+            bar.set_description("{} seed {}".format(*key), refresh=False)
+            bar.set_postfix_str(postfix(values), refresh=False)
+        bar.update(done_before + sum(steps.values()) - bar.n)
     order = [*METHODS, *BASELINES]
     return [rows[key] for key in sorted(rows, key=lambda key: (order.index(key[0]), key[1]))]
 
 
-def load_libraries() -> None:
-    """Builds and loads in a worker what its first run would wait for."""
+_lines: Any = None
+"""In a process of the pool: where it puts each line that is logged."""
+
+
+def get_ready(lines: Any) -> None:
+    """Builds and loads in a process of the pool what its first run would wait for."""
+    global _lines  # noqa: PLW0603 - a queue can only be handed to a process that starts
+    _lines = lines
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent hears too, and ends this process
     import scipy.optimize  # noqa: F401, PLC0415 - metrics import it when they match
 
     import sae.report  # noqa: F401, PLC0415 - one of them writes the page
@@ -158,8 +169,8 @@ def load_libraries() -> None:
     choose(torch.device("cpu"), torch.float32)
 
 
-def sae_rows(toy: ToySourceConfig, saes: Sequence[Named], lines: Any) -> dict[Key, dict[str, Any]]:
-    """Trains SAEs on the same batches, and measures each; each logged line goes into `lines`."""
+def sae_rows(toy: ToySourceConfig, saes: Sequence[Named]) -> dict[Key, dict[str, Any]]:
+    """Trains SAEs on the same batches, and measures each; each logged line is told."""
     gc.disable()  # what steps leave in circles is little; to look for it takes 4 % of a run
     logging.getLogger("sae").setLevel(logging.WARNING)
     source = SharedSource(toy.open())
@@ -167,19 +178,18 @@ def sae_rows(toy: ToySourceConfig, saes: Sequence[Named], lines: Any) -> dict[Ke
     for key, config in saes:
 
         def on_line(step: int, values: Mapping[str, float], key: Key = key) -> None:
-            lines.put((key, step, dict(values)))
+            _lines.put((key, step, dict(values)))
 
         runs[open_run(config, as_it_begins(config, resume=False), source, resume=False, on_line=on_line)] = key
     rows = {}
-    with stop_requested() as stop:
-        for run, error in Ensemble(list(runs), source).feed(stop):
-            if error is not None:
-                raise error
-            method, seed = runs[run]
-            seconds = run.trainer.seconds
-            metrics = conclude(run, report=False).metrics
-            run.log.close()
-            rows[method, seed] = {"method": method, "seed": seed, **metrics, "seconds": seconds}
+    for run, error in Ensemble(list(runs), source).feed(stop=lambda: 0):
+        if error is not None:
+            raise error
+        method, seed = runs[run]
+        seconds = run.trainer.seconds
+        metrics = conclude(run, report=False).metrics
+        run.log.close()
+        rows[method, seed] = {"method": method, "seed": seed, **metrics, "seconds": seconds}
     return rows
 
 

@@ -7,10 +7,11 @@ run's result then depends on its seed alone, not on how many cores there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
+from typing import Any
 
 # glibc gives freed memory back at once, and a step of a few ms then pays for the pages again: let it keep them.
 CHILD_ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
@@ -35,9 +36,12 @@ def child_environment(n_threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread_each() -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes; an exception inside the context ends them at once."""
-    with child_environment(1), ProcessPoolExecutor(n_cores(), get_context("spawn")) as pool:
+def one_thread_each(
+    begin: Callable[..., None] | None = None, given: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes, each of which begins with `begin(*given)`; an exception inside the context ends them at
+    once."""
+    with child_environment(1), ProcessPoolExecutor(n_cores(), get_context("spawn"), begin, given) as pool:
         try:
             yield pool
         except BaseException:
