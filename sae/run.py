@@ -103,9 +103,10 @@ def train(
     if source is None and config.source is None:
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
     check_out(config.out, resume, overwrite)
-    if resume and not (config.out / CONFIG).exists():
+    begun_before = (config.out / CONFIG).exists()
+    if resume and not begun_before:
         logger.warning("nothing to resume in %s: the run begins", config.out)
-    if resume and (config.out / CONFIG).exists():
+    if resume and begun_before:
         require_same_run(config)
         if (config.out / RESULT).exists():
             logger.info("%s is complete; nothing to resume", config.out)

@@ -280,8 +280,8 @@ class Selection:
             x = scores.x if block.shape[0] == scores.x.shape[0] else scores.x[block.rows]
             d_sae = block.shape[1]
             screens = self._screens(scores.encoder)
-            panels = panels_of(self._buffer, "encoder", d_sae, d) if is_small(scores.encoder) else None
-            panels = None if self._tiles else panels
+            packs = is_small(scores.encoder) and not self._tiles
+            panels = panels_of(self._buffer, "encoder", d_sae, d) if packs else None
             whole = self._screen(d_sae, d) if screens else (None, None)
             within = (x, scores.encoder, panels, *whole, kept["encoder_tiles"] if self._tiles else None)
         return product, rounded, scores.bias, *slacks, sign, *within, d
