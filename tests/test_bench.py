@@ -104,7 +104,7 @@ def test_ceilings_are_the_best_of_their_repeats():
 def test_stages_are_those_of_a_real_step(monkeypatch, units):
     monkeypatch.setattr("sae.kernels.has_bf16_units", lambda device: units)
     kernels = Native(torch.float32, "bf16" if units else "fp32")
-    selects_as_it_multiplies = kernels._at_once or kernels._can_screen
+    selects_as_it_multiplies = kernels._at_once or kernels._screen_bits
     for kind, selection in (("topk", "top_k"), ("batchtopk", "batch_top_k")):
         found = {stage.name: stage for stage in stages(SMALL, kind, "cpu", 4, lambda: None)}
         if not units or selects_as_it_multiplies:

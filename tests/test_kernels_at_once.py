@@ -30,6 +30,7 @@ def _large_weights():
     """Small ones have products of their own in float32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small, "ENTRIES", -1)
+        patch.setattr(selection, "FEWEST_SCREENED", float("inf"))  # test_kernels_screen.py has those that are screened
         yield
 
 

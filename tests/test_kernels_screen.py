@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import Codes, Scores, State, small
+from sae.kernels import Codes, Scores, State, selection, small
 from sae.kernels.native import Native
 from sae.kernels.reference import dense
 
@@ -20,7 +20,9 @@ sizes = {"shape": st.sampled_from(SHAPES), "data": st.sampled_from(DATA), "seed"
 def _screened_at_every_size(monkeypatch):
     """Small products are not screened, as it does not pay; here they are."""
     monkeypatch.setattr(small, "ENTRIES", -1)
-    if not Native(torch.float32, "fp32")._can_screen:
+    monkeypatch.setattr(selection, "FEWEST_SCREENED", 1)
+    monkeypatch.setattr(selection, "LOOSE", float("inf"))
+    if not Native(torch.float32, "fp32")._screen_bits:
         pytest.skip("whole numbers are no faster on this CPU")
 
 
@@ -138,8 +140,8 @@ def test_a_batch_that_needs_more_slots_says_so():
 @pytest.mark.parametrize("rounded", ["activations", "weights"])
 def test_rounding_at_its_worst(rounded):
     """All entries but one lose .49 of a step: the first latent is largest, and screening puts it behind the second."""
-    d = 101
-    lossy = torch.full((d,), 3.49 / 32766)
+    d, kernels = 101, Native(torch.float32, "fp32")
+    lossy = torch.full((d,), 3.49 / (32766 if kernels._screen_bits == 16 else 127))
     lossy[0] = 1
     plain = torch.ones(d)
     x, first = (lossy, plain) if rounded == "activations" else (plain, lossy)
@@ -147,8 +149,9 @@ def test_rounding_at_its_worst(rounded):
     second[0] = float(x.double() @ first.double()) / float(x[0]) - 1e-5
     weights = {"encoder": torch.stack([first, second]), "W_dec": torch.ones(2, d), "b_enc": torch.zeros(2)}
     state = State.of(weights | {"b_dec": torch.zeros(d)}, False)
-    kernels = Native(torch.float32, "fp32")
-    assert kernels.top_k(scored(kernels, x[None], state), 1).latents.tolist() == [0]
+    level = torch.stack([x, (2 - x**2).sqrt()])  # both rows together: no column asks for a scale of its own
+    assert kernels.top_k(scored(kernels, level, state), 1).latents.tolist()[0] == 0
+    assert kernels._screened
 
 
 def test_rows_too_small_to_screen_are_found():
@@ -195,3 +198,41 @@ def test_weights_that_are_no_numbers_hide_no_other():
     pre, _ = judged(x, state)
     pre[:, 11] = -1
     assert torch.equal(z > 0, pre >= pre.topk(5, dim=1).values[:, -1:])
+
+
+@pytest.fixture
+def bytes_screen(monkeypatch):
+    monkeypatch.setattr(selection, "LOOSE", 1.5)
+    kernels = Native(torch.float32, "fp32")
+    if kernels._screen_bits != 8:
+        pytest.skip("words screen on this CPU: their bound is never loose")
+    return kernels
+
+
+@pytest.mark.parametrize("uneven", ["activations", "weights", "neither"])
+def test_columns_of_any_size_are_screened(bytes_screen, uneven):
+    """A few dimensions far larger than all others, as language models have them, do not take the range of the others."""
+    x, state = case("spread", 96, 768, 512, 0)
+    x[:, ::256] *= 50 if uneven == "activations" else 1
+    state.encoder[:, ::256] *= 5 if uneven == "weights" else 1
+    codes = bytes_screen.top_k(scored(bytes_screen, x, state), 5)
+    pre, _ = judged(x, state)
+    selects(codes, x, state, pre.topk(5, dim=1).values[:, -1:].clamp_min(0))
+    assert bytes_screen._screened
+
+
+def test_a_bound_that_lets_too_much_pass_is_not_used(bytes_screen):
+    """A spike of its own in each row takes all of the range, and no column is to blame."""
+    x, state = case("spread", 1024, 1024, 300, 0)
+    x += torch.diag(torch.full((1024,), 200.0))
+    codes = bytes_screen.top_k(scored(bytes_screen, x, state), 5)
+    assert not bytes_screen._screened
+    pre, _ = judged(x, state)
+    selects(codes, x, state, pre.topk(5, dim=1).values[:, -1:].clamp_min(0))
+
+
+def test_few_rows_are_not_worth_rounding_the_encoder(bytes_screen, monkeypatch):
+    monkeypatch.setattr(selection, "FEWEST_SCREENED", 64)
+    x, state = case("spread", 63, 64, 257, 0)
+    scored(bytes_screen, x, state)
+    assert not bytes_screen._screened

@@ -35,6 +35,15 @@ typedef uint16_t bf16;
 #define SELECTS_AT_ONCE 0
 #endif
 
+/* Of how many bits the whole numbers are that screen products of floats; 0 where they do not. */
+#if SELECTS_AT_ONCE && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define SCREENS 8
+#elif defined(__AVX2__) && !defined(__AVX512F__) && !REAL_IS_DOUBLE
+#define SCREENS 16
+#else
+#define SCREENS 0
+#endif
+
 /* ---------------------------------------------------------------------------------------------- numbers and memory */
 
 static inline float from_bf16(bf16 bits) {
@@ -226,12 +235,6 @@ static void product(const real *A, long row_stride, long column_stride, const re
    again in `real`, so that what is selected, and its values, are those of the product in `real`.
 
    vpmaddwd has twice the products of a fused multiply-add; AVX-512 has as many of either as this has, and its own. */
-#if defined(__AVX2__) && !defined(__AVX512F__) && !REAL_IS_DOUBLE
-#define SCREENS 1
-#else
-#define SCREENS 0
-#endif
-
 enum { SCREEN_COLUMNS = 16, SCORED_ROWS = 48 };
 /* Rows whose largest entry is smaller are not screened: products of their steps would leave the range of floats. */
 #define LEAST_SCREENED 1e-12f
@@ -246,7 +249,7 @@ API long screens(long threads) {
     return SCREENS;
 }
 
-#if SCREENS
+#if SCREENS == 16
 typedef struct {
     real step, sum, largest; /* of absolute values */
 } Scale;
@@ -321,7 +324,7 @@ static inline __attribute__((always_inline)) void screen_tile(const int16_t *row
 /* Rounds and packs the encoder: panels of sixteen latents, pair of entries after pair, and the scales of its rows, which
    are a multiple of sixteen and are followed by the limits. */
 API void screen(const real *encoder, long n_latents, long d, int16_t *panels, real *scales, long threads) {
-#if SCREENS
+#if SCREENS == 16
     long pairs = pairs_of(d), n_panels = (n_latents + SCREEN_COLUMNS - 1) / SCREEN_COLUMNS;
     real sum = 0, step = 0, entry = 0;
 #pragma omp parallel for num_threads((int)threads) schedule(static) reduction(max : sum, step, entry)
@@ -407,7 +410,7 @@ static void prepare(Scores *scores, real *panels, long threads) {
     scores->largest_bias = largest;
 }
 
-#if SCREENS
+#if SCREENS == 16
 /* What rounding may hide of x . w + b, for all latents: with x = step_x q_x + e_x and |e_x| <= step_x / 2, likewise w,
 
        |x . w - step_x step_w q_x . q_w| <= (step_x sum |w| + step_w sum |x|) / 2 + d step_x step_w / 4,
@@ -442,7 +445,7 @@ static void screen_rows(Scores *scores, long first, long stride, long m, real *b
 static void score_rows(Scores *scores, long first, long stride, long m, real *block) {
     long d = scores->d, n = scores->n_latents;
     scores->pre = block;
-#if SCREENS
+#if SCREENS == 16
     if (scores->whole) {
         screen_rows(scores, first, stride, m, block);
         return;
@@ -632,12 +635,14 @@ enum { SIDE = 16 };
 
 #if SELECTS_AT_ONCE
 /* Of 16 entries those that exist where `left` are left. */
+static inline __m512i counting(void) { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
 static inline __mmask16 first_of(long left) { return (__mmask16)(left >= SIDE ? 0xffff : left > 0 ? (1u << left) - 1 : 0); }
 
 /* How many of sixteen values are larger than each, or equal and before it. */
 static inline __m512i ranks(__m512 values) {
     __m512i rank = _mm512_setzero_si512(), one = _mm512_set1_epi32(1);
-    __m512i behind = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i behind = counting();
     for (int s = 1; s < SIDE; s++) { /* each and the one s behind it; behind the last comes the first */
         behind = _mm512_add_epi32(behind, one);
         __m512 other = _mm512_permutexvar_ps(behind, values);
@@ -867,6 +872,7 @@ static void fill_slots(const int32_t *who, const real *found, long n, long k, in
 }
 
 #include "native_amx.h"
+#include "native_screen.h"
 #include "native_at_once.h"
 
 /* Each row's k largest positive pre-latents, k slots a row; a slot without one has value 0. `cuts`, where given,

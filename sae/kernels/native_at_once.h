@@ -63,10 +63,13 @@ static inline void keep(Kept *kept, __mmask16 which, __m512 values, __m512i late
     kept->n += _mm_popcnt_u32(which);
 }
 
-static inline int in_lanes(const Scores *scores) { return !scores->tiles && !scores->panels; }
+static inline int is_screened(const Scores *scores) { return scores->whole != NULL; }
+
+static inline int in_lanes(const Scores *scores) { return !scores->tiles && !scores->panels && !is_screened(scores); }
 
 /* Rows that are multiplied at once: at most BLOCK_ROWS. */
 static inline long rows_of_block(const Scores *scores) {
+    if (is_screened(scores)) return SCREEN_ROWS;
     return scores->tiles || in_lanes(scores) ? BLOCK_ROWS : 5 * TILE_ROWS;
 }
 
@@ -91,11 +94,10 @@ static inline void multiply(const Scores *scores, const char *rows, long r, long
 static void keep_from_product(const Scores *scores, const char *rows, long m, long k, float *least, Kept *kept) {
     long n_latents = scores->n_latents, block = rows_of_block(scores);
     float out[BLOCK_ROWS * BLOCK_COLUMNS] __attribute__((aligned(64)));
-    __m512i counting = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (long c = 0; c < n_latents; c += BLOCK_COLUMNS) {
         __mmask16 there = first_of(n_latents - c), more_there = first_of(n_latents - c - SIDE);
         __m512 bias = _mm512_maskz_loadu_ps(there, scores->bias + c), more_bias = _mm512_maskz_loadu_ps(more_there, scores->bias + c + SIDE);
-        __m512i who = _mm512_add_epi32(counting, _mm512_set1_epi32((int)c)), more_who = _mm512_add_epi32(who, _mm512_set1_epi32(SIDE));
+        __m512i who = _mm512_add_epi32(counting(), _mm512_set1_epi32((int)c)), more_who = _mm512_add_epi32(who, _mm512_set1_epi32(SIDE));
         for (long r = 0; r < m; r += block) {
             long n = MIN(block, m - r);
             multiply(scores, rows, r, n, c, out);
@@ -186,6 +188,61 @@ static void keep_from_lanes(const Scores *scores, const float *rows, long m, lon
     }
 }
 
+#if SCREENS == 8
+/* Pairs of a row of a chunk and a latent that may pass, of 64 latents. */
+typedef struct {
+    int32_t *rows, *latents;
+    long n;
+} Pending;
+
+static inline void await(__mmask16 which, long row, long first, Pending *pending) {
+    __m512i latents = _mm512_add_epi32(counting(), _mm512_set1_epi32((int)first));
+    _mm512_storeu_si512(pending->latents + pending->n, _mm512_maskz_compress_epi32(which, latents));
+    _mm512_storeu_si512(pending->rows + pending->n, _mm512_set1_epi32((int)row));
+    pending->n += _mm_popcnt_u32(which);
+}
+
+/* What is pending, in float32: what passes in truth is kept. `numbers` says which rows of x a chunk has. */
+static void decide(const Scores *scores, const int32_t *numbers, Pending *pending, long k, float *least, Kept *kept) {
+    long d = scores->d;
+    for (long e = 0; e < pending->n; e += 4) {
+        const float *x[4], *w[4];
+        float products[4];
+        for (long i = 0; i < 4; i++) {
+            long at = MIN(e + i, pending->n - 1);
+            x[i] = scores->x + numbers[pending->rows[at]] * d, w[i] = scores->encoder + pending->latents[at] * d;
+        }
+        four_pairs(x, w, d, products);
+        for (long i = 0; i < MIN(4, pending->n - e); i++) {
+            int32_t r = pending->rows[e + i], j = pending->latents[e + i];
+            float value = products[i] + scores->bias[j];
+            if (!(value > least[r])) continue;
+            Kept *row = kept + r;
+            row->values[row->n] = value, row->latents[row->n++] = j;
+            if (k > 0 && row->n >= row->full) least[r] = tighten(row, least[r], k);
+        }
+    }
+    pending->n = 0;
+}
+
+/* keep_from_product, where whole numbers screen: what they let pass of 64 latents is decided while their weights are near. */
+static void keep_from_screen(const Scores *scores, const int32_t *numbers, long m, long k, float *least, Kept *kept, Pending *pending) {
+    long d = scores->d, n_latents = scores->n_latents, quads = quads_of(d);
+    Screen screen = screen_in(scores->whole, scores->scales, scores->batch, n_latents, d);
+    pending->n = 0;
+    for (long c = 0; c < n_latents; c += SCREEN_LATENTS) {
+        for (long r = 0; r < m; r += SCREEN_ROWS) {
+            __mmask64 passes[SCREEN_ROWS];
+            long n = MIN(SCREEN_ROWS, m - r);
+            screen_tile_of(&screen, numbers + r, n, quads, c, scores->bias, n_latents, least + r, passes);
+            for (long i = 0; i < n; i++)
+                for (long q = 0; q < SCREEN_LATENTS && passes[i] >> q; q += SIDE) await((__mmask16)(passes[i] >> q), r + i, c + q, pending);
+        }
+        decide(scores, numbers, pending, k, least, kept);
+    }
+}
+#endif
+
 /* m rows of x, `stride` apart, into lanes: 32 of them side by side, 0 where there are none. */
 static void rows_to_lanes(const float *x, long d, long stride, long m, float *lanes_of) {
     if (stride * d > INT32_MAX / SIDE) { /* too far apart for the numbers that gather */
@@ -195,7 +252,7 @@ static void rows_to_lanes(const float *x, long d, long stride, long m, float *la
                 lanes_of[(r / BLOCK_ROWS * d + p) * BLOCK_ROWS + r % BLOCK_ROWS] = x[r * stride * d + p];
         return;
     }
-    __m512i apart = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)(stride * d)));
+    __m512i apart = _mm512_mullo_epi32(counting(), _mm512_set1_epi32((int)(stride * d)));
     for (long r = 0; r < m; r += SIDE) {
         float *to = lanes_of + r / BLOCK_ROWS * BLOCK_ROWS * d + r % BLOCK_ROWS;
         for (long p = 0; p < d; p++)
@@ -207,13 +264,15 @@ static void rows_to_lanes(const float *x, long d, long stride, long m, float *la
 
 /* Rows of a chunk, so that each thread has as many chunks: rows are independent, and their number changes no bit. */
 static long rows_of_chunk(const Scores *scores, long n_rows, long threads) {
-    long block = rows_of_block(scores), most = in_lanes(scores) ? MAX(MIN((1L << 18) / scores->d, CHUNK_ROWS), block) : CHUNK_ROWS;
+    long block = rows_of_block(scores), most = is_screened(scores) ? 2 * CHUNK_ROWS : CHUNK_ROWS;
+    if (in_lanes(scores)) most = MAX(MIN((1L << 18) / scores->d, CHUNK_ROWS), block);
     long n_chunks = MAX(threads * ((n_rows + threads * most - 1) / (threads * most)), 1);
     return ((n_rows + n_chunks - 1) / n_chunks + block - 1) / block * block;
 }
 
 /* Of one row of x in a chunk. */
 static inline size_t row_bytes(const Scores *scores) {
+    if (is_screened(scores)) return 0;
 #if TILES
     if (scores->tiles) return (size_t)tile_steps(scores->d) * DEPTH * sizeof(bf16);
 #endif
@@ -228,6 +287,10 @@ typedef struct {
     long room;  /* of a list */
     Kept *kept;
     float *least, *norms, *work, *last; /* the last has room for the weights of twelve latents */
+    int32_t *numbers;                   /* of the rows in x, where whole numbers screen */
+#if SCREENS == 8
+    Pending pending;
+#endif
 } Chunk;
 
 static Chunk chunk_of(const Scores *scores, long rows) {
@@ -236,11 +299,15 @@ static Chunk chunk_of(const Scores *scores, long rows) {
     long n_latents = scores->n_latents, d = scores->d, room = (n_latents + 2 * SIDE) / SIDE * SIDE + 3 * SIDE;
     size_t lists = (size_t)(rows * room) * sizeof(float), own_rows = (size_t)rows * row_bytes(scores);
     size_t rest = (size_t)rows * (sizeof(Kept) + 2 * sizeof(float)) + (size_t)(n_latents + LATENTS * d) * sizeof(float);
-    char *memory = own_memory(2 * lists + own_rows + rest);
+    size_t screened = is_screened(scores) ? (size_t)(rows * (1 + 2 * SCREEN_LATENTS) + 2 * SIDE) * sizeof(int32_t) : 0;
+    char *memory = own_memory(2 * lists + own_rows + rest + screened);
     Chunk chunk = {.values = (float *)memory, .latents = (int32_t *)(memory + lists), .rows = memory + 2 * lists, .room = room};
     chunk.kept = (Kept *)(memory + 2 * lists + own_rows);
     chunk.least = (float *)(chunk.kept + rows), chunk.norms = chunk.least + rows, chunk.work = chunk.norms + rows;
-    chunk.last = chunk.work + n_latents;
+    chunk.last = chunk.work + n_latents, chunk.numbers = (int32_t *)(chunk.last + LATENTS * d);
+#if SCREENS == 8
+    chunk.pending = (Pending){chunk.numbers + rows, chunk.numbers + rows * (1 + SCREEN_LATENTS) + SIDE, 0};
+#endif
 #if TILES
     if (scores->tiles) use_tiles();
 #endif
@@ -263,6 +330,7 @@ static void fetch_rows(const Scores *scores, const Chunk *chunk, const float *x,
         return;
     }
 #endif
+    if (is_screened(scores)) return; /* they are where `screen_batch` has put them */
     if (in_lanes(scores)) {
         rows_to_lanes(x, d, stride, m, (float *)chunk->rows);
         return;
@@ -276,7 +344,13 @@ static void begin(const Chunk *chunk, long m, long full) {
         chunk->kept[b] = (Kept){chunk->latents + b * chunk->room, chunk->values + b * chunk->room, 0, full};
 }
 
-static void keep_from_chunk(const Scores *scores, const Chunk *chunk, long m, long k) {
+static void keep_from_chunk(const Scores *scores, Chunk *chunk, long m, long k) {
+#if SCREENS == 8
+    if (is_screened(scores)) {
+        keep_from_screen(scores, chunk->numbers, m, k, chunk->least, chunk->kept, &chunk->pending);
+        return;
+    }
+#endif
     if (in_lanes(scores)) keep_from_lanes(scores, (const float *)chunk->rows, m, k, chunk->least, chunk->kept, chunk->last);
     else keep_from_product(scores, chunk->rows, m, k, chunk->least, chunk->kept);
 }
@@ -291,13 +365,14 @@ typedef struct {
 /* The k largest of m rows, the search in each beginning at `guess` * |x|. `which` has the numbers of the rows, where they do
    not follow each other from `first` on. Rows in which the guess was too high are left out, and their number is appended
    to `again`. */
-static void top_k_of_chunk(const Scores *scores, const Chunk *chunk, const float *x, long first, const int32_t *which, long m,
+static void top_k_of_chunk(const Scores *scores, Chunk *chunk, const float *x, long first, const int32_t *which, long m,
                            float guess, const TopK *to, int32_t *again, long *n_again) {
     long d = scores->d, k = to->k;
     begin(chunk, m, 4 * k + 2 * SIDE);
     for (long i = 0; i < m; i++) {
         chunk->norms[i] = sqrtf(dot(x + i * d, x + i * d, d)), chunk->least[i] = guess * chunk->norms[i];
         if (!(chunk->least[i] < INFINITY)) chunk->least[i] = 0;
+        if (is_screened(scores)) chunk->numbers[i] = (int32_t)(which ? which[i] : first + i);
     }
     fetch_rows(scores, chunk, x, 1, m);
     keep_from_chunk(scores, chunk, m, k);
@@ -360,6 +435,7 @@ static long at_least_at_once(const Scores *scores, long stride, float least, con
             for (long b = 0; b < m; b++) {
                 float limit = row_least ? row_least[(first + b) * stride] : least;
                 chunk.least[b] = limit > 0 ? nextafterf(limit, 0) : 0;
+                if (is_screened(scores)) chunk.numbers[b] = (int32_t)((first + b) * stride);
             }
             fetch_rows(scores, &chunk, scores->x + first * stride * scores->d, stride, m);
             keep_from_chunk(scores, &chunk, m, 0);

@@ -32,6 +32,9 @@ ROW_GUESS, FEW_ROWS, MANY_ROWS = 0.95, 1024, 0.4
 SMALLEST = 1e-37
 # As in native.c: latents of a panel of whole numbers, and what is known of all of them.
 SCREEN_COLUMNS, N_LIMITS = 16, 3
+# Bytes screen batches of so many rows, since the encoder is rounded for each; rows of so many entries, as in
+# native_screen.h; and bounds tighter than this (`looseness` there): others let too much pass.
+FEWEST_SCREENED, LONGEST_SCREENED, LOOSE = 64, 2**16, 1.5
 # As in native_amx.h: latents whose tiles are multiplied together, and entries of a row in one tile.
 TILE_COLUMNS, TILE_DEPTH = 32, 32
 # Slots for each code that is asked for: room for what a guess lets in.
@@ -80,7 +83,8 @@ class Selection:
         self.dtype, self.precision = dtype, precision
         self._library = library(REALS[dtype])
         self._buffer = Buffers(dtype, torch.device("cpu"))
-        self._can_screen = precision == "fp32" and bool(self._call("screens"))
+        self._screen_bits: int = self._call("screens") if precision == "fp32" else 0
+        self._screened = False
         self._tiles = precision == "bf16" and bool(self._call("multiplies_tiles"))
         self._at_once = self._tiles or (precision == "fp32" and bool(self._call("selects_at_once")))
         self.cut = self.row_cut = 0.0
@@ -107,8 +111,7 @@ class Selection:
         if self.precision == "exact":
             norms = torch.linalg.vector_norm(x, dim=1, out=self._buffer("x_slack", (len(x),)))
             norms.mul_(slack(x.shape[1]))
-        if self._screens(state.encoder):
-            self._call("screen", state.encoder, *state.encoder.shape, *self._screen(*state.encoder.shape))
+        self._screened = self._screens(x, state)
         if self._tiles:
             return self._tiled(x, state)
         fp32 = self.precision == "fp32"
@@ -153,7 +156,7 @@ class Selection:
     def top_k(self, scores: Scores, k: int) -> Codes:
         batch, d_sae = scores.shape
         latents, values = self._slots("codes", batch * k)
-        own_blocks = self._can_screen or self._at_once
+        own_blocks = self._screen_bits > 0 or self._at_once
         at_once = batch * d_sae if own_blocks else base.BLOCK_ENTRIES
         for rows in blocks(batch, d_sae, at_once):
             block, slots = self._block(scores, rows), slice(rows.start * k, rows.stop * k)
@@ -267,7 +270,7 @@ class Selection:
     # ------------------------------------------------------------------------------------------------- plumbing
 
     def _block(self, scores: Scores, rows: slice) -> Block:
-        within = self._can_screen or self._at_once or (self.precision == "fp32" and is_small(scores.encoder))
+        within = self._screen_bits > 0 or self._at_once or (self.precision == "fp32" and is_small(scores.encoder))
         return Block(scores, rows, None if within else scores.product(rows))
 
     def _parts(self, block: Block, sign: int = 0) -> tuple[Any, ...]:
@@ -279,22 +282,29 @@ class Selection:
         if product is None:
             x = scores.x if block.shape[0] == scores.x.shape[0] else scores.x[block.rows]
             d_sae = block.shape[1]
-            screens = self._screens(scores.encoder)
             packs = is_small(scores.encoder) and not self._tiles
             panels = panels_of(self._buffer, "encoder", d_sae, d) if packs else None
-            whole = self._screen(d_sae, d) if screens else (None, None)
+            whole = (kept["screen"], kept["screen_scales"]) if self._screened else (None, None)
             within = (x, scores.encoder, panels, *whole, kept["encoder_tiles"] if self._tiles else None)
         return product, rounded, scores.bias, *slacks, sign, *within, d
 
-    def _screens(self, encoder: Tensor) -> bool:
-        """Whether whole numbers screen; small products cost less than rounding and judging."""
-        return self._can_screen and not is_small(encoder)
-
-    def _screen(self, d_sae: int, d_in: int) -> tuple[Tensor, Tensor]:
-        """Room for the encoder in whole numbers: panels of sixteen latents, their scales, and the limits of these."""
-        n_latents = -(-d_sae // SCREEN_COLUMNS) * SCREEN_COLUMNS
-        panels = self._buffer("screen", (n_latents * (d_in + d_in % 2),), torch.int16)
-        return panels, self._buffer("screen_scales", (n_latents + N_LIMITS,))
+    def _screens(self, x: Tensor, state: State) -> bool:
+        """Whether whole numbers screen these scores; if so, they are there from now on."""
+        (batch, d), d_sae, encoder = x.shape, len(state.encoder), state.encoder
+        if not self._screen_bits or is_small(encoder):  # small products cost less than rounding and deciding
+            return False
+        if self._screen_bits == 16:
+            n_latents = -(-d_sae // SCREEN_COLUMNS) * SCREEN_COLUMNS
+            panels = self._buffer("screen", (n_latents * (d + d % 2),), torch.int16)
+            self._call("screen", encoder, d_sae, d, panels, self._buffer("screen_scales", (n_latents + N_LIMITS,)))
+            return True
+        if batch < FEWEST_SCREENED or d > LONGEST_SCREENED:
+            return False
+        sizes = (batch, d_sae, d)
+        whole = self._buffer("screen", (self._call("screen_room", *sizes, 0),), torch.uint8)
+        scales = self._buffer("screen_scales", (self._call("screen_room", *sizes, 1) // 4,))
+        looseness: float = self._call("screen_batch", x, encoder, state.b_enc, *sizes, whole, scales)
+        return looseness < LOOSE
 
     def _slots(self, name: str, n: int) -> tuple[Tensor, Tensor]:
         return self._buffer(f"{name}_integers", (n,), torch.int32), self._buffer(f"{name}_values", (n,))
