@@ -211,7 +211,7 @@ def bytes_screen(monkeypatch):
 
 @pytest.mark.parametrize("uneven", ["activations", "weights", "neither"])
 def test_columns_of_any_size_are_screened(bytes_screen, uneven):
-    """A few dimensions far larger than all others, as language models have them, do not take the range of the others."""
+    """A few dimensions far larger than all others, as language models have them, take no range from these."""
     x, state = case("spread", 96, 768, 512, 0)
     x[:, ::256] *= 50 if uneven == "activations" else 1
     state.encoder[:, ::256] *= 5 if uneven == "weights" else 1

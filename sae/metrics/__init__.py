@@ -6,6 +6,7 @@
     polysemanticity of any units        polysemanticity.py
     dimensionality and geometry         dimensionality.py
     reconstruction and sparsity         reconstruction.py
+    what a language model loses         language_model.py
     intervals over seeds                seeds.py
 
 Functions return bare names (`mcc`); files and logs add the group (`recovery/mcc`). What is streamed has
@@ -34,6 +35,7 @@ from sae.metrics.ground_truth import (
     table_of_features,
 )
 from sae.metrics.inputs import compressed, row_norms, scale_threshold
+from sae.metrics.language_model import Spliced
 from sae.metrics.polysemanticity import (
     Neurons,
     latents_beside_chance,
@@ -56,6 +58,7 @@ __all__ = [
     "Ranking",
     "Reconstruction",
     "Samples",
+    "Spliced",
     "codes_beside_chance",
     "compressed",
     "dictionary_beside_chance",
