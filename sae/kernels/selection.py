@@ -28,6 +28,8 @@ MAX_GUESSES = 40
 # Where a TopK begins to look in a row, as a share of |x|: nearly all rows of the last batch had their k-th code above
 # it, if they had one. One in so many is computed twice, and those without; if these are too many, it begins at 0.
 ROW_GUESS, FEW_ROWS, MANY_ROWS = 0.95, 1024, 0.4
+# The same three where bytes screen: what a low guess lets in is multiplied again.
+SCREENED_GUESS, SCREENED_ROW_GUESS, FEW_SCREENED_ROWS = 0.96, 0.98, 256
 # Where the search begins when some rows tell nothing of the cut.
 SMALLEST = 1e-37
 # As in native.c: latents of a panel of whole numbers, and what is known of all of them.
@@ -168,8 +170,17 @@ class Selection:
                 cuts = self._buffer("cuts", (batch,)) if guessed else None
                 self._call("top_k", *self._parts(block), *block.shape, k, self.row_cut, *own, cuts)
                 if cuts is not None:
-                    self.row_cut = _guess(cuts)
+                    self.row_cut = self._row_guess(cuts)
         return Codes(_every(batch, k), latents, values)
+
+    def _row_guess(self, cuts: Float[Tensor, " batch"]) -> float:
+        """Where the next batch's rows begin to look, from this one's k-th codes (0 where fewer than k are positive)."""
+        share, few = (SCREENED_ROW_GUESS, FEW_SCREENED_ROWS) if self._screened else (ROW_GUESS, FEW_ROWS)
+        batch = len(cuts)
+        short = batch - int(cuts.count_nonzero())
+        if short >= MANY_ROWS * batch:
+            return 0.0
+        return share * float(cuts.kthvalue(short + 1 + (batch - short) // few).values)
 
     def _exact_top_k(self, block: Block, k: int, latents: Tensor, values: Tensor) -> None:
         n_rows, d_sae = block.shape
@@ -213,7 +224,8 @@ class Selection:
         bf16, where a score may be rounded below the guess and be missed. The cut is therefore part of a checkpoint.
         """
         room = min(SCREENED * n, block.size)
-        low, high, guess = 0.0, math.inf, GUESS * (self.cut or self._cut_of_some_rows(block, n, sign))
+        low, high, share = 0.0, math.inf, SCREENED_GUESS if self._screened else GUESS
+        guess = share * (self.cut or self._cut_of_some_rows(block, n, sign))
         for attempt in range(MAX_GUESSES):
             found = self._at_least(block, guess, room, sign)
             if found.total > room:
@@ -314,15 +326,6 @@ class Selection:
         a tensor that is not contiguous among it."""
         given = [one.data_ptr() if type(one) is Tensor and one.is_contiguous() else one for one in arguments]
         return getattr(self._library, function)(*given, torch.get_num_threads())
-
-
-def _guess(cuts: Float[Tensor, " batch"]) -> float:
-    """Where the next batch's rows begin to look, from this one's k-th codes (0 where fewer than k are positive)."""
-    batch = len(cuts)
-    short = batch - int(cuts.count_nonzero())
-    if short >= MANY_ROWS * batch:
-        return 0.0
-    return ROW_GUESS * float(cuts.kthvalue(short + 1 + (batch - short) // FEW_ROWS).values)
 
 
 @lru_cache(maxsize=4)
