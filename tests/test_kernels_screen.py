@@ -236,3 +236,25 @@ def test_few_rows_are_not_worth_rounding_the_encoder(bytes_screen, monkeypatch):
     x, state = case("spread", 63, 64, 257, 0)
     scored(bytes_screen, x, state)
     assert not bytes_screen._screened
+
+
+@pytest.mark.parametrize("n_rows", [50, 700])
+def test_rows_that_began_too_high_are_searched_again(n_rows):
+    x, state = case("spread", n_rows, 65, 257, 0)
+    kernels = Native(torch.float32, "fp32")
+    first = dense(kernels.top_k(scored(kernels, x, state), 5), 257).clone()
+    cuts = first.topk(5, dim=1).values[:, -1] / x.norm(dim=1)
+    kernels.row_cut = float(cuts.median())
+    assert torch.equal(dense(kernels.top_k(scored(kernels, x, state), 5), 257), first)
+
+
+def test_some_rows_alone():
+    """As the first guess of a BatchTopK's cut looks at them."""
+    x, state = case("spread", 301, 65, 257, 0)
+    kernels = Native(torch.float32, "fp32")
+    block = kernels._block(scored(kernels, x, state), slice(0, 301))
+    found = kernels._at_least(block, 10.0, 301 * 257, 0, stride=3)
+    pre, _ = judged(x[::3], state)
+    for b in range(101):
+        entries = slice(int(found.starts[b]), int(found.starts[b] + found.counts[b]))
+        assert found.latents[entries].tolist() == (pre[b] >= 10).nonzero().flatten().tolist()
