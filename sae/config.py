@@ -153,7 +153,7 @@ class TrainSection(Section):
     """Activations to train on, epochs included."""
     batch_size: int = Field(default=2048, gt=0)
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae)), of matching_pursuit eight times that."""
+    """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae)), of matching_pursuit twenty times that."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of all gradients together: longer ones are shortened to it, before Adam; default no clipping."""
     accumulate: int = Field(default=1, gt=0)

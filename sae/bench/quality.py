@@ -87,7 +87,7 @@ def rate(rival: Rival, kind: str, given: Data) -> float:
     """The learning rate: that of ours, or what sparsify/trainer.py derives, as it steps by signs."""
     if rival.name == "eai-sparsify":
         return 5e-3 / (given.shape.d_sae / 2**14) ** 0.5
-    option = {"k": given.shape.k} if kind in (*BY_K, *OPTION) else {}
+    option = {"k" if kind in (*BY_K, *OPTION) else "l0": given.shape.k}
     return _config(given, 0, {"kind": kind} | option).lr
 
 
