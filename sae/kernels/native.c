@@ -885,6 +885,7 @@ API void top_k(const void *pre, long rounded, const real *bias, const real *slac
                     x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
 #if SELECTS_AT_ONCE
     if (!pre && !panels) {
+        if (whole) prepare(&given, panels, threads);
         top_k_at_once(&given, k, guess, latents, values, cuts, threads);
         return;
     }
@@ -941,7 +942,7 @@ API long at_least(const void *pre, long rounded, const real *bias, const real *s
                     x,   encoder, panels,    whole,        scales, tiles,    d,       0,    {0}};
 #if SELECTS_AT_ONCE
     if (!pre) {
-        if (panels) prepare(&given, panels, threads);
+        if (panels || whole) prepare(&given, panels, threads);
         return at_least_at_once(&given, stride, least, row_least, capacity, starts, counts, latents, values, threads);
     }
 #endif

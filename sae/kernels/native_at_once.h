@@ -239,14 +239,14 @@ static void decide(const Scores *scores, const int32_t *numbers, Pending *pendin
 
 /* keep_from_product, where whole numbers screen: what they let pass of 64 latents is decided while their weights are near. */
 static void keep_from_screen(const Scores *scores, const int32_t *numbers, long m, long k, float *least, Kept *kept, Pending *pending) {
-    long d = scores->d, n_latents = scores->n_latents, quads = quads_of(d);
-    Screen screen = screen_in(scores->whole, scores->scales, scores->batch, n_latents, d);
+    long n_latents = scores->n_latents;
+    Screen screen = screen_in(scores->whole, scores->scales, scores->batch, n_latents, scores->d);
     pending->n = 0;
     for (long c = 0; c < n_latents; c += SCREEN_LATENTS) {
         for (long r = 0; r < m; r += SCREEN_ROWS) {
             __mmask64 passes[SCREEN_ROWS];
             long n = MIN(SCREEN_ROWS, m - r);
-            screen_tile_of(&screen, numbers + r, n, quads, c, scores->bias, n_latents, least + r, passes);
+            screen_tile_of(scores, &screen, numbers + r, n, c, least + r, passes);
             for (long i = 0; i < n; i++)
                 for (long q = 0; q < SCREEN_LATENTS && passes[i] >> q; q += SIDE) await((__mmask16)(passes[i] >> q), r + i, c + q, pending);
         }

@@ -25,7 +25,7 @@ typedef struct {
     int8_t *rows;
     float *steps, *lengths, *errors;                 /* of latents: step_w, |w'|, |e_w| */
     float *row_steps, *row_errors, *row_lengths;     /* of rows: step_x, |e_x| and what floats may add, |x' - e_x| */
-    float *more;                                     /* added to what a row may hide; infinite where nothing is known of it */
+    float *more;                                     /* infinite where nothing is known of a row, else 0 */
     int32_t *starts;                                 /* of a row's sums, for the 128 that was added */
     float *columns;                                  /* 1 / c, then c */
 } Screen;
@@ -105,14 +105,14 @@ static void scale_columns(const float *x, long batch, long d, float *columns, lo
     }
 }
 
-static void screen_rows_of(const float *x, long batch, long d, float largest_bias, const Screen *screen, long threads) {
+static void screen_rows_of(const float *x, long batch, long d, const Screen *screen, long threads) {
     float floats = ((float)d / 8 + 32) * 0x1p-24f; /* of |x'| |w'|, in the sum that decides and in the bound */
 #pragma omp parallel for num_threads((int)threads) schedule(static)
     for (long b = 0; b < batch; b++) {
         Rounded row = to_bytes(x + b * d, screen->columns, d, screen->rows + b * quads_of(d) * QUAD);
         screen->row_steps[b] = row.step, screen->row_lengths[b] = row.rest;
         screen->row_errors[b] = row.known ? row.error + floats * (row.error + row.rest) : 0;
-        screen->more[b] = row.known ? 0x1p-21f * largest_bias : INFINITY;
+        screen->more[b] = row.known ? 0 : INFINITY;
         screen->starts[b] = -128 * row.sum;
     }
 }
@@ -151,27 +151,26 @@ static float looseness(const Screen *screen, long batch, long n_latents, long d)
 #endif
 
 /* Rounds a batch and an encoder. Returns how loose the bound is (see `looseness`). */
-API real screen_batch(const real *x, const real *encoder, const real *bias, long batch, long n_latents, long d, void *whole, void *scales,
-                      long threads) {
+API real screen_batch(const real *x, const real *encoder, long batch, long n_latents, long d, void *whole, void *scales, long threads) {
 #if SCREENS == 8
     Screen screen = screen_in(whole, scales, batch, n_latents, d);
-    float largest_bias = 0;
-    for (long j = 0; j < n_latents; j++) largest_bias = MAX(largest_bias, fabsf(bias[j]));
     scale_columns(x, batch, d, screen.columns, threads);
-    screen_rows_of(x, batch, d, largest_bias, &screen, threads);
+    screen_rows_of(x, batch, d, &screen, threads);
     screen_latents_of(encoder, n_latents, d, &screen, threads);
     return looseness(&screen, batch, n_latents, d);
 #else
-    (void)x, (void)encoder, (void)bias, (void)batch, (void)n_latents, (void)d, (void)whole, (void)scales, (void)threads;
+    (void)x, (void)encoder, (void)batch, (void)n_latents, (void)d, (void)whole, (void)scales, (void)threads;
     return INFINITY;
 #endif
 }
 
 #if SCREENS == 8
 /* Which latents of 64 could be larger than `least` in up to six rows, whose numbers are given: a row's are in passes[i]. */
-static inline void screen_tile_of(const Screen *screen, const int32_t *numbers, long m, long quads, long c, const float *bias,
-                                  long n_latents, const float *least, __mmask64 passes[SCREEN_ROWS]) {
+static inline void screen_tile_of(const Scores *scores, const Screen *screen, const int32_t *numbers, long m, long c, const float *least,
+                                  __mmask64 passes[SCREEN_ROWS]) {
     enum { PANELS = SCREEN_LATENTS / SIDE };
+    long n_latents = scores->n_latents, quads = quads_of(scores->d);
+    float floats = 0x1p-21f * scores->largest_bias; /* what they may add where the bias is */
     long panel = quads * SIDE * QUAD;
     const uint8_t *w = screen->panels + c * quads * QUAD;
     const int8_t *from[SCREEN_ROWS];
@@ -201,10 +200,10 @@ static inline void screen_tile_of(const Screen *screen, const int32_t *numbers, 
         long j = c + q * SIDE;
         __mmask16 there = first_of(n_latents - j);
         __m512 step = _mm512_loadu_ps(screen->steps + j), length = _mm512_loadu_ps(screen->lengths + j);
-        __m512 error = _mm512_loadu_ps(screen->errors + j), added = _mm512_maskz_loadu_ps(there, bias + j);
+        __m512 error = _mm512_loadu_ps(screen->errors + j), added = _mm512_maskz_loadu_ps(there, scores->bias + j);
         for (long i = 0; i < m; i++) {
             long b = numbers[i];
-            __m512 hidden = _mm512_fmadd_ps(_mm512_set1_ps(screen->row_errors[b]), length, _mm512_set1_ps(screen->more[b]));
+            __m512 hidden = _mm512_fmadd_ps(_mm512_set1_ps(screen->row_errors[b]), length, _mm512_set1_ps(screen->more[b] + floats));
             hidden = _mm512_fmadd_ps(_mm512_set1_ps(screen->row_lengths[b]), error, hidden);
             __m512 scale = _mm512_mul_ps(_mm512_set1_ps(screen->row_steps[b]), step);
             __m512 most = _mm512_fmadd_ps(_mm512_cvtepi32_ps(kept[i][q]), scale, _mm512_add_ps(added, hidden));

@@ -315,7 +315,7 @@ class Selection:
         sizes = (batch, d_sae, d)
         whole = self._buffer("screen", (self._call("screen_room", *sizes, 0),), torch.uint8)
         scales = self._buffer("screen_scales", (self._call("screen_room", *sizes, 1) // 4,))
-        looseness: float = self._call("screen_batch", x, encoder, state.b_enc, *sizes, whole, scales)
+        looseness: float = self._call("screen_batch", x, encoder, *sizes, whole, scales)
         return looseness < LOOSE
 
     def _slots(self, name: str, n: int) -> tuple[Tensor, Tensor]:
