@@ -258,3 +258,29 @@ def test_some_rows_alone():
     for b in range(101):
         entries = slice(int(found.starts[b]), int(found.starts[b] + found.counts[b]))
         assert found.latents[entries].tolist() == (pre[b] >= 10).nonzero().flatten().tolist()
+
+
+def test_rows_that_scaling_makes_vanish_are_found():
+    """Columns of 1e18 are scaled by 2^-30: a row of 4e-37 becomes 0, and is none."""
+    x, encoder = torch.full((64, 16), 1e18), torch.arange(1.0, 65.0)[:, None].expand(64, 16).contiguous()
+    x[1] = 0
+    x[1, 3] = 4.1e-37
+    weights = {"encoder": encoder, "W_dec": encoder.clone(), "b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
+    kernels = Native(torch.float32, "fp32")
+    codes = kernels.top_k(scored(kernels, x, State.of(weights, False)), 1)
+    assert codes.latents.tolist() == [63] * 64
+    assert (codes.values > 0).all()
+
+
+def test_a_bias_that_is_no_number_hides_no_other():
+    """Biases of 1 to which products of half of its last bit are added: whether these count is for floats to say."""
+    kernels, stream = Native(torch.float32, "fp32"), torch.Generator().manual_seed(0)
+    x, encoder = (1 + torch.rand(n, 16, generator=stream) for n in (64, 4000))
+    encoder *= 0.501 * 2**-23 / (encoder @ x[0])[:, None]
+    bias = torch.ones(4000)
+    bias[-2:] = torch.tensor([torch.nan, 0.0])
+    weights = {"encoder": encoder, "W_dec": encoder.clone(), "b_enc": bias, "b_dec": torch.zeros(16)}
+    block = kernels._block(scored(kernels, x, State.of(weights, False)), slice(0, 64))
+    found = kernels._at_least(block, 1 + 2**-23, 64 * 4000, 0)
+    above = (x.double() @ encoder.double().T)[:, :-2] > 0.5002 * 2**-23
+    assert found.total >= above.sum() > 64 * 1000

@@ -1,6 +1,7 @@
 """Judges of what a language model loses: the formulas in float64, known replacements, a trained transformer."""
 
 import inspect
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -146,6 +147,52 @@ def test_a_models_own_type_is_kept():
     assert whole.compute()["ce_spliced"] == pytest.approx(judge()["ce_spliced"], rel=0.05)
 
 
+def test_tokens_of_any_integer():
+    whole = Spliced(Model(), "blocks.0", half)
+    whole.update(TOKENS.int())
+    assert whole.compute() == pytest.approx(judge(), rel=1e-5)
+
+
+def test_tokens_that_are_never_predicted():
+    """−inf for what a model forbids: 0 log 0 is 0."""
+
+    class Forbids(Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            logits = super().forward(tokens)
+            return torch.cat([logits, torch.full_like(logits, -torch.inf)], dim=2)
+
+    whole = Spliced(Forbids(), "blocks.0", half)
+    whole.update(TOKENS)
+    assert whole.compute() == pytest.approx(judge(), rel=1e-5)
+
+
+class Named(NamedTuple):
+    hidden: Tensor
+    cache: str
+
+
+def test_named_outputs_and_modules_that_work_in_place():
+    class InPlace(Block):
+        def forward(self, x: Tensor) -> Named:
+            hidden = super().forward(x)[0]
+            x.mul_(3)
+            return Named(hidden, "cache")
+
+    class Reads(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks[0] = InPlace().eval()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            middle = self.blocks[0](x.clone()).hidden
+            return (x + middle + self.blocks[1](middle)[0]) @ self.unembed
+
+    whole = Spliced(Reads(), "blocks.0", half, transcodes=True)
+    whole.update(TOKENS)
+    assert whole.compute() == pytest.approx(judge(transcodes=True), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("module", "replace", "tokens", "said"),
     [
@@ -171,8 +218,10 @@ def test_other_mistakes():
         update(Spliced(model, "blocks.0", half), TOKENS, torch.ones(2, 2))
     with pytest.raises(UsageError, match="no token was predicted"):
         Spliced(model, "blocks.0", half).compute()
+    whole = Spliced(model, "blocks.0", half)
+    model.blocks[1].train()
     with pytest.raises(UsageError, match=r"model.eval\(\)"):
-        Spliced(model.train(), "blocks.0", half)
+        whole.update(TOKENS)
     narrow = sae.SAE(4, sae.SAEConfig.of_kind({"kind": "topk", "d_sae": 8, "k": 2}))
     with pytest.raises(ValueError, match="this SAE reads another width"):
         Spliced(Model(), "blocks.0", narrow).update(TOKENS)

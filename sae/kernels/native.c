@@ -36,7 +36,7 @@ typedef uint16_t bf16;
 #endif
 
 /* Of how many bits the whole numbers are that screen products of floats; 0 where they do not. */
-#if SELECTS_AT_ONCE && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if SELECTS_AT_ONCE && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define SCREENS 8
 #elif defined(__AVX2__) && !defined(__AVX512F__) && !REAL_IS_DOUBLE
 #define SCREENS 16
@@ -406,7 +406,7 @@ static void prepare(Scores *scores, real *panels, long threads) {
         return;
     }
     real largest = 0;
-    for (long j = 0; j < scores->n_latents; j++) largest = MAX(largest, (real)fabs(scores->bias[j]));
+    for (long j = 0; j < scores->n_latents; j++) largest = MAX((real)fabs(scores->bias[j]), largest); /* a NaN is passed over */
     scores->largest_bias = largest;
 }
 
@@ -634,9 +634,9 @@ static real kth_of_few(const real *values, long n, long k) {
 enum { SIDE = 16 };
 
 #if SELECTS_AT_ONCE
-/* Of 16 entries those that exist where `left` are left. */
 static inline __m512i counting(void) { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
+/* Of 16 entries those that exist where `left` are left. */
 static inline __mmask16 first_of(long left) { return (__mmask16)(left >= SIDE ? 0xffff : left > 0 ? (1u << left) - 1 : 0); }
 
 /* How many of sixteen values are larger than each, or equal and before it. */

@@ -4,9 +4,9 @@
    only what passes is kept: no matrix of pre-latents exists, and weights are read once for all rows of a chunk. The bound
    rises as larger values are found.
 
-   There are three ways to multiply: the matrix units of native_amx.h, where the encoder is given in tiles; `tile` of
-   native.c, where its panels are given, as small weights have them; else the encoder is read as it is, and rows of x lie in
-   lanes. The k largest of a row of few latents are faster found in two passes over it (top_k). */
+   There are four ways to multiply: the matrix units of native_amx.h, where the encoder is given in tiles; `tile` of
+   native.c, where its panels are given, as small weights have them; native_screen.h, where batch and encoder are given in
+   whole numbers; else the encoder is read as it is, and rows of x lie in lanes. The k largest of a row of few latents are faster found in two passes over it (top_k). */
 
 /* Whether float32 products with large weights are selected from as they are made. */
 API long selects_at_once(long threads) {

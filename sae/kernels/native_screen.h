@@ -59,14 +59,16 @@ typedef struct {
 
 static Rounded to_bytes(const float *row, const float *factors, long d, int8_t *to) {
     __m512 largest = _mm512_setzero_ps(), squares = largest;
+    __mmask16 any = 0;
     long length = quads_of(d) * QUAD;
     for (long i = 0; i < d; i += SIDE) {
         __mmask16 there = first_of(d - i);
-        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, row + i), _mm512_maskz_loadu_ps(there, factors + i));
+        __m512 given = _mm512_maskz_loadu_ps(there, row + i), v = _mm512_mul_ps(given, _mm512_maskz_loadu_ps(there, factors + i));
+        any |= _mm512_cmp_ps_mask(given, _mm512_setzero_ps(), _CMP_NEQ_UQ);
         largest = _mm512_max_ps(_mm512_abs_ps(v), largest), squares = _mm512_fmadd_ps(v, v, squares);
     }
     float most = _mm512_reduce_max_ps(largest), square = _mm512_reduce_add_ps(squares);
-    if (!(square < INFINITY && (most >= LEAST_SCREENED || most == 0))) { /* a NaN is in the squares, if not in the largest */
+    if (!(square < INFINITY && (most >= LEAST_SCREENED || !any))) { /* a NaN is in the squares, if not in the largest */
         memset(to, 0, (size_t)length);
         return (Rounded){.error = INFINITY};
     }
@@ -139,13 +141,15 @@ static void screen_latents_of(const float *encoder, long n_latents, long d, cons
 }
 
 /* How much of a pre-latent the bound hides, on average, in units of the deviation that pre-latents have where x and w know
-   nothing of each other, |x| |w| / sqrt(d). */
+   nothing of each other, |x| |w| / sqrt(d): all of it where nothing is known of a row. */
 static float looseness(const Screen *screen, long batch, long n_latents, long d) {
     double rows = 0, latents = 0, n_rows = 0, n = 0;
     for (long b = 0; b < batch; b++)
-        if (screen->row_lengths[b] > 0) rows += screen->row_errors[b] / screen->row_lengths[b], n_rows++;
+        if (screen->more[b] > 0) rows++, n_rows++;
+        else if (screen->row_lengths[b] > 0) rows += screen->row_errors[b] / screen->row_lengths[b], n_rows++;
     for (long j = 0; j < n_latents; j++)
-        if (screen->lengths[j] > 0) latents += screen->errors[j] / screen->lengths[j], n++;
+        if (!(screen->errors[j] < INFINITY)) latents++, n++;
+        else if (screen->lengths[j] > 0) latents += screen->errors[j] / screen->lengths[j], n++;
     return (float)((rows / MAX(n_rows, 1) + latents / MAX(n, 1)) * sqrt((double)d));
 }
 #endif

@@ -35,7 +35,7 @@ class Spliced:
     Sources: Bricken et al. 2023 (the loss recovered), Rajamanoharan et al. 2024, Gao et al. 2024 (the KL divergence).
 
     Raises:
-        UsageError: the model has no such module, or is in training mode.
+        UsageError: the model has no such module.
     """
 
     def __init__(
@@ -50,8 +50,6 @@ class Spliced:
                 f"the model has no module {said}; name one of its named_modules()"
                 + (f", such as {', '.join(close)}" if close else "")
             )
-        if model.training:
-            raise UsageError("the model is in training mode, in which predictions may be random; call model.eval()")
         self.model, self.module, self.sae, self.transcodes = model, found, sae, transcodes
         self.n_tokens = 0
         self._sums = torch.zeros(4, dtype=torch.float64)
@@ -65,27 +63,30 @@ class Spliced:
         not trained on, such as the first.
 
         Raises:
-            UsageError: texts of fewer than two tokens, a module that is not run or whose activations the SAE cannot
-                take, logits of another shape, or a loss that is not finite; nothing is added then.
+            UsageError: a model in training mode, texts of fewer than two tokens, a module that is not run once or puts
+                out something else, logits of another shape, or a loss that is not finite; nothing is added then.
         """
+        if any(one.training for one in self.model.modules()):
+            raise UsageError("the model is in training mode, in which predictions may be random; call model.eval()")
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise UsageError(f"tokens must be [batch, position] with at least 2 positions, got {list(tokens.shape)}")
         chosen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         if chosen.shape != tokens.shape:
             raise UsageError(f"mask must be {list(tokens.shape)}, as tokens are; got {list(chosen.shape)}")
         counts = chosen[:, :-1] & chosen[:, 1:]
-        targets = tokens[:, 1:][counts]
+        targets = tokens[:, 1:][counts].long()
         if not len(targets):
             return
         clean = self._predictions(tokens, counts)
         with self._replaced(chosen, self.sae):
             spliced = self._predictions(tokens, counts)
         losses = [F.nll_loss(predicted, targets, reduction="sum") for predicted in (clean, spliced)]
-        kl = F.kl_div(spliced, clean, reduction="sum", log_target=True)
-        del clean, spliced  # each as large as the vocabulary
+        surprise = clean.exp() * (clean - spliced)
+        kl = surprise.masked_fill_(clean == -torch.inf, 0).sum()  # 0 log 0 = 0
+        del clean, spliced, surprise  # each as large as the vocabulary
         with self._replaced(chosen, None):
             losses.append(F.nll_loss(self._predictions(tokens, counts), targets, reduction="sum"))
-        sums = torch.stack([*losses, kl]).double().cpu()
+        sums = torch.stack([*losses, kl]).cpu().double()
         if not bool(sums.isfinite().all()):
             found = dict(zip(("ce_clean", "ce_spliced", "ce_zero", "kl"), sums.tolist(), strict=True))
             raise UsageError(f"the loss of a batch is not finite: {found}; does the SAE belong to this module?")
@@ -111,43 +112,50 @@ class Spliced:
         if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
             raise UsageError(f"the model must give logits [*{list(tokens.shape)}, vocabulary], got {shape}")
-        return logits[:, :-1][counts].float().log_softmax(dim=-1)
+        return logits[:, :-1][counts.to(logits.device)].float().log_softmax(dim=-1).to(counts.device)
 
     @contextmanager
     def _replaced(self, chosen: Tensor, edit: Edit | None) -> Iterator[None]:
         """Within it the module puts out `edit` of its rows where they are chosen; zeros where edit is None."""
-        calls = 0
+        calls, before = 0, None
 
-        def replace(_: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        def rows(one: Any) -> Tensor:
+            if not isinstance(one, Tensor) or one.shape[:-1] != chosen.shape:
+                got = list(one.shape) if isinstance(one, Tensor) else type(one).__name__
+                raise UsageError(f"the module's activations must be [*{list(chosen.shape)}, d], got {got}")
+            return one[chosen.to(one.device)]
+
+        def read(_: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal before  # a copy: the module may work in place
+            before = rows(next((one for one in (*given, *kwargs.values()) if isinstance(one, Tensor)), None))
+
+        def replace(_: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
             nonlocal calls
             calls += 1
             old = output[0] if isinstance(output, tuple) else output
-            read = _first_tensor(given, kwargs) if self.transcodes else old
-            for one in (old, read):
-                if not isinstance(one, Tensor) or one.shape[:-1] != chosen.shape:
-                    got = list(one.shape) if isinstance(one, Tensor) else type(one).__name__
-                    raise UsageError(f"the module's activations must be [*{list(chosen.shape)}, d], got {got}")
-            new = old.clone()
-            new[chosen] = 0 if edit is None else _rows_for(edit, read[chosen], old)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            after, new = rows(old), old.clone()
+            given_rows = after if before is None else before
+            new[chosen.to(old.device)] = 0 if edit is None else _rows_for(edit, given_rows, old)
+            if not isinstance(output, tuple):
+                return new
+            whole = (new, *output[1:])
+            return type(output)(*whole) if hasattr(output, "_fields") else whole
 
-        handle = self.module.register_forward_hook(replace, with_kwargs=True)
+        hooks = [self.module.register_forward_hook(replace)]
+        if self.transcodes:
+            hooks.append(self.module.register_forward_pre_hook(read, with_kwargs=True))
         try:
             yield
         finally:
-            handle.remove()
+            for hook in hooks:
+                hook.remove()
         if calls != 1:
             raise UsageError(f"the model must run the module once in each pass, but ran it {calls} times; name another")
 
 
-def _first_tensor(given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What goes into a module first, by position or by name."""
-    return next((one for one in (*given, *kwargs.values()) if isinstance(one, Tensor)), None)
-
-
 def _rows_for(edit: Edit, rows: Float[Tensor, "n d_in"], old: Tensor) -> Float[Tensor, "n d_out"]:
-    """The SAE's, in the type of the activations whose place they take."""
+    """The SAE's, in the type of the activations whose place they take, and where these are."""
     new = edit(rows)
     if new.shape != (len(rows), old.shape[-1]):
         raise UsageError(f"the SAE gives {list(new.shape)} for activations [{len(rows)}, {old.shape[-1]}]")
-    return new.to(old.dtype)
+    return new.to(old)

@@ -43,7 +43,7 @@ class JumpReLUConfig(SAEConfig):
     initial_l0: float | None = Field(default=None, gt=0)
     """Mean number of latents that fire in the first step; default d_sae / 50, but within l0 .. 4 * l0."""
     # Eight times that of other kinds: thresholds keep more latents silent. At L0 4 on the Zipf set of
-    # docs/performance.md MCC .208 -> .264 and FVU .269 -> .269; on the toy model FVU .067 -> .065; synth1k is as it was.
+    # docs/performance.md MCC .208 -> .264 and FVU .269 -> .269; on the toy model FVU .067 -> .065; synth1k stays.
     aux_coefficient: float = Field(default=1 / 4, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
 
