@@ -19,7 +19,6 @@ from sae.codes import SparseCodes
 from sae.errors import UsageError
 from sae.held_out import HeldOut, HeldOutStream
 from sae.metrics.dictionary_recovery import coverage
-from sae.metrics.dimensionality import dimensionality_against_truth
 from sae.model import SAE
 from toymodels.features import FeatureBatch
 
@@ -77,7 +76,7 @@ def evaluate(
     _check_finite(first)
     if truth is None or first.acts is None:
         density, values = _reconstruct(coder, held_out.pieces(size), threshold)
-        values |= _geometry(W_dec, truth, density > 0)
+        values |= _group("dimensionality", metrics.dictionary_dimensionality(W_dec, truth, alive=density > 0))
         tables = {"latent/frequency": density}
         if truth is not None:
             tables["truth"] = truth
@@ -89,7 +88,7 @@ def evaluate(
     with metrics.Samples(len(W_dec), len(truth)) as samples:
         neurons = metrics.Neurons(n_units, len(truth))
         density, values = _reconstruct(coder, held_out.pieces(size), threshold, samples, neurons)
-        values |= _geometry(W_dec, truth, density > 0)
+        values |= _group("dimensionality", metrics.dictionary_dimensionality(W_dec, truth, alive=density > 0))
         values |= _group("polysemanticity/neuron", neurons.beside_chance(metrics.truth_as_units(samples)))
         del neurons
         latents, units = metrics.latents_beside_chance(samples)
@@ -162,13 +161,6 @@ def _rank(coder: Coder, held_out: HeldOut | HeldOutStream, ranking: metrics.Rank
             chunk = slice(start, start + rows)
             ranking.update(coder.pre_latents(piece.x[chunk]), piece.acts[chunk].to("cpu"))
     return ranking
-
-
-def _geometry(W_dec: Tensor, truth: Tensor | None, alive: Tensor) -> dict[str, float]:
-    """Dimensionality of the alive rows, beside the truth's where it is known."""
-    if truth is None:
-        return _group("dimensionality", metrics.dimensionality(W_dec[alive]))
-    return _group("dimensionality", dimensionality_against_truth(W_dec, truth, alive=alive))
 
 
 def _check_finite(piece: HeldOut) -> None:

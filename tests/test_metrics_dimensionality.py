@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.metrics import dimensionality, dimensionality_against_truth
+from sae.metrics import dictionary_dimensionality, dimensionality
 from toymodels.streams import generator
 
 NAMES = (
@@ -96,7 +96,7 @@ def test_random_directions_score_the_reported_chance() -> None:
 
 def test_the_truth_differs_from_itself_by_nothing() -> None:
     truth = random_rows(40, 8)
-    scores = dimensionality_against_truth(3 * truth.flip(0), truth)
+    scores = dictionary_dimensionality(3 * truth.flip(0), truth)
     for name in NAMES:
         assert scores[name] == pytest.approx(scores[f"{name}_truth"])
         assert scores[f"{name}_difference"] == pytest.approx(0, abs=1e-9)
@@ -105,13 +105,22 @@ def test_the_truth_differs_from_itself_by_nothing() -> None:
 
 def test_dead_and_zero_rows_are_left_out() -> None:
     truth, alive = random_rows(40, 8), torch.arange(40) < 20
-    some = dimensionality_against_truth(truth, truth, alive=alive)
+    some = dictionary_dimensionality(truth, truth, alive=alive)
     assert some["dimensions_per_feature"] == pytest.approx(8 / 20)
     assert some["dimensions_per_feature_chance"] == pytest.approx(8 / 20)
     assert some["dimensions_per_feature_difference"] == pytest.approx(8 / 20 - 8 / 40)
-    assert dimensionality_against_truth(truth * alive[:, None], truth) == pytest.approx(some)
-    assert dimensionality_against_truth(truth * alive[:, None], truth, alive=alive | True) == pytest.approx(some)
-    assert dimensionality_against_truth(truth, truth, alive=alive & False) == {}
-    few = dimensionality_against_truth(truth[:5], truth)
+    assert dictionary_dimensionality(truth * alive[:, None], truth) == pytest.approx(some)
+    assert dictionary_dimensionality(truth * alive[:, None], truth, alive=alive | True) == pytest.approx(some)
+    assert dictionary_dimensionality(truth, truth, alive=alive & False) == {}
+    few = dictionary_dimensionality(truth[:5], truth)
     assert "rms_over_welch" not in few
     assert "rms_over_welch_difference" not in few
+
+
+def test_a_dictionary_without_a_truth_has_no_norms_either() -> None:
+    truth = torch.randn(40, 8, generator=generator(0, "test", "dictionary"), dtype=torch.float64)
+    alone = dictionary_dimensionality(truth * torch.linspace(0.1, 5, 40, dtype=torch.float64)[:, None])
+    beside = dictionary_dimensionality(truth, truth)
+    assert alone == pytest.approx({name: beside[name] for name in alone})
+    assert set(beside) - set(alone) == {name for name in beside if name.endswith(("_truth", "_difference"))}
+    assert alone["dimensions_per_feature"] == pytest.approx(8 / 40)

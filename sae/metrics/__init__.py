@@ -22,7 +22,7 @@ from sae.metrics.dictionary_recovery import (
     dictionary_recovery,
     match_dictionary,
 )
-from sae.metrics.dimensionality import dimensionality, dimensionality_against_truth
+from sae.metrics.dimensionality import dictionary_dimensionality, dimensionality
 from sae.metrics.failures import failures_beside_chance
 from sae.metrics.ground_truth import (
     codes_beside_chance,
@@ -63,10 +63,10 @@ __all__ = [
     "compressed",
     "dictionary_beside_chance",
     "dictionary_chance",
+    "dictionary_dimensionality",
     "dictionary_limit",
     "dictionary_recovery",
     "dimensionality",
-    "dimensionality_against_truth",
     "failures_beside_chance",
     "feature_table",
     "firing",

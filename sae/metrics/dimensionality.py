@@ -1,4 +1,4 @@
-"""How a dictionary fills its space: `toymodels.geometry` on one matrix, or on W_dec beside the truth."""
+"""How rows fill their space: `toymodels.geometry` on one matrix, or on a dictionary beside the truth."""
 
 from __future__ import annotations
 
@@ -46,19 +46,22 @@ def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
     return beside_chance(_geometry(rows), [_geometry(random) for random in _random_directions(rows, seed)], {})
 
 
-def dimensionality_against_truth(
-    W_dec: Matrix, truth: Matrix, *, alive: Mask | None = None, seed: int = 0
+def dictionary_dimensionality(
+    W_dec: Matrix, truth: Matrix | None = None, *, alive: Mask | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """The geometry of a learned dictionary's alive rows beside that of the true features, both as unit rows.
+    """The geometry of a learned dictionary's alive rows, as unit rows: their norms are the codes' affair.
 
-    Names as in `dimensionality`, for W_dec; `<name>_truth` is the truth's value, `<name>_difference` the
-    learned minus the true one, chance that of as many random directions as are alive. All dead: empty.
+    Names as in `dimensionality`, for W_dec; where the true features are given, `<name>_truth` is the value of these as
+    unit rows and `<name>_difference` the learned minus the true one. Chance is that of as many random directions as are
+    alive. All dead: empty.
     """
     learned, norms = directions(W_dec)
     usable = norms > 0
     learned = _precise(learned[usable if alive is None else torch.as_tensor(alive, device=usable.device) & usable])
     scores = _geometry(learned)
-    true = once(("geometry", fingerprint(truth)), lambda: _geometry(directions(truth)[0]))
+    true = {}
+    if truth is not None:
+        true = once(("geometry", fingerprint(truth)), lambda: _geometry(directions(truth)[0]))
     # Of unit rows, random directions know nothing but the shape.
     key = ("random geometry", learned.shape, learned.dtype, seed)
     draws = once(key, lambda: [_geometry(random) for random in _random_directions(learned, seed)])
