@@ -141,6 +141,10 @@ class SAEConfig(Family):
         """The default of `train.sparsity_warmup_fraction`."""
         return 0.05
 
+    def sparsity_share(self, warmed: float) -> float:
+        """The share of a sparsity penalty that is charged when `warmed` of its warm-up is over; both from 0 to 1."""
+        return warmed
+
     @abstractmethod
     def build(self) -> Any:
         """The sparsifier itself (a `sae.sparsifiers.Sparsifier`)."""

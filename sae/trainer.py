@@ -121,8 +121,8 @@ class Trainer:
 
     def _at(self, step: int) -> tuple[float, float]:
         config = self.config
-        sparsity = schedules.warmup(step, config.n_steps, config.sparsity_warmup_fraction)
-        return self.learning_rate(step), sparsity
+        warmed = schedules.warmup(step, config.n_steps, config.sparsity_warmup_fraction)
+        return self.learning_rate(step), config.sae.sparsity_share(warmed)
 
     def learning_rate(self, step: int) -> float:
         """Of the step with this number, counted from 0."""

@@ -61,7 +61,7 @@ def make_trainer(options: dict, kernels: str) -> Trainer:
         {
             "sae": {"d_sae": D_SAE} | options,
             "train": {"n_samples": 40 * BATCH, "batch_size": BATCH, "warmup_steps": 5, "kernels": kernels}
-            | {"dead_after_samples": 4 * BATCH, "precision": "fp32"},
+            | {"dead_after_samples": 4 * BATCH, "precision": "fp32", "lr": 3e-3},
         }
     )
     sae = SAE(D_IN, config.sae).double()

@@ -229,6 +229,15 @@ def test_a_target_is_approached_over_the_whole_run():
         assert config.model_copy(update={"train": given}).sparsity_warmup_fraction == 0.0
 
 
+def test_the_price_of_a_target_rises_ever_faster():
+    jumprelu = {"kind": "jumprelu", "l0": 2.0}
+    for options in (jumprelu, {"kind": "transcoder", "base": jumprelu}):
+        share = SAEConfig.of_kind({"d_sae": 24} | options).sparsity_share
+        assert [share(warmed) for warmed in (0.0, 0.5, 1.0)] == pytest.approx([0, 0.2, 1])
+    for options in ({"kind": "jumprelu", "l0_coefficient": 0.1}, {"kind": "relu"}):
+        assert SAEConfig.of_kind({"d_sae": 24} | options).sparsity_share(0.5) == 0.5
+
+
 # Where they end
 
 

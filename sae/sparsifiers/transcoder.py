@@ -84,6 +84,9 @@ class _Transcoding(SAEConfig):
         """The base's."""
         return self._selects().sparsity_warmup_fraction
 
+    def sparsity_share(self, warmed: float) -> float:
+        return self._selects().sparsity_share(warmed)
+
     def _selects(self) -> SAEConfig:
         return _selection(self.base or {"kind": "topk", "k": self.k}, self.d_sae)
 
