@@ -191,7 +191,7 @@ static void keep_from_lanes(const Scores *scores, const float *rows, long m, lon
 #if SCREENS == 8
 /* Pairs of a row of a chunk and a latent that may pass, of 64 latents. */
 typedef struct {
-    int32_t *rows, *latents, *sorted_rows, *sorted_latents;
+    int32_t *rows, *latents;
     long n;
 } Pending;
 
@@ -202,31 +202,19 @@ static inline void await(__mmask16 which, long row, long first, Pending *pending
     pending->n += _mm_popcnt_u32(which);
 }
 
-/* By latent, of one the rows in their order: its weights are then read from the first cache by all but the first. */
-static void sort_by_latent(Pending *pending, long c) {
-    int32_t ends[SCREEN_LATENTS] = {0}, sum = 0;
-    for (long e = 0; e < pending->n; e++) ends[pending->latents[e] - c]++;
-    for (long j = 0; j < SCREEN_LATENTS; j++) sum += ends[j], ends[j] = sum - ends[j];
-    for (long e = 0; e < pending->n; e++) {
-        int32_t at = ends[pending->latents[e] - c]++;
-        pending->sorted_rows[at] = pending->rows[e], pending->sorted_latents[at] = pending->latents[e];
-    }
-}
-
-/* What is pending of 64 latents from c on, in float32: what passes in truth is kept. `numbers` says which rows of x a chunk has. */
-static void decide(const Scores *scores, const int32_t *numbers, Pending *pending, long c, long k, float *least, Kept *kept) {
+/* What is pending, in float32: what passes in truth is kept. `numbers` says which rows of x a chunk has. */
+static void decide(const Scores *scores, const int32_t *numbers, Pending *pending, long k, float *least, Kept *kept) {
     long d = scores->d;
-    sort_by_latent(pending, c);
     for (long e = 0; e < pending->n; e += 4) {
         const float *x[4], *w[4];
         float products[4];
         for (long i = 0; i < 4; i++) {
             long at = MIN(e + i, pending->n - 1);
-            x[i] = scores->x + numbers[pending->sorted_rows[at]] * d, w[i] = scores->encoder + pending->sorted_latents[at] * d;
+            x[i] = scores->x + numbers[pending->rows[at]] * d, w[i] = scores->encoder + pending->latents[at] * d;
         }
         four_pairs(x, w, d, products);
         for (long i = 0; i < MIN(4, pending->n - e); i++) {
-            int32_t r = pending->sorted_rows[e + i], j = pending->sorted_latents[e + i];
+            int32_t r = pending->rows[e + i], j = pending->latents[e + i];
             float value = products[i] + scores->bias[j];
             if (!(value > least[r])) continue;
             Kept *row = kept + r;
@@ -250,7 +238,7 @@ static void keep_from_screen(const Scores *scores, const int32_t *numbers, long 
             for (long i = 0; i < n; i++)
                 for (long q = 0; q < SCREEN_LATENTS && passes[i] >> q; q += SIDE) await((__mmask16)(passes[i] >> q), r + i, c + q, pending);
         }
-        decide(scores, numbers, pending, c, k, least, kept);
+        decide(scores, numbers, pending, k, least, kept);
     }
 }
 #endif
@@ -311,7 +299,7 @@ static Chunk chunk_of(const Scores *scores, long rows) {
     long n_latents = scores->n_latents, d = scores->d, room = (n_latents + 2 * SIDE) / SIDE * SIDE + 3 * SIDE;
     size_t lists = (size_t)(rows * room) * sizeof(float), own_rows = (size_t)rows * row_bytes(scores);
     size_t rest = (size_t)rows * (sizeof(Kept) + 2 * sizeof(float)) + (size_t)(n_latents + LATENTS * d) * sizeof(float);
-    size_t screened = is_screened(scores) ? (size_t)(rows + 4 * (rows * SCREEN_LATENTS + SIDE)) * sizeof(int32_t) : 0;
+    size_t screened = is_screened(scores) ? (size_t)(rows + 2 * (rows * SCREEN_LATENTS + SIDE)) * sizeof(int32_t) : 0;
     char *memory = own_memory(2 * lists + own_rows + rest + screened);
     Chunk chunk = {.values = (float *)memory, .latents = (int32_t *)(memory + lists), .rows = memory + 2 * lists, .room = room};
     chunk.kept = (Kept *)(memory + 2 * lists + own_rows);
@@ -320,7 +308,7 @@ static Chunk chunk_of(const Scores *scores, long rows) {
 #if SCREENS == 8
     int32_t *pairs = chunk.numbers + rows;
     long most = rows * SCREEN_LATENTS + SIDE;
-    chunk.pending = (Pending){pairs, pairs + most, pairs + 2 * most, pairs + 3 * most, 0};
+    chunk.pending = (Pending){pairs, pairs + most, 0};
 #endif
 #if TILES
     if (scores->tiles) use_tiles();
