@@ -257,7 +257,7 @@ def test_some_rows_alone():
     pre, _ = judged(x[::3], state)
     for b in range(101):
         entries = slice(int(found.starts[b]), int(found.starts[b] + found.counts[b]))
-        assert found.latents[entries].tolist() == (pre[b] >= 10).nonzero().flatten().tolist()
+        assert sorted(found.latents[entries].tolist()) == (pre[b] >= 10).nonzero().flatten().tolist()
 
 
 def test_rows_that_scaling_makes_vanish_are_found():
