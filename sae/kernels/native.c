@@ -234,7 +234,7 @@ static void product(const real *A, long row_stride, long column_stride, const re
    multiples of a step, sums are exact, and what the rounding may hide is bounded. What is near the cut is computed
    again in `real`, so that what is selected, and its values, are those of the product in `real`.
 
-   vpmaddwd has twice the products of a fused multiply-add; AVX-512 has as many of either as this has, and its own. */
+   vpmaddwd has twice the products of a fused multiply-add. With VNNI bytes have four times as many: native_screen.h. */
 enum { SCREEN_COLUMNS = 16, SCORED_ROWS = 48 };
 /* Rows whose largest entry is smaller are not screened: products of their steps would leave the range of floats. */
 #define LEAST_SCREENED 1e-12f

@@ -6,7 +6,8 @@
 
    There are four ways to multiply: the matrix units of native_amx.h, where the encoder is given in tiles; `tile` of
    native.c, where its panels are given, as small weights have them; native_screen.h, where batch and encoder are given in
-   whole numbers; else the encoder is read as it is, and rows of x lie in lanes. The k largest of a row of few latents are faster found in two passes over it (top_k). */
+   whole numbers; else the encoder is read as it is, and rows of x lie in lanes. The k largest of a row of few latents are
+   faster found in two passes over it (top_k). */
 
 /* Whether float32 products with large weights are selected from as they are made. */
 API long selects_at_once(long threads) {
@@ -195,6 +196,7 @@ typedef struct {
     long n;
 } Pending;
 
+/* The latents of sixteen from `first` on that may pass in a row of the chunk. */
 static inline void await(__mmask16 which, long row, long first, Pending *pending) {
     __m512i latents = _mm512_add_epi32(counting(), _mm512_set1_epi32((int)first));
     _mm512_storeu_si512(pending->latents + pending->n, _mm512_maskz_compress_epi32(which, latents));

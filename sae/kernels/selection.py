@@ -28,7 +28,7 @@ MAX_GUESSES = 40
 # Where a TopK begins to look in a row, as a share of |x|: nearly all rows of the last batch had their k-th code above
 # it, if they had one. One in so many is computed twice, and those without; if these are too many, it begins at 0.
 ROW_GUESS, FEW_ROWS, MANY_ROWS = 0.95, 1024, 0.4
-# The same three where bytes screen: what a low guess lets in is multiplied again.
+# GUESS, ROW_GUESS and FEW_ROWS where bytes screen: what a low guess lets in is multiplied again.
 SCREENED_GUESS, SCREENED_ROW_GUESS, FEW_SCREENED_ROWS = 0.96, 0.98, 256
 # Where the search begins when some rows tell nothing of the cut.
 SMALLEST = 1e-37
