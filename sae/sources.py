@@ -37,7 +37,7 @@ EXACT_SHUFFLE_BYTES = 2**30
 WINDOW_BYTES = 2**27
 BLOCK_BYTES = 2**20
 MIN_ROWS = 50
-HELD_OUT_ROWS = 40_000
+HELD_OUT_ROWS = 100_000
 
 
 Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -111,8 +111,8 @@ class ArraySource(Source):
         if self.exact:
             rows.check_all()
         blocks = torch.randperm(-(-len(rows) // self.block_rows), generator=generator(0, "held-out"))
-        # A twentieth of a large set, more of a small one: means and variances need their rows.
-        held_rows = min(max(len(rows) // 20, min(len(rows) // 5, 2000)), HELD_OUT_ROWS)
+        # A tenth of a large set, more of a small one: a mean L0 is good to about 1 / sqrt(rows).
+        held_rows = min(max(len(rows) // 10, min(len(rows) // 5, 2000)), HELD_OUT_ROWS)
         half = max(1, held_rows // 2 // self.block_rows)
         self.held_blocks = {"calibration": blocks[:half], "evaluation": blocks[half : 2 * half]}
         self.training_blocks = blocks[2 * half :]

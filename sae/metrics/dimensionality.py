@@ -16,8 +16,10 @@ from sae.metrics.once import fingerprint, once
 from toymodels import geometry
 from toymodels.streams import generator
 
-N_RANDOM_MATRICES = 4
-FLOAT64_ENTRIES = 2**20
+# Random matrices behind a chance value. Of the large ones two are enough: the more rows, the more alike they are.
+N_RANDOM_MATRICES, N_LARGE_RANDOM_MATRICES = 4, 2
+# Entries above which a matrix is large: it stays in float32, as its Gram matrix would take minutes in float64.
+LARGE = 2**20
 # So many directions all touch one another in some chain: there are no polytopes to count.
 POLYTOPE_ROWS = 2048
 
@@ -73,11 +75,12 @@ def _geometry(W: Float[Tensor, "n_features d_hidden"]) -> dict[str, float]:
     """The values that are defined."""
     if not len(W):
         return {}
+    shares = geometry.feature_dimensionality(W)
     values = {
-        "feature_dimensionality": geometry.feature_dimensionality(W).mean(),
+        "feature_dimensionality": shares.mean(),
         "dimensions_per_feature": geometry.dimensions_per_feature(W),
         "interference": geometry.interference(W).mean(),
-        "capacity": geometry.capacity(W),
+        "capacity": shares.sum(),
         "effective_rank": geometry.effective_rank(W),
         "participation_ratio": geometry.participation_ratio(W),
         "coherence_over_welch": geometry.coherence_over_welch(W),
@@ -92,14 +95,14 @@ def _geometry(W: Float[Tensor, "n_features d_hidden"]) -> dict[str, float]:
 
 
 def _precise(W: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """In float64, or in float32 where a dictionary is so large that its Gram matrix would take minutes."""
-    return W.to(torch.float64 if W.numel() <= FLOAT64_ENTRIES else torch.float32)
+    """In float64, or a large one in float32."""
+    return W.to(torch.float64 if W.numel() <= LARGE else torch.float32)
 
 
 def _random_directions(W: Float[Tensor, "n d"], seed: int) -> Iterator[Float[Tensor, "n d"]]:
     """Rows of the same norms in independent directions, uniform on the sphere; one matrix at a time."""
     norms = geometry.norms(W)[:, None]
-    for draw in range(N_RANDOM_MATRICES):
+    for draw in range(N_RANDOM_MATRICES if W.numel() <= LARGE else N_LARGE_RANDOM_MATRICES):
         stream = generator(seed, "metrics", "random directions", draw)
         random = torch.randn(W.shape, generator=stream, dtype=W.dtype).to(W.device)
         yield geometry.unit_rows(random).mul_(norms)
