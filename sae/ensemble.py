@@ -60,7 +60,7 @@ class Run:
         return self.n_steps_done >= self.config.n_steps
 
     def look(self, n_rows: int) -> None:
-        """What follows a step on n_rows activations: a line of the log and a checkpoint, when it is time.
+        """What follows a step on n_rows activations: a line of the log, when it is time.
 
         Raises:
             Diverged: the loss or a weight is not finite.
@@ -69,9 +69,11 @@ class Run:
         self.since_samples += n_rows
         if step % config.log.every == 0 or step == config.n_steps:
             self._line(step)
-        every = config.checkpoint.every_steps
-        if step % every == 0 or step == config.n_steps:  # what follows the last step may fail, or be stopped, too
-            self.save()
+
+    @property
+    def save_due(self) -> bool:
+        """Whether a checkpoint follows this step: what follows the last one may fail, or be stopped, too."""
+        return self.n_steps_done % self.config.checkpoint.every_steps == 0 or self.ended
 
     def _line(self, step: int) -> None:
         trainer = self.trainer
@@ -161,7 +163,7 @@ class Ensemble:
         """Gives batch `number` to the runs that need it next; returns those that it was too much for."""
         parts = batch if isinstance(batch, tuple) else (batch,)  # activations, and their targets
         due = [run for run in self.runs if run.n_steps_done == number]
-        failed: list[tuple[Run, Exception | None]] = []
+        failed: dict[Run, Exception | None] = {}
         for device in dict.fromkeys(run.config.train.device for run in due):
             on = [part.to(torch.device(device), non_blocking=True) for part in parts]
             there = [run for run in due if run.config.train.device == device]
@@ -173,8 +175,12 @@ class Ensemble:
                 except Exception as ended:  # one run's end is not the end of the others
                     if isinstance(ended, UsageError) and not isinstance(ended, Diverged):
                         run.save()
-                    failed.append((run, ended))
-        return failed
+                    failed[run] = ended
+        to_save = [run for run in due if run.save_due and run not in failed]
+        for run, error in zip(to_save, members.each(Run.save, to_save), strict=True):
+            if error is not None:
+                failed[run] = error
+        return list(failed.items())
 
     def _finished(self, stop: Stop) -> Iterator[tuple[Run, Exception | None]]:
         """Runs without a step left; measuring each takes time, so that the signal is asked for between them."""

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from sae.trainer import Trainer
+
+Member = TypeVar("Member")
 
 
 class Members:
@@ -51,29 +55,27 @@ class Members:
     def step(self, trainers: Sequence[Trainer], *batch: Tensor) -> list[Exception | None]:
         """One batch for each of these, activations and perhaps their targets; what each raised stops no other."""
 
-        def attempt(trainer: Trainer) -> Exception | None:
-            try:
-                trainer.step(*batch)
-            except Exception as error:  # one member's end is not the end of the others
-                return error
-            return None
+        def step(trainer: Trainer) -> None:
+            trainer.step(*batch)
 
         if trainers and all(trainer in self.streams for trainer in trainers):
-            return self._on_streams(trainers, attempt)
-        if self.pool is None or len(trainers) == 1:
-            return [attempt(trainer) for trainer in trainers]
-        return list(self.pool.map(attempt, trainers))
+            return self._on_streams(trainers, step)
+        return self.each(step, trainers)
 
-    def _on_streams(
-        self, trainers: Sequence[Trainer], attempt: Callable[[Trainer], Exception | None]
-    ) -> list[Exception | None]:
+    def each(self, act: Callable[[Member], None], members: Sequence[Member]) -> list[Exception | None]:
+        """act of each one, on the threads where there are some; what each raised stops no other."""
+        if self.pool is None or len(members) == 1:
+            return [_error(act, member) for member in members]
+        return list(self.pool.map(partial(_error, act), members))
+
+    def _on_streams(self, trainers: Sequence[Trainer], step: Callable[[Trainer], None]) -> list[Exception | None]:
         """Each begins once the batch is there; whatever comes after on this stream finds all of them done."""
         here, ended = torch.cuda.current_stream(_device(trainers[0])), []
         for trainer in trainers:
             stream = self.streams[trainer]
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
-                ended.append(attempt(trainer))
+                ended.append(_error(step, trainer))
         for trainer in trainers:
             here.wait_stream(self.streams[trainer])
         return ended
@@ -84,6 +86,14 @@ class Members:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.pool is not None:
             self.pool.shutdown()
+
+
+def _error(act: Callable[[Member], None], member: Member) -> Exception | None:
+    try:
+        act(member)
+    except Exception as error:  # one member's end is not the end of the others
+        return error
+    return None
 
 
 def _device(trainer: Trainer) -> torch.device:

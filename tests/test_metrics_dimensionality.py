@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from sae.metrics import dictionary_dimensionality, dimensionality
+from sae.metrics.dimensionality import _random_coherence
+from toymodels import geometry
 from toymodels.streams import generator
 
 NAMES = (
@@ -92,6 +94,36 @@ def test_random_directions_score_the_reported_chance() -> None:
         assert abs(scores[name] - scores[f"{name}_chance"]) <= 8 * scores[f"{name}_chance_sd"] + 1e-9, name
     assert scores["dimensions_per_feature_chance_sd"] == pytest.approx(0, abs=1e-12)
     assert dimensionality(polygon(5), seed=1) != dimensionality(polygon(5), seed=2)
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 3), (400, 16), (900, 128)])
+def test_the_largest_cosine_of_random_directions_follows_its_law(n: int, d: int) -> None:
+    """Of 300 measured ones, the share below each quantile of the law."""
+    bound = geometry.welch_bound(n, d)
+    draws = torch.tensor([float(geometry.coherence_over_welch(random_rows(n, d, seed=seed))) for seed in range(300)])
+    for quantile in (0.1, 0.3, 0.5, 0.7, 0.9):
+        below = float((draws < _random_coherence(n, d, quantile) / bound).double().mean())
+        assert abs(below - quantile) < 4 * (quantile * (1 - quantile) / 300) ** 0.5, quantile
+
+
+def test_chance_of_a_large_matrix_is_that_of_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law and its fewer draws, where a matrix is large; here by what counts as large."""
+    rows = random_rows(700, 30, seed=9)
+    drawn = dimensionality(rows)
+    monkeypatch.setitem(dimensionality.__globals__, "LARGE", 1000)
+    by_law = dimensionality(rows)
+    for name in NAMES:
+        spread = max(drawn[f"{name}_chance_sd"], by_law[f"{name}_chance_sd"])
+        assert abs(drawn[f"{name}_chance"] - by_law[f"{name}_chance"]) <= 6 * spread + 1e-6 * abs(drawn[name]), name
+
+
+def test_no_two_directions_have_a_largest_cosine() -> None:
+    assert _random_coherence(1, 5, 0.5) == 0
+    assert _random_coherence(7, 1, 0.5) == 1
+    assert 0 <= _random_coherence(2, 2, 0.0) <= 1
+    assert _random_coherence(131072, 4096, 0.5) == pytest.approx(
+        0.1013, abs=0.0005
+    )  # 6.5 standard deviations of 1 / 64
 
 
 def test_the_truth_differs_from_itself_by_nothing() -> None:

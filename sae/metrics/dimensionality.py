@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from math import isfinite
+from math import isfinite, log
 
 import torch
 from jaxtyping import Float
@@ -45,7 +44,7 @@ def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
     """
     row_norms(W)  # refuses what is not finite
     rows = _precise(as_tensor(W))
-    return beside_chance(_geometry(rows), [_geometry(random) for random in _random_directions(rows, seed)], {})
+    return beside_chance(_geometry(rows), _random_geometries(rows, seed), {})
 
 
 def dictionary_dimensionality(
@@ -66,16 +65,16 @@ def dictionary_dimensionality(
         true = once(("geometry", fingerprint(truth)), lambda: _geometry(directions(truth)[0]))
     # Of unit rows, random directions know nothing but the shape.
     key = ("random geometry", learned.shape, learned.dtype, seed)
-    draws = once(key, lambda: [_geometry(random) for random in _random_directions(learned, seed)])
+    draws = once(key, lambda: _random_geometries(learned, seed))
     both = {name: scores[name] - true[name] for name in scores if name in true}
     return beside_chance(scores, draws, true) | {f"{name}_difference": value for name, value in both.items()}
 
 
-def _geometry(W: Float[Tensor, "n_features d_hidden"]) -> dict[str, float]:
-    """The values that are defined."""
+def _geometry(W: Float[Tensor, "n_features d_hidden"], coherence: float | None = None) -> dict[str, float]:
+    """The values that are defined; the largest cosine, which takes longest, only where it is not given."""
     if not len(W):
         return {}
-    shares = geometry.feature_dimensionality(W)
+    shares, bound = geometry.feature_dimensionality(W), geometry.welch_bound(*W.shape)
     values = {
         "feature_dimensionality": shares.mean(),
         "dimensions_per_feature": geometry.dimensions_per_feature(W),
@@ -83,7 +82,7 @@ def _geometry(W: Float[Tensor, "n_features d_hidden"]) -> dict[str, float]:
         "capacity": shares.sum(),
         "effective_rank": geometry.effective_rank(W),
         "participation_ratio": geometry.participation_ratio(W),
-        "coherence_over_welch": geometry.coherence_over_welch(W),
+        "coherence_over_welch": geometry.coherence_over_welch(W) if coherence is None else coherence / bound,
         "rms_over_welch": geometry.rms_over_welch(W),
     }
     measured = {name: float(value) for name, value in values.items() if isfinite(value)}
@@ -99,10 +98,28 @@ def _precise(W: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return W.to(torch.float64 if W.numel() <= LARGE else torch.float32)
 
 
-def _random_directions(W: Float[Tensor, "n d"], seed: int) -> Iterator[Float[Tensor, "n d"]]:
-    """Rows of the same norms in independent directions, uniform on the sphere; one matrix at a time."""
-    norms = geometry.norms(W)[:, None]
-    for draw in range(N_RANDOM_MATRICES if W.numel() <= LARGE else N_LARGE_RANDOM_MATRICES):
+def _random_geometries(W: Float[Tensor, "n d"], seed: int) -> list[dict[str, float]]:
+    """Of rows with the same norms in independent directions, uniform on the sphere."""
+    norms, large = geometry.norms(W)[:, None], W.numel() > LARGE
+    draws = []
+    for draw in range(N_LARGE_RANDOM_MATRICES if large else N_RANDOM_MATRICES):
         stream = generator(seed, "metrics", "random directions", draw)
-        random = torch.randn(W.shape, generator=stream, dtype=W.dtype).to(W.device)
-        yield geometry.unit_rows(random).mul_(norms)
+        random = geometry.unit_rows(torch.randn(W.shape, generator=stream, dtype=W.dtype).to(W.device)).mul_(norms)
+        luck = float(torch.rand((), generator=stream, dtype=torch.float64))
+        draws.append(_geometry(random, _random_coherence(int((norms > 0).sum()), W.shape[1], luck) if large else None))
+    return draws
+
+
+def _random_coherence(n: int, d: int, luck: float) -> float:
+    """The largest of the |cosines| of n directions drawn uniformly in d dimensions, at this quantile of its law.
+
+    A squared cosine is Beta(1/2, (d - 1) / 2). The n (n - 1) / 2 of them are independent by pairs, so that the number
+    above a high bound t is Poisson's, and P(largest < t) = exp(-n (n - 1) / 2 P(cosine² > t²)).
+    """
+    from scipy.special import betaincinv  # noqa: PLC0415 - slow to import
+
+    n_pairs = n * (n - 1) / 2
+    if not n_pairs or d == 1:
+        return float(n_pairs > 0)
+    beyond = min(-log(max(luck, 1e-300)) / n_pairs, 1.0)
+    return float(1 - betaincinv((d - 1) / 2, 0.5, beyond)) ** 0.5
