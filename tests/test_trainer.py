@@ -229,10 +229,10 @@ def test_dead_latents_are_found_and_revived(tmp_path):
     for weight in (0.0, 1.0):
         options = {"kind": "topk", "d_sae": 48, "k": 2, "tied_init": False, "aux_coefficient": weight}
         train = {"dead_after_samples": 2560, "batch_size": 256}
-        made = config(tmp_path / f"{weight}", n_samples=153_600, sae=options, train=train)
+        made = config(tmp_path / f"{weight}", n_samples=307_200, sae=options, train=train)
         dead[weight] = sae.train(made, x, report=False).metrics["metrics/dead"]
     assert dead[0.0] > 0.1
-    assert dead[1.0] < 0.5 * dead[0.0]
+    assert dead[1.0] < 0.4 * dead[0.0]
 
 
 def test_moments_are_given_up_before_the_evaluation(tmp_path, monkeypatch):
