@@ -194,7 +194,7 @@ class Bench(WithPlugins):
     shapes: str = "S,M,L"
     """Sizes by name, or as numbers d,F,k,B; several of these with spaces between."""
     kinds: str = "topk,batchtopk,relu"
-    """Kinds, each with options of its own where wanted: topk,topk:multi_k=32,mykind:groups=8."""
+    """Kinds, each with options of its own where wanted: topk,topk:multi_k=32,topk:train.moments=int8."""
     threads: int | None = None
     """Threads of the CPU; default torch's own number."""
     rounds: int = 10

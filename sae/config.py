@@ -31,6 +31,7 @@ from toymodels.errors import nearest
 LEFT_ALONE = 0.2
 KernelName = Literal["auto", "reference", "torch", "native", "triton"]
 PrecisionName = Literal["auto", "fp32", "bf16", "exact"]
+MomentsName = Literal["float32", "int8"]
 
 
 class Section(BaseModel):
@@ -180,6 +181,9 @@ class TrainSection(Section):
     precision: PrecisionName = "auto"
     """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX and on CUDA, else
     fp32."""
+    moments: MomentsName = "float32"
+    """What Adam's moments of the weight matrices are kept in; int8 takes a quarter of the memory, and rounds by
+    chance."""
     kernels: KernelName = "auto"
     """What computes a step: C on a CPU (native), triton on CUDA, torch elsewhere or where these cannot work; reference
     is slow and plain."""

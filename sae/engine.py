@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sae import losses
 from sae.codes import SparseCodes
-from sae.config import KernelName, PrecisionName
+from sae.config import KernelName, MomentsName, PrecisionName
 from sae.errors import UsageError
 from sae.gradients import Change, Gradients, clipped, inner_product_, summed, with_extra
 from sae.kernels import (
@@ -84,6 +84,7 @@ class Engine:
         precision: PrecisionName = "auto",
         clip_norm: float | None = None,
         n_parts: int = 1,
+        moments: MomentsName = "float32",
     ) -> None:
         self.sae, self.clip_norm, self.n_parts = sae, clip_norm, n_parts
         self.kernels = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
@@ -92,6 +93,7 @@ class Engine:
             sae.config.unit_norm_decoder,
             sae.config.tied_bias,
             sae.sparsifier.weighted,
+            moments,
         )
         self.kernels.refresh(self.state)
         self.aux_k = sae.config.aux_k or max(sae.d_in // 2, 1)
@@ -342,8 +344,7 @@ class Engine:
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         if "encoder" not in state.first:
             tensors["sae.encoder"] = state.encoder.clone()  # a file holds no memory twice
-        for name, _ in state.weights():
-            tensors |= {f"adam.{name}.exp_avg": state.first[name], f"adam.{name}.exp_avg_sq": state.second[name]}
+        tensors |= state.moments()
         for name, (_, first, second) in self.own.items():
             tensors |= {f"adam.{name}.exp_avg": first, f"adam.{name}.exp_avg_sq": second}
         counters = {"silent_samples": state.silent_samples, "window_firing": state.window_firing, "l0": self.l0}
@@ -373,9 +374,8 @@ class Engine:
                 ) from error
         self.sae.load_state_dict({key[4:]: value for key, value in tensors.items() if key.startswith("sae.")})
         state = self.state
-        for name, _ in state.weights():
-            state.first[name].copy_(tensors[f"adam.{name}.exp_avg"])
-            state.second[name].copy_(tensors[f"adam.{name}.exp_avg_sq"])
+        for name, moment in state.moments().items():
+            moment.copy_(tensors[name])
         for name, (_, first, second) in self.own.items():
             first.copy_(tensors[f"adam.{name}.exp_avg"])
             second.copy_(tensors[f"adam.{name}.exp_avg_sq"])

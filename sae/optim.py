@@ -12,13 +12,14 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Now(NamedTuple):
-    """What depends on the number t of a step, from 1: the learning rate, 1 - beta^t for both moments, and the share of
-    a sparsity penalty that is charged by then."""
+    """What depends on the number t of a step, from 1: the learning rate, 1 - beta^t for both moments, the share of a
+    sparsity penalty that is charged by then, and t."""
 
     rate: Float[Tensor, ""]
     correction1: Float[Tensor, ""]
     correction2: Float[Tensor, ""]
     sparsity: Float[Tensor, ""]
+    step: Float[Tensor, ""]
 
     @classmethod
     def at(cls, step: int, rate: float, sparsity: float) -> Now:
@@ -26,9 +27,9 @@ class Now(NamedTuple):
         return cls(*torch.tensor(row(step, rate, sparsity), dtype=torch.float64))
 
 
-def row(step: int, rate: float, sparsity: float) -> tuple[float, float, float, float]:
+def row(step: int, rate: float, sparsity: float) -> tuple[float, float, float, float, float]:
     """The numbers in `Now`. 1 - .999^t is small at first, and would lose its digits if float32 computed it."""
-    return rate, 1 - BETA1**step, 1 - BETA2**step, sparsity
+    return rate, 1 - BETA1**step, 1 - BETA2**step, sparsity, float(step)
 
 
 def adam_(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, now: Now) -> None:

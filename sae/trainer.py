@@ -39,7 +39,7 @@ class Trainer:
         self.sae, self.config, self.unit = sae, config, unit
         self.target_unit = unit if target_unit is None else target_unit
         train = config.train
-        self.engine = Engine(sae, train.kernels, train.precision, train.clip_norm, train.accumulate)
+        self.engine = Engine(sae, train.kernels, train.precision, train.clip_norm, train.accumulate, train.moments)
         self.n_steps_done = 0
         device = sae.W_dec.device
         self.clock = schedules.Clock(REFRESH_STEPS, sae.W_dec.dtype, device)
@@ -108,7 +108,9 @@ class Trainer:
     def _too_large(self, batch: int) -> str:
         """What to do about a batch that did not fit: each sample takes its pre-latents and a few rows."""
         free, whole = torch.cuda.mem_get_info(self.window.device) if self.window.device.type == "cuda" else (0, 0)
-        weights = 3 * sum(weight.numel() for _, weight in self.engine.state.weights()) * 4  # with their moments
+        state = self.engine.state
+        kept = [*(weight for _, weight in state.weights()), *state.moments().values()]
+        weights = sum(tensor.nbytes for tensor in kept)
         sample = 4 * (4 * self.sae.d_sae + 8 * (self.sae.d_in + self.sae.d_out))
         fits = min(max(whole - int(1.2 * weights), 0) // sample, batch // 2)
         rule = f"a batch of {batch} at d_sae={self.sae.d_sae} does not fit on {self.window.device}"

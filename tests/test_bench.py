@@ -175,6 +175,13 @@ def test_shapes_by_name_and_by_number():
     assert parse_kinds("relu,topk") == ["relu", "topk"]
 
 
+def test_options_of_a_kind_reach_the_sae_and_by_a_whole_name_the_training():
+    made = ours.config("topk:k=3:train.moments=int8", SMALL, 1e-3, "cpu")
+    assert (made.sae.k, made.train.moments) == (3, "int8")
+    with pytest.raises(UsageError, match="int9"):
+        ours.config("topk:train.moments=int9", SMALL, 1e-3, "cpu")
+
+
 @pytest.mark.parametrize("text", ["X", "", "64,512", "64,512,8,0", "64,512,1024,8", "-1,2,3,4"])
 def test_what_is_no_shape_is_refused(text):
     with pytest.raises(UsageError):

@@ -464,3 +464,34 @@ def test_one_memory_for_encoder_and_decoder():
     codes = codes_of(ours, 5, 3)
     both_update(ours, theirs, codes, 2, 7, make(), planned=True, extra=None)
     same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@every_size
+def test_moments_in_eight_bits(shared, batch, d_in, d_out, d_sae, k):
+    """Rounded by the same chance as the reference's: what differs lay next to where one rounds."""
+    d_out = d_in if shared else d_out
+    ours = state_of(d_sae, d_in, d_out)
+    if shared:
+        ours.encoder = ours.W_dec
+    weights = {name: getattr(ours, name) for name in ("encoder", "W_dec", "b_enc", "b_dec")}
+    ours = State.of(weights, True, False, moments="int8")
+    kernels = make()
+    for number in (1, 2, 1000, 2**20 + 1):
+        theirs = double(ours)  # each step from the same state: a code that was rounded otherwise moves weights
+        theirs.scales = {name: scales.double() for name, scales in ours.scales.items()}
+        for moments, kept in ((theirs.first, ours.first), (theirs.second, ours.second)):
+            moments.update({name: kept[name].clone() for name in ours.scales})
+        if shared:
+            theirs.encoder = theirs.W_dec
+        codes = codes_of(ours, batch, k, True)
+        both_update(ours, theirs, codes, number, d_in, kernels, planned=True, extra=None)
+        for name, scales in ours.scales.items():
+            close(getattr(ours, name), getattr(theirs, name))
+            torch.testing.assert_close(scales.double(), theirs.scales[name], rtol=1e-4, atol=1e-12)
+            for mine, other in ((ours.first[name], theirs.first[name]), (ours.second[name], theirs.second[name])):
+                assert mine.dtype == other.dtype
+                off = (mine.int() - other.int()).abs()
+                assert int(off.max()) <= 1
+                assert int((off > 0).sum()) <= 0.01 * off.numel()
+        assert ours.second["W_dec"].min() >= 1

@@ -9,6 +9,7 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = [GPUTarget("cuda", capability, 32) for capability in (80, 90)]
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES |= {torch.int8: "*i8", torch.uint8: "*u8"}
 compiled: set[str] = set()
 
 
@@ -57,7 +58,10 @@ def main() -> None:
     extra = Rows(torch.arange(7), torch.randn(7, d), torch.randn(7, d), torch.randn(7))
     now = Now(*(value.float() for value in Now.at(3, 1e-3, 1.0)))
     kernels.gradient_rows(state, x, decoded.gradient, plan)
-    kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, pull=torch.rand(d_sae))
+    for moments in ("float32", "int8"):
+        weights |= {"b_enc": state.b_enc, "b_dec": state.b_dec}
+        state = State.of(weights, unit_norm=False, moments=moments)
+        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, pull=torch.rand(d_sae))
     kernels.aux_k(x, x, extra.encoder, extra.b_enc, extra.W_dec, k)
     kernels.reconstruct(torch.rand(batch, k), torch.zeros(batch, k, dtype=torch.int64), state.W_dec)
     launch._one[(1,)](torch.zeros(1, dtype=torch.int32), num_warps=1)

@@ -120,7 +120,8 @@ def parse_kinds(text: str) -> list[str]:
 
 
 def options_of(kind: str) -> tuple[str, list[str]]:
-    """The name of a kind and the flags that its options are: `topk:k=3` is topk with --sae.k=3.
+    """The name of a kind and the flags that its options are: `topk:k=3` is topk with --sae.k=3, and
+    `topk:train.moments=int8` with --train.moments=int8.
 
     Raises:
         UsageError: the kind is unknown, or what follows it is no option.
@@ -133,4 +134,4 @@ def options_of(kind: str) -> tuple[str, list[str]]:
     for option in options:
         if not all(option.partition("=")):
             raise UsageError(f"an option of kind {name!r} is name=value, got {option!r}; as in {name}:name=value")
-    return name, [f"--sae.{option}" for option in options]
+    return name, [f"--{option}" if "." in option.partition("=")[0] else f"--sae.{option}" for option in options]

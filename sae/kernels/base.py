@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae.config import MomentsName
 from sae.kernels.precision import Precision
 from sae.optim import Now
 
@@ -195,16 +196,27 @@ class State:
     """A penalty charges z |W_dec_j|, not z."""
     first: dict[str, Tensor]
     second: dict[str, Tensor]
+    scales: dict[str, Float[Tensor, "d_sae 2"]]
+    """Of the matrices whose moments are kept in eight bits (`moments.py`)."""
     norms: Float[Tensor, " d_sae"]
     """|W_dec_j|, kept only where rows are free (unit_norm is off)."""
     silent_samples: Int[Tensor, " d_sae"]
     window_firing: Int[Tensor, " d_sae"]
 
     @classmethod
-    def of(cls, weights: dict[str, Tensor], unit_norm: bool, tied: bool = True, weighted: bool = True) -> State:
+    def of(
+        cls,
+        weights: dict[str, Tensor],
+        unit_norm: bool,
+        tied: bool = True,
+        weighted: bool = True,
+        moments: MomentsName = "float32",
+    ) -> State:
         """The state before the first step."""
         own = {name: weights[name].detach() for name in WEIGHTS}
         trained = WEIGHTS[1:] if weights["encoder"] is weights["W_dec"] else WEIGHTS
+        small = [name for name in trained if moments == "int8" and own[name].ndim == 2]
+        kept = {name: (torch.int8, torch.uint8) if name in small else (own[name].dtype,) * 2 for name in trained}
         d_sae, device = len(own["W_dec"]), own["W_dec"].device
         counter = torch.zeros(d_sae, dtype=torch.int64, device=device)
         return cls(
@@ -212,8 +224,9 @@ class State:
             unit_norm=unit_norm,
             tied=tied,
             weighted=weighted,
-            first={name: torch.zeros_like(own[name]) for name in trained},
-            second={name: torch.zeros_like(own[name]) for name in trained},
+            first={name: torch.zeros_like(own[name], dtype=dtype) for name, (dtype, _) in kept.items()},
+            second={name: torch.zeros_like(own[name], dtype=dtype) for name, (_, dtype) in kept.items()},
+            scales={name: own[name].new_zeros(d_sae, 2) for name in small},
             norms=own["W_dec"].norm(dim=1),
             silent_samples=counter,
             window_firing=counter.clone(),
@@ -223,6 +236,12 @@ class State:
     def charged_norms(self) -> Float[Tensor, " d_sae"] | None:
         """What a penalty multiplies codes by; None: 1."""
         return self.norms if self.weighted and not self.unit_norm else None
+
+    def moments(self) -> dict[str, Tensor]:
+        """All of them as they are kept, by the names of a checkpoint."""
+        first = {f"adam.{name}.exp_avg": moment for name, moment in self.first.items()}
+        second = {f"adam.{name}.exp_avg_sq": moment for name, moment in self.second.items()}
+        return first | second | {f"adam.{name}.scales": scales for name, scales in self.scales.items()}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that Adam moves, with their names."""

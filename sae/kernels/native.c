@@ -1398,6 +1398,8 @@ static inline void adam_row(real *restrict w, real *restrict m, real *restrict v
     }
 }
 
+#include "native_moments.h"
+
 /* Everything that happens to a latent, while its rows lie in the cache: both gradient rows, summed over the samples it
    fired for; `extra` rows (AuxK, or all rows of a dense step); projection of the decoder's gradient; Adam on encoder
    row, decoder row and bias; the decoder row back to norm 1; the encoder row rounded for the next product; counters.
@@ -1407,14 +1409,16 @@ static inline void adam_row(real *restrict w, real *restrict m, real *restrict v
    scratch for the way back, [n_latents]. Null: row j is that of latent j.
    After a dense step on AMX units `dense` is its plan, and blocks have VISITED latents: gradients are made here.
    `pull[j]` is added to the gradient in the norm of decoder row j. `encoder_m` is null where the encoder is the
-   decoder's: it then has no gradient of its own. */
+   decoder's: it then has no gradient of its own. Where there are scales [n_latents, 2], moments have eight bits, and are
+   rounded by the chance of the step with this number. */
 API void update(long n_latents, long d_in, long d_out, long block, const int32_t *latent_offsets, const int32_t *rows,
                 const int32_t *decoder_rows, const real *codes, const real *gradients, const real *x,
                 const real *residual_gradient, const void *dense, int32_t *extra_of, const int64_t *extra_latents, long n_extra,
                 const real *extra_encoder,
                 const real *extra_decoder, const real *extra_bias, real rate, real correction1, real correction2,
-                real beta1, real rest1, real beta2, real rest2, real epsilon, long unit_norm, real cost, const real *pull, real *encoder, real *encoder_m, real *encoder_v, real *decoder, real *decoder_m, real *decoder_v, real *bias, real *bias_m,
-                real *bias_v, bf16 *encoder_rounded, bf16 *encoder_tiles, real *norms, real *encoder_norms, int64_t *silent,
+                real beta1, real rest1, real beta2, real rest2, real epsilon, long unit_norm, real cost, const real *pull, real *encoder,
+                void *encoder_m, void *encoder_v, real *encoder_scales, real *decoder, void *decoder_m, void *decoder_v,
+                real *decoder_scales, long step, real *bias, real *bias_m, real *bias_v, bf16 *encoder_rounded, bf16 *encoder_tiles, real *norms, real *encoder_norms, int64_t *silent,
                 int64_t *window, const int32_t *firing, long batch, real *blocks, long threads) {
     Adam adam = {rate, correction1, correction2, beta1, rest1, beta2, rest2, epsilon};
     long n_blocks = (n_latents + block - 1) / block;
@@ -1429,11 +1433,13 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
 #pragma omp parallel num_threads((int)threads)
     {
         unsigned before = flush_subnormals();
-        size_t own_rows = ((size_t)(d_in + d_out) * sizeof(real) + 63) / 64 * 64, visited = 0;
+        size_t small = decoder_scales ? 2 * (size_t)MAX(d_in, d_out) : 0;
+        size_t own_rows = ((d_in + d_out + small) * sizeof(real) + 63) / 64 * 64, visited = 0;
 #if TILES
         if (dense) visit_of(dense, NULL, &visited);
 #endif
-        real *g_encoder = own_memory(own_rows + visited), *g_decoder = g_encoder + d_in;
+        real *g_encoder = own_memory(own_rows + visited), *g_decoder = g_encoder + d_in, *scratch = g_decoder + d_out;
+        uint32_t seed = 2 * (uint32_t)step;
 #if TILES
         Visit visit = {0};
         if (dense) visit = visit_of(dense, (char *)g_encoder + own_rows, &visited), use_tiles();
@@ -1482,8 +1488,18 @@ API void update(long n_latents, long d_in, long d_out, long block, const int32_t
 #pragma omp simd
                     for (long i = 0; i < d_out; i++) g_decoder[i] += along * w_dec[i];
 
-                if (encoder_m) adam_row(w_enc, encoder_m + j * d_in, encoder_v + j * d_in, g_encoder, d_in, &adam);
-                adam_row(w_dec, decoder_m + j * d_out, decoder_v + j * d_out, g_decoder, d_out, &adam);
+                if (encoder_scales)
+                    adam_small_row(w_enc, (int8_t *)encoder_m + j * d_in, (uint8_t *)encoder_v + j * d_in,
+                                   encoder_scales + 2 * j, g_encoder, d_in,
+                                   (seed + 1) * GOLDEN + (uint32_t)(j * d_in), scratch, &adam);
+                else if (encoder_m)
+                    adam_row(w_enc, (real *)encoder_m + j * d_in, (real *)encoder_v + j * d_in, g_encoder, d_in, &adam);
+                if (decoder_scales)
+                    adam_small_row(w_dec, (int8_t *)decoder_m + j * d_out, (uint8_t *)decoder_v + j * d_out,
+                                   decoder_scales + 2 * j, g_decoder, d_out, seed * GOLDEN + (uint32_t)(j * d_out),
+                                   scratch, &adam);
+                else
+                    adam_row(w_dec, (real *)decoder_m + j * d_out, (real *)decoder_v + j * d_out, g_decoder, d_out, &adam);
                 adam_row(bias + j, bias_m + j, bias_v + j, &g_bias, 1, &adam);
                 real norm = (real)sqrt(dot(w_dec, w_dec, d_out));
                 if (unit_norm) {

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.codes import flat_nonzero, kth_largest
-from sae.kernels import pursuit
+from sae.kernels import moments, pursuit
 from sae.kernels.base import Codes, Decoded, Scalar, Scores, State, host_sees
 from sae.kernels.precision import Precision
 from sae.kernels.reference import Reference, rows_of
@@ -113,7 +113,8 @@ class Plain(Reference):
 
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
         for name, weight in state.weights():
-            adam_(weight, gradients[name], state.first[name], state.second[name], now)
+            with moments.opened(state, name, now) as (first, second):
+                adam_(weight, gradients[name], first, second, now)
 
 
 def rows_of_plan(

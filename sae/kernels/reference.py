@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae import losses
-from sae.kernels import pursuit
+from sae.kernels import moments, pursuit
 from sae.kernels.base import Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, Scores, State
 from sae.kernels.precision import Precision
 from sae.optim import BETA1, BETA2, EPSILON, Now
@@ -153,10 +153,11 @@ class Reference:
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
         """Adam (Kingma & Ba 2015) with bias correction."""
         for name, weight in state.weights():
-            g, m, v = gradients[name], state.first[name], state.second[name]
-            m.copy_(BETA1 * m + (1 - BETA1) * g)
-            v.copy_(BETA2 * v + (1 - BETA2) * g * g)
-            weight.sub_(now.rate * (m / now.correction1) / ((v / now.correction2).sqrt() + EPSILON))
+            with moments.opened(state, name, now) as (m, v):
+                g = gradients[name]
+                m.copy_(BETA1 * m + (1 - BETA1) * g)
+                v.copy_(BETA2 * v + (1 - BETA2) * g * g)
+                weight.sub_(now.rate * (m / now.correction1) / ((v / now.correction2).sqrt() + EPSILON))
 
 
 def rows_of(codes: Codes) -> Int[Tensor, " slots"]:

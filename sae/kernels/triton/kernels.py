@@ -134,7 +134,7 @@ class Triton(Plain):
         cost: Scalar = 0.0,
         pull: Tensor | None = None,
     ) -> None:
-        moment = torch.stack(now[:3]).to(x)
+        moment = torch.stack([*now[:3], now.step]).to(x)
         batch = len(x)
         given = (plan, extra, firing, self._scalar(cost), pull, self._encoder, self.buffer)
         through_encoder = update.update_rows(state, moment, x, gradient, *given)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sae.kernels.base import Buffers, Rows, State
 from sae.kernels.triton.index import Plan, at_once, gather, sum_chunks
 from sae.kernels.triton.launch import power, warps
+from sae.kernels.triton.moments import keep, moments_of, read
 from sae.optim import BETA1, BETA2, EPSILON
 
 B1, B2, EPS = tl.constexpr(BETA1), tl.constexpr(BETA2), tl.constexpr(EPSILON)
@@ -140,9 +141,11 @@ def _update(
     encoder,
     encoder_first,
     encoder_second,
+    encoder_scales,
     W_dec,
     W_dec_first,
     W_dec_second,
+    W_dec_scales,
     b_enc,
     b_enc_first,
     b_enc_second,
@@ -164,6 +167,7 @@ def _update(
     ENCODER: tl.constexpr,
     ROUNDED: tl.constexpr,
     TIED: tl.constexpr,
+    SMALL: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
     D_IN: tl.constexpr,
@@ -174,7 +178,7 @@ def _update(
     inputs, outputs = tl.arange(0, D_IN), tl.arange(0, D_OUT)
     has_in, has_out = inputs < d_in, outputs < d_out
     rate, correction1, correction2 = tl.load(now), tl.load(now + 1), tl.load(now + 2)
-    price = tl.load(cost)
+    price, step = tl.load(cost), tl.load(now + 3).to(tl.uint32)
     of_b_dec = tl.zeros([D_IN], tl.float32)
     # j is an int64, as everything that a place is computed from must be.
     for j in range(program * GROUP, tl.minimum(program * GROUP + GROUP, d_sae)):
@@ -201,8 +205,7 @@ def _update(
             if PULL:
                 along += tl.load(pull + j)
             g_decoder += along / tl.maximum(tl.load(norms + j), LEAST_NORM) * row
-        first = tl.load(W_dec_first + at, mask=has_out, other=0.0)
-        second = tl.load(W_dec_second + at, mask=has_out, other=0.0)
+        first, second = read(W_dec_first, W_dec_second, W_dec_scales, j, at, has_out, SMALL)
         row, first, second = adam(row, g_decoder, first, second, rate, correction1, correction2)
         norm = tl.sqrt(tl.sum(row * row, axis=0))
         if UNIT_NORM:
@@ -210,20 +213,17 @@ def _update(
         else:
             tl.store(norms + j, norm)
         tl.store(W_dec + at, row, mask=has_out)
-        tl.store(W_dec_first + at, first, mask=has_out)
-        tl.store(W_dec_second + at, second, mask=has_out)
+        keep(W_dec_first, W_dec_second, W_dec_scales, j, at, has_out, first, second, 2 * step, SMALL)
 
         if ENCODER:
             at = j * d_in + inputs
             row = tl.load(encoder + at, mask=has_in, other=0.0)
             if TIED:
                 of_b_dec += g_bias * row
-            first = tl.load(encoder_first + at, mask=has_in, other=0.0)
-            second = tl.load(encoder_second + at, mask=has_in, other=0.0)
+            first, second = read(encoder_first, encoder_second, encoder_scales, j, at, has_in, SMALL)
             row, first, second = adam(row, g_encoder, first, second, rate, correction1, correction2)
             tl.store(encoder + at, row, mask=has_in)
-            tl.store(encoder_first + at, first, mask=has_in)
-            tl.store(encoder_second + at, second, mask=has_in)
+            keep(encoder_first, encoder_second, encoder_scales, j, at, has_in, first, second, 2 * step + 1, SMALL)
             if ROUNDED:
                 tl.store(rounded + at, row.to(rounded.dtype.element_ty), mask=has_in)
 
@@ -261,7 +261,7 @@ def gradient_rows(
 
 def update_rows(
     state: State,
-    now: Float[Tensor, "3"],
+    now: Float[Tensor, "4"],
     x: Float[Tensor, "batch d_in"],
     gradient: Float[Tensor, "rows d_out"],
     plan: Plan | None,
@@ -274,7 +274,7 @@ def update_rows(
 ) -> Float[Tensor, " d_in"] | None:
     """Changes all but b_dec; returns what the encoder sends back to b_dec, sum_j g_bias_j W_enc_j, where it is tied.
 
-    `now` has the learning rate and both of Adam's corrections.
+    `now` has the learning rate, both of Adam's corrections and the number of the step.
     """
     (d_sae, d_out), d_in = state.W_dec.shape, x.shape[1]
     own = "encoder" in state.first  # else it is W_dec
@@ -296,8 +296,7 @@ def update_rows(
         *(x, gradient),
         *or_nothing(extra_of, *((None,) * 3 if extra is None else (part.contiguous() for part in extra[1:]))),
         *(now, cost, nothing if pull is None else pull),
-        *or_nothing(state.encoder, state.first.get("encoder"), state.second.get("encoder")),
-        *(state.W_dec, state.first["W_dec"], state.second["W_dec"]),
+        *or_nothing(state.encoder, *moments_of(state, "encoder"), state.W_dec, *moments_of(state, "W_dec")),
         *(state.b_enc, state.first["b_enc"], state.second["b_enc"]),
         *or_nothing(rounded, state.norms),
         *(state.silent_samples, state.window_firing),
@@ -311,6 +310,7 @@ def update_rows(
         ENCODER=own,
         ROUNDED=rounded is not None,
         TIED=to_b_dec is not None,
+        SMALL=bool(state.scales),
         CHUNK=chunks.size if chunks is not None else 1,
         GROUP=group,
         D_IN=power(d_in),
