@@ -308,7 +308,7 @@ class Engine:
         if not alpha or not dead.numel():
             return x.new_zeros(()), None
         if codes is not None and len(codes.weights) > 1:
-            gradient = _of_reading(gradient, codes)
+            gradient = base.of_reading(gradient, codes)
         latents, bias = dead, state.b_enc[dead]
         if not host_sees(dead):  # filled up by `padded`: the latent -1 never fires
             latents, bias = dead.remainder(self.sae.d_sae), bias.masked_fill_(dead < 0, -torch.inf)
@@ -319,6 +319,8 @@ class Engine:
         value, rows = self.kernels.aux_k(gradient, x, *own, self.aux_k)
         if pursues:  # both gradients belong to the one row
             rows = (torch.zeros_like(rows[0]), rows[0] + rows[1], torch.zeros_like(rows[2]))
+        elif self.sae.sparsifier.raises_dead:
+            rows = (*rows[:2], losses.raised(rows[2], None if host_sees(dead) else dead >= 0))
         return value, Rows(latents, *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:
@@ -392,9 +394,3 @@ def padded(dead: Int[Tensor, " n"]) -> Int[Tensor, " at_least_n"]:
     if host_sees(dead) or not len(dead):
         return dead
     return F.pad(dead, (0, (1 << (len(dead) - 1).bit_length()) - len(dead)), value=-1)
-
-
-def _of_reading(gradient: Tensor, codes: Codes) -> Tensor:
-    """2 (x_hat - target) / batch of the reading that inference gives, from what all readings together give levels."""
-    own, *later = gradient.view(len(codes.weights), len(codes.offsets) - 1, -1)[codes.reading % len(codes.weights) :]
-    return (own - later[0] if later else own) / codes.weights[codes.reading]

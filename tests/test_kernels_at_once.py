@@ -199,7 +199,7 @@ def test_the_tiles_follow_the_encoder(shape):
     codes = kernels.top_k(kernels.scores(x, state), 2)
     decoded = kernels.decode(codes, state, x, 0.0)
     plan = kernels.invert(codes, decoded.code_gradients, shape[2])
-    kernels.update_(state, Now(0.1, 0.1, 0.001, 1.0), x, decoded.gradient, plan=plan)
+    kernels.update_(state, Now(0.1, 0.1, 0.001, 1.0, 1.0), x, decoded.gradient, plan=plan)
     followed = kernels._buffer.kept["encoder_tiles"].clone()
     fresh = Native(torch.float32, "bf16")
     fresh.scores(x, state)
@@ -216,7 +216,7 @@ def updated(x: Tensor, state: State, cost: float, extra: Rows | None = None) -> 
     kernels = Native(torch.float32, "bf16")
     kernels.refresh(state)
     step = kernels.dense_step(x, state, cost)
-    now = Now(0.0, 0.1, 0.001, 1.0)
+    now = Now(0.0, 0.1, 0.001, 1.0, 1.0)
     kernels.update_(state, now, x, step.gradient, plan=step.plan, extra=extra, firing=step.firing, cost=cost)
     return step, state
 
@@ -264,7 +264,7 @@ def test_gradients_of_a_dense_step_as_matrices():
     kernels = Native(torch.float32, "bf16")
     step = kernels.dense_step(x, state, 0.3)
     rows, sums, fires = kernels.gradient_rows(state, x, step.gradient, step.plan)
-    kernels.update_(state, Now(0.0, 0.1, 0.001, 1.0), x, step.gradient, plan=step.plan, firing=step.firing)
+    kernels.update_(state, Now(0.0, 0.1, 0.001, 1.0, 1.0), x, step.gradient, plan=step.plan, firing=step.firing)
     for found, name in zip(rows, ("encoder", "W_dec", "b_enc"), strict=True):
         torch.testing.assert_close(found, 10 * state.first[name])
     assert torch.equal(fires.int(), step.firing)

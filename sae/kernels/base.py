@@ -89,6 +89,12 @@ class Scores:
         return product.to(self.bias.dtype) + self.bias
 
 
+def of_reading(gradient: Tensor, codes: Codes) -> Tensor:
+    """2 (x_hat - target) / batch of the reading that inference gives, from what all readings together give levels."""
+    own, *later = gradient.view(len(codes.weights), len(codes.offsets) - 1, -1)[codes.reading % len(codes.weights) :]
+    return (own - later[0] if later else own) / codes.weights[codes.reading]
+
+
 def host_sees(tensor: Tensor) -> bool:
     """Whether the host can read it without waiting for a device to finish."""
     return tensor.device.type == "cpu"

@@ -70,6 +70,8 @@ class Sparsifier(nn.Module, ABC):
     """Codes are max(0, pre): while many fire, the engine computes them as a matrix."""
     pursuit_steps = 0
     """Where positive, codes are found from x and W_dec in so many steps: `pursue` takes the place of `forward`."""
+    raises_dead = False
+    """The biases of dead latents that AuxK does not reach are raised (`losses.raised`)."""
     weighted = True
     """The penalty charges z_j |W_dec_j|; off: z_j."""
     l1_coefficient = 0.0

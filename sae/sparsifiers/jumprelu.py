@@ -90,8 +90,10 @@ class JumpReLU(Sparsifier):
     gradient in theta, its expectation has one: `Jump` and `Step` are its straight-through estimators. Theta itself is
     learnt, not log theta, as Adam's steps would then be in proportion to it. It starts small, with b_enc low enough
     for a sparse first step (likewise Anthropic): AuxK can bring back what dies, which a high theta would keep silent.
+    What it does not reach, since a low b_enc keeps all pre-latents below 0, is raised until it does (`losses.raised`).
     """
 
+    raises_dead = True
     bandwidth: Float[Tensor, ""]
 
     def __init__(
