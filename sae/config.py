@@ -163,7 +163,7 @@ class TrainSection(Section):
     """Largest norm of all gradients together: longer ones are shortened to it, before Adam; default no clipping."""
     accumulate: int = Field(default=1, gt=0)
     """Parts that a batch is computed in, one after the other, to save memory; their gradients are added up. A batch's
-    budget and a target L0 hold for each part."""
+    budget, a target L0 and what AuxK reaches hold for each part."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
@@ -182,7 +182,7 @@ class TrainSection(Section):
     """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX and on CUDA, else
     fp32."""
     moments: MomentsName = "float32"
-    """What Adam's moments of the weight matrices are kept in; int8 takes a quarter of the memory, and rounds by
+    """What Adam's moments of encoder and decoder are kept in; int8 takes a quarter of the memory, and rounds by
     chance."""
     kernels: KernelName = "auto"
     """What computes a step: C on a CPU (native), triton on CUDA, torch elsewhere or where these cannot work; reference

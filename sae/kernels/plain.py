@@ -113,8 +113,8 @@ class Plain(Reference):
 
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
         for name, weight in state.weights():
-            with moments.opened(state, name, now) as (first, second):
-                adam_(weight, gradients[name], first, second, now)
+            for rows, first, second in moments.opened(state, name, now):
+                adam_(weight[rows], gradients[name][rows], first, second, now)
 
 
 def rows_of_plan(

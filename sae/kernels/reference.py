@@ -153,11 +153,11 @@ class Reference:
     def adam_(self, state: State, now: Now, gradients: dict[str, Tensor]) -> None:
         """Adam (Kingma & Ba 2015) with bias correction."""
         for name, weight in state.weights():
-            with moments.opened(state, name, now) as (m, v):
-                g = gradients[name]
+            for rows, m, v in moments.opened(state, name, now):
+                g = gradients[name][rows]
                 m.copy_(BETA1 * m + (1 - BETA1) * g)
                 v.copy_(BETA2 * v + (1 - BETA2) * g * g)
-                weight.sub_(now.rate * (m / now.correction1) / ((v / now.correction2).sqrt() + EPSILON))
+                weight[rows].sub_(now.rate * (m / now.correction1) / ((v / now.correction2).sqrt() + EPSILON))
 
 
 def rows_of(codes: Codes) -> Int[Tensor, " slots"]:

@@ -34,7 +34,7 @@ class BatchTopK(Budget):
     calibrated on held-out data so that the mean L0 is min(k, mean number of positive pre-latents).
     """
 
-    passes_pre_latents = True
+    passes_pre_latents = raises_dead = True
     threshold: Float[Tensor, ""]
 
     def __init__(self, k: float, k_start: float | None = None, k_anneal_fraction: float = 0.1) -> None:

@@ -19,7 +19,8 @@ class _Transcoding(SAEConfig):
     """Start the encoder as the decoder's transpose; only where the target is as wide as the input."""
     tied_bias: bool = False
     """Always off: b_dec lies in the space of the target, and a fixed centre is subtracted from the input."""
-    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    # On the Zipf set, against 1/32: FVU .317 -> .305, MCC .312 -> .340.
+    aux_coefficient: float = Field(default=1.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
     k: int | None = Field(default=None, gt=0)
     """Most latents that fire for one activation, as in TopK; or else base."""
