@@ -76,7 +76,7 @@ def aux_k(
     return value, (through.T @ x, scores.T @ g_sketch, through.sum(dim=0))
 
 
-# How hard the biases of dead latents that AuxK does not reach are pushed upwards, under AuxK's weight. On the toy model,
+# How hard the biases of dead latents that AuxK does not reach are pushed up, under its own weight. On the toy model,
 # three seeds: JumpReLU at L0 1.94 FVU .064 -> .050 and MCC .974 -> .994, at .0001 .061 and .978; BatchTopK FVU .066 ->
 # .054, MCC .966 -> .990.
 RAISE = 1e-3

@@ -70,7 +70,9 @@ class SAE(nn.Module):
         if latents is not None:
             encoder, b_enc = encoder[latents], b_enc[latents]
         # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
-        return (x @ encoder.T).add_(b_enc - encoder @ (self.b_dec if self.centre is None else self.centre))
+        return (x.to(encoder.dtype) @ encoder.T).add_(
+            b_enc - encoder @ (self.b_dec if self.centre is None else self.centre)
+        )
 
     def decode(self, codes: SparseCodes, x: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_out"]:
         """z W_dec + b_dec; a skip connection adds (x - centre) W_skip, where x is what was encoded."""
@@ -171,7 +173,8 @@ class SAE(nn.Module):
         sparsifier's buffers) and `sae.json`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        W_enc = self.W_enc.clone(memory_format=torch.contiguous_format)  # a file holds no memory twice
+        tensors = {"W_enc": W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
         tensors |= {} if self.centre is None else {"centre": self.centre}
         tensors |= {} if self.W_skip is None else {"W_skip": self.W_skip}
         tensors |= self.sparsifier.state_dict()

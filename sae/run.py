@@ -206,9 +206,10 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
 
 
 def _too_wide(config: TrainConfig, width: int) -> str:
-    """What to do where not even the weights fit: 16 bytes for each, with both moments and what else a step keeps."""
+    """What to do where not even the weights fit: 4 bytes for each, 8 for its moments, 4 for what else a step keeps."""
     free = torch.cuda.mem_get_info(config.train.device)[0] if torch.cuda.is_available() else 0
-    fits, rule = int(0.9 * free) // (16 * width), f"d_sae={config.sae.d_sae} does not fit on {config.train.device}"
+    fits = int(0.9 * free) // ((10 if config.train.moments == "int8" else 16) * width)
+    rule = f"d_sae={config.sae.d_sae} does not fit on {config.train.device}"
     return f"{rule} ({free / 2**30:.1f} GiB free); lower sae.d_sae to {max(min(fits, config.sae.d_sae // 2), 1)}"
 
 

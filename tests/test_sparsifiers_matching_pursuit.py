@@ -248,6 +248,15 @@ def test_bf16_products_change_little(kernels):
 # Around it
 
 
+@pytest.mark.parametrize(("d_sae", "d_in"), [(1, 5), (4, 1)])
+def test_a_dictionary_of_one_row_or_column_is_saved(tmp_path, d_sae, d_in):
+    """Its transpose is contiguous, and still the same memory."""
+    made = SAE(d_in, SAEConfig.of_kind({"kind": "matching_pursuit", "d_sae": d_sae, "k": 1}))
+    made.initialise_(torch.zeros(d_in), torch.Generator().manual_seed(0))
+    made.save(tmp_path)
+    assert torch.equal(sae.load(tmp_path).W_dec, made.W_dec)
+
+
 def test_the_saved_encoder_is_the_decoder(tmp_path):
     made = make_sae(dtype=torch.float32)
     x = batches(1, torch.float32)[0]

@@ -215,6 +215,25 @@ def test_training_does_not_depend_on_the_scale_of_the_data(tmp_path):
     assert large.metrics["metrics/fvu"] == pytest.approx(small.metrics["metrics/fvu"], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "matching_pursuit"])
+def test_training_in_float64(tmp_path, kind, monkeypatch):
+    """Where that is the process's own type, whatever the activations are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        x = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0)).abs()
+        own = {"l0": 2} if kind == "jumprelu" else {"k": 2}
+        options = {"kind": kind, "d_sae": 12} | own
+        runs = [
+            sae.train(config(tmp_path / f"{number}", sae=options), part, report=False)
+            for number, part in enumerate((x, x.float()))
+        ]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(run.sae.W_dec.dtype == torch.float64 for run in runs)
+    assert runs[0].metrics["metrics/fvu"] == pytest.approx(runs[1].metrics["metrics/fvu"], rel=1e-3)
+
+
 def test_constant_data_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no variance"):
         sae.train(config(tmp_path / "run"), torch.ones(100, 6), report=False)

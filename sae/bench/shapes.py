@@ -72,6 +72,10 @@ def groups(shape: Shape) -> list[int]:
     return [sixteenth, sixteenth, 2 * sixteenth, 4 * sixteenth, shape.d_sae - 8 * sixteenth]
 
 
+# What a measurement decides by itself.
+DECIDED = ("train.batch_size", "train.n_samples", "train.device", "sae.d_sae")
+
+
 def parse_shapes(text: str) -> list[Shape]:
     """Shapes from `S,M`, from `64,512,8,1024` (d, F, k, B), or from several of these with spaces between.
 
@@ -134,4 +138,8 @@ def options_of(kind: str) -> tuple[str, list[str]]:
     for option in options:
         if not all(option.partition("=")):
             raise UsageError(f"an option of kind {name!r} is name=value, got {option!r}; as in {name}:name=value")
+        if option.partition("=")[0] in DECIDED:
+            raise UsageError(
+                f"{option!r} of kind {name!r} cannot be measured: --shapes, --steps and --device decide it"
+            )
     return name, [f"--{option}" if "." in option.partition("=")[0] else f"--sae.{option}" for option in options]

@@ -120,8 +120,9 @@ def stages(shape: Shape, kind: str, device: str, n_steps: int, synchronise: Call
                 found.setdefault(name, []).append(seconds)
     precision = trainer.engine.kernels.precision
     size, apart = 4 if precision == "fp32" else 2, "scores" in found
+    moment = trainer.engine.state.first["W_dec"].element_size()
     return [
-        Stage(name, seconds, *work(name, shape, n_codes, size, apart), ceiling(name, precision))
+        Stage(name, seconds, *work(name, shape, n_codes, size, moment, apart), ceiling(name, precision))
         for name, seconds in found.items()
     ]
 
@@ -137,12 +138,12 @@ def ceiling(name: str, precision: Precision) -> str:
     return "product float32"
 
 
-def work(name: str, shape: Shape, n_codes: float, size: int, apart: bool) -> tuple[float, float]:
+def work(name: str, shape: Shape, n_codes: float, size: int, moment: int, apart: bool) -> tuple[float, float]:
     """Floating-point operations, and bytes read and written once, of one stage with n_codes sparse codes in the batch.
 
     `size` is that of a number in the encoder's product, which is a stage of its own where it is `apart`, and else a
-    part of the selection. Bytes that a cache gives count as well, so that a stage may
-    exceed what memory alone can do.
+    part of the selection; `moment` is that of an entry of Adam's moments. Bytes that a cache gives count as well, so
+    that a stage may exceed what memory alone can do.
     """
     x, scores, weights = (a * b for a, b in _matrices(shape))
     codes = n_codes * shape.d_in
@@ -157,7 +158,7 @@ def work(name: str, shape: Shape, n_codes: float, size: int, apart: bool) -> tup
         # (latent, code, gradient) in, (sample, code, gradient) out
         "invert": (0, 24 * n_codes),
         # a row of x and of the gradient for each code; two matrices and their moments, in and out
-        "update_": (4 * codes + 40 * weights, 8 * codes + 48 * weights),
+        "update_": (4 * codes + 40 * weights, 8 * codes + 16 * (1 + moment / 2) * weights),
         "dense_step": (5 * shape.product_flops + 4 * scores, 8 * x + 16 * weights),
         "relu": (shape.product_flops + scores, 4 * (x + weights + 3 * scores)),
         "relu_backward": (2 * scores, 12 * scores),
