@@ -69,10 +69,9 @@ class SAE(nn.Module):
         b_enc: Tensor = self.b_enc
         if latents is not None:
             encoder, b_enc = encoder[latents], b_enc[latents]
+        bias = b_enc - encoder @ (self.b_dec if self.centre is None else self.centre)
         # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
-        return (x.to(encoder.dtype) @ encoder.T).add_(
-            b_enc - encoder @ (self.b_dec if self.centre is None else self.centre)
-        )
+        return (x.to(encoder.dtype) @ encoder.T).add_(bias)
 
     def decode(self, codes: SparseCodes, x: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_out"]:
         """z W_dec + b_dec; a skip connection adds (x - centre) W_skip, where x is what was encoded."""

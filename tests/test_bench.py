@@ -178,7 +178,7 @@ def test_shapes_by_name_and_by_number():
 def test_options_of_a_kind_reach_the_sae_and_by_a_whole_name_the_training():
     made = ours.config("topk:k=3:train.moments=int8", SMALL, 1e-3, "cpu")
     assert (made.sae.k, made.train.moments) == (3, "int8")
-    with pytest.raises(UsageError, match=r"'train.batch_size=7' of kind 'topk' cannot be measured: --shapes, "):
+    with pytest.raises(UsageError, match=r"'train.batch_size=7' of kind 'topk' is decided by --shapes, "):
         parse_kinds("topk:train.batch_size=7")
     with pytest.raises(UsageError, match="int9"):
         ours.config("topk:train.moments=int9", SMALL, 1e-3, "cpu")

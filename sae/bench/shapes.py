@@ -139,7 +139,5 @@ def options_of(kind: str) -> tuple[str, list[str]]:
         if not all(option.partition("=")):
             raise UsageError(f"an option of kind {name!r} is name=value, got {option!r}; as in {name}:name=value")
         if option.partition("=")[0] in DECIDED:
-            raise UsageError(
-                f"{option!r} of kind {name!r} cannot be measured: --shapes, --steps and --device decide it"
-            )
+            raise UsageError(f"{option!r} of kind {name!r} is decided by --shapes, --steps or --device; leave it out")
     return name, [f"--{option}" if "." in option.partition("=")[0] else f"--sae.{option}" for option in options]
