@@ -13,7 +13,7 @@ from math import nan, sqrt
 
 import numpy as np
 import torch
-from einops import einsum, reduce
+from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -46,9 +46,13 @@ def cosines(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*s
 
 
 def _overlap(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*stack n_features"]:
-    """Σ_j (Ŵ_i · W_j)² = Ŵ_i (Wᵀ W) Ŵ_iᵀ, without the n × n matrix."""
-    unit = unit_rows(W)
-    return einsum(unit, W.mT @ W, unit, "... n c, ... c d, ... n d -> ... n")
+    """Σ_j (Ŵ_i · W_j)² = W_i (Wᵀ W) W_iᵀ / ‖W_i‖², without the n × n matrix."""
+    inner, overlap = W.mT @ W, W.new_empty(W.shape[:-1])
+    for rows in _blocks(W.shape[-2]):
+        part = W[..., rows, :]
+        overlap[..., rows] = (part @ inner).mul_(part).sum(-1)
+    squares = norms(W).square()
+    return overlap / squares.where(squares > 0, 1)
 
 
 def interference(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*stack n_features"]:
@@ -115,9 +119,11 @@ def coherence_over_welch(W: Float[Tensor, "*stack n_features d_hidden"]) -> Floa
 
 def rms_over_welch(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*stack"]:
     """Root mean square of Ŵ_i · Ŵ_j over i ≠ j, over the Welch bound; 1 for a tight frame, nan for n ≤ m."""
-    n = W.shape[-2]
-    unit = unit_rows(W)
-    off_diagonal = (unit.mT @ unit).square().sum((-2, -1)) - (norms(W) > 0).sum(-1)
+    n, inner = W.shape[-2], W.new_zeros(())
+    for rows in _blocks(n):
+        unit = unit_rows(W[..., rows, :])
+        inner = inner + unit.mT @ unit
+    off_diagonal = inner.square().sum((-2, -1)) - (norms(W) > 0).sum(-1)
     return (off_diagonal.clamp(min=0) / max(n * (n - 1), 1)).sqrt() / welch_bound(*W.shape[-2:])
 
 

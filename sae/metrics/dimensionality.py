@@ -44,7 +44,7 @@ def dimensionality(W: Matrix, *, seed: int = 0) -> dict[str, float]:
     """
     row_norms(W)  # refuses what is not finite
     rows = _precise(as_tensor(W))
-    return beside_chance(_geometry(rows), _random_geometries(rows, seed), {})
+    return beside_chance(_geometry(rows), _random_geometries(geometry.norms(rows), rows.shape[1], seed), {})
 
 
 def dictionary_dimensionality(
@@ -64,8 +64,11 @@ def dictionary_dimensionality(
     if truth is not None:
         true = once(("geometry", fingerprint(truth)), lambda: _geometry(directions(truth)[0]))
     # Of unit rows, random directions know nothing but the shape.
-    key = ("random geometry", learned.shape, learned.dtype, seed)
-    draws = once(key, lambda: _random_geometries(learned, seed))
+    norms, width = geometry.norms(learned), learned.shape[1]
+    del learned  # as large as what is drawn
+    draws = once(
+        ("random geometry", len(norms), width, norms.dtype, seed), lambda: _random_geometries(norms, width, seed)
+    )
     both = {name: scores[name] - true[name] for name in scores if name in true}
     return beside_chance(scores, draws, true) | {f"{name}_difference": value for name, value in both.items()}
 
@@ -98,15 +101,16 @@ def _precise(W: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return W.to(torch.float64 if W.numel() <= LARGE else torch.float32)
 
 
-def _random_geometries(W: Float[Tensor, "n d"], seed: int) -> list[dict[str, float]]:
-    """Of rows with the same norms in independent directions, uniform on the sphere."""
-    norms, large = geometry.norms(W)[:, None], W.numel() > LARGE
+def _random_geometries(norms: Float[Tensor, " n"], d: int, seed: int) -> list[dict[str, float]]:
+    """Of rows of these norms in independent directions, uniform on the sphere."""
+    large = len(norms) * d > LARGE
     draws = []
     for draw in range(N_LARGE_RANDOM_MATRICES if large else N_RANDOM_MATRICES):
         stream = generator(seed, "metrics", "random directions", draw)
-        random = geometry.unit_rows(torch.randn(W.shape, generator=stream, dtype=W.dtype).to(W.device)).mul_(norms)
+        random = torch.randn(len(norms), d, generator=stream, dtype=norms.dtype).to(norms.device)
+        random *= (norms / geometry.norms(random))[:, None]
         luck = float(torch.rand((), generator=stream, dtype=torch.float64))
-        draws.append(_geometry(random, _random_coherence(int((norms > 0).sum()), W.shape[1], luck) if large else None))
+        draws.append(_geometry(random, _random_coherence(int((norms > 0).sum()), d, luck) if large else None))
     return draws
 
 
