@@ -56,9 +56,12 @@ def dictionary_dimensionality(
     unit rows and `<name>_difference` the learned minus the true one. Chance is that of as many random directions as are
     alive. All dead: empty.
     """
-    learned, norms = directions(W_dec)
+    norms = row_norms(W_dec)
     usable = norms > 0
-    learned = _precise(learned[usable if alive is None else torch.as_tensor(alive, device=usable.device) & usable])
+    if alive is not None:
+        usable &= torch.as_tensor(alive, device=usable.device)
+    learned = _precise(as_tensor(W_dec)[usable])
+    learned /= norms[usable, None].to(learned.dtype)
     scores = _geometry(learned)
     true = {}
     if truth is not None:
