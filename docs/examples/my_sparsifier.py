@@ -23,7 +23,7 @@ class GroupMaxConfig(SAEConfig):
     kind: Literal["groupmax"] = "groupmax"
     n_groups: int = Field(gt=0)
     """Groups of consecutive latents; one latent of each may fire."""
-    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    aux_coefficient: float = Field(default=1.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
 
     @model_validator(mode="after")
