@@ -163,7 +163,7 @@ class TrainSection(Section):
     """Largest norm of all gradients together: longer ones are shortened to it, before Adam; default no clipping."""
     accumulate: int = Field(default=1, gt=0)
     """Parts that a batch is computed in, one after the other, to save memory; their gradients are added up. A batch's
-    budget, a target L0 and what AuxK reaches hold for each part."""
+    budget and a target L0 hold for each part."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     decay_fraction: float = Field(default=0.3, ge=0, le=1)

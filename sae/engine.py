@@ -319,8 +319,6 @@ class Engine:
         value, rows = self.kernels.aux_k(gradient, x, *own, self.aux_k)
         if pursues:  # both gradients belong to the one row
             rows = (torch.zeros_like(rows[0]), rows[0] + rows[1], torch.zeros_like(rows[2]))
-        elif self.sae.sparsifier.raises_dead:
-            rows = (*rows[:2], losses.raised(rows[2], None if host_sees(dead) else dead >= 0))
         return value, Rows(latents, *(alpha * row for row in rows))
 
     def refresh(self, step: int) -> None:

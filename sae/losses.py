@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.codes import SparseCodes
@@ -74,24 +74,6 @@ def aux_k(
     value = torch.linalg.vector_norm(g_sketch).square() * (batch / 4)
     through = (g_sketch @ W_dec.T).masked_fill_(scores <= 0, 0)
     return value, (through.T @ x, scores.T @ g_sketch, through.sum(dim=0))
-
-
-# How hard the biases of dead latents that AuxK does not reach are pushed up, under its own weight. On the toy model,
-# three seeds: JumpReLU at L0 1.94 FVU .064 -> .050 and MCC .974 -> .994, at .0001 .061 and .978; BatchTopK FVU .066 ->
-# .054, MCC .966 -> .990.
-RAISE = 1e-3
-
-
-def raised(of_b_enc: Float[Tensor, " n_dead"], dead: Bool[Tensor, " n_dead"] | None = None) -> Float[Tensor, " n_dead"]:
-    """AuxK's gradients in the biases of dead latents, and -RAISE for those that have none.
-
-    A dead latent whose pre-latents are all negative, or never among the k largest, sketches nothing, and AuxK does
-    nothing for it; its bias rises until it does. After the pre-act loss of Anthropic's "Circuits Updates, January
-    2025", which raises the pre-latents of dead latents as long as they stay below their thresholds. `dead` leaves out
-    what a list was filled up with.
-    """
-    unreached = of_b_enc == 0
-    return of_b_enc.masked_fill(unreached if dead is None else unreached & dead, -RAISE)
 
 
 def total_variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:

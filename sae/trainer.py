@@ -21,7 +21,7 @@ from sae.config import TrainConfig
 from sae.engine import Begun, Engine, Terms, padded
 from sae.errors import UsageError
 from sae.model import SAE
-from sae.resampling import resample_
+from sae.resampling import raise_, resample_
 from toymodels.streams import generator
 
 logger = logging.getLogger("sae")
@@ -134,10 +134,13 @@ class Trainer:
         )
 
     def look(self) -> None:
-        """Looks which latents are dead and whether codes are sparse, sets the clock and what is annealed; here the
-        host waits."""
+        """Looks which latents are dead, and raises them, and whether codes are sparse; sets the clock and what is
+        annealed. Here the host waits."""
         silent = self.engine.state.silent_samples
-        self.dead = padded((silent >= self.config.dead_after_samples).nonzero().squeeze(1))
+        dead = (silent >= self.config.dead_after_samples).nonzero().squeeze(1)
+        self.dead = padded(dead)
+        if self.sae.sparsifier.raises_dead and self.sae.config.aux_coefficient:
+            raise_(self.engine, dead, REFRESH_STEPS)
         self.engine.refresh(self.n_steps_done)
         self.sae.sparsifier.look_(self.n_steps_done, self.n_steps_done + REFRESH_STEPS, self.config.n_steps)
         self.clock.wind(self.n_steps_done, self._at)

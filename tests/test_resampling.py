@@ -12,7 +12,9 @@ from sae import SAE, SAEConfig, TrainConfig, UsageError, checkpoint
 from sae.config import parse_config
 from sae.engine import Engine
 from sae.optim import Now
-from sae.resampling import resample_
+from sae.resampling import RAISED_IN, raise_, resample_
+from sae.run import start
+from sae.sources import as_source
 from sae.sparsifiers import Gated, JumpReLU
 from sae.trainer import Trainer
 from toymodels.streams import generator
@@ -242,3 +244,35 @@ def test_an_interval_that_never_comes_is_refused():
     assert parse_config(run, ["--sae.resample_every", "6999"]).sae.resample_every == 6999
     with pytest.raises(UsageError, match=r"must lie below 7000 samples, where resampling ends .*got 7000; lower it"):
         parse_config(run, ["--sae.resample_every", "7000"])
+
+
+def test_negative_biases_of_dead_latents_shrink_and_nothing_else():
+    model = SAE(D_IN, SAEConfig.of_kind({"kind": "topk", "d_sae": D_SAE, "k": 2}))
+    model.initialise_(torch.zeros(D_IN), torch.Generator().manual_seed(0))
+    engine = Engine(model)
+    engine.state.b_enc.copy_(torch.linspace(-1, 1, D_SAE))
+    before = {name: tensor.clone() for name, tensor in engine.saved()[0].items()}
+    dead = torch.tensor([0, 1, D_SAE - 1])
+    raise_(engine, dead, 10)
+    after = engine.saved()[0]
+    expected = before.pop("sae.b_enc")
+    expected[:2] *= 1 - 10 / RAISED_IN
+    torch.testing.assert_close(after["sae.b_enc"], expected)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "aux", "raised"), [("batchtopk", 1.0, True), ("batchtopk", 0.0, False), ("topk", 1.0, False)]
+)
+def test_the_trainer_raises_dead_latents_where_auxk_may_not_reach_them(kind, aux, raised, tmp_path):
+    options = {"kind": kind, "d_sae": 24, "k": 2, "aux_coefficient": aux}
+    train = {"n_samples": 10_000, "batch_size": 100, "dead_after_samples": 100}
+    config = TrainConfig.model_validate({"sae": options, "train": train, "out": tmp_path / "run"})
+    x = torch.randn(4000, D_IN, generator=torch.Generator().manual_seed(0))
+    source = as_source(x)
+    trainer = start(config, source, source.held_out("calibration", 100))
+    trainer.engine.state.silent_samples[3] = 1000
+    trainer.engine.state.b_enc[3:5] = -1.0
+    trainer.look()
+    assert trainer.engine.state.b_enc[4] == -1
+    assert (trainer.engine.state.b_enc[3] > -1) == raised

@@ -9,8 +9,7 @@ from sae import SAE, HeldOut, SAEConfig, TrainConfig, UsageError
 from sae.config import parse_config
 from sae.engine import Engine
 from sae.kernels.precision import Precision
-from sae.losses import RAISE, raised
-from sae.optim import BETA1, Now
+from sae.optim import Now
 from sae.run import start
 from sae.sources import as_source
 from sae.sparsifiers import JumpReLU
@@ -115,36 +114,6 @@ def make_engine(penalty: str, unit_norm: bool, kernels: str, precision: Precisio
     return engine
 
 
-@both_decoders
-@every_kernel
-def test_dead_latents_that_auxk_does_not_reach_are_raised(kernels, precision, unit_norm):
-    """By a gradient of its own; where AuxK has one, it stays as it is."""
-    engine = make_engine("price", unit_norm, kernels, precision, False, aux_k=10)
-    dead = torch.arange(D_SAE - 10, D_SAE)
-    with torch.no_grad():
-        engine.state.b_enc[dead[::2]] -= 9
-    engine.kernels.refresh(engine.state)
-    other = make_engine("price", unit_norm, kernels, precision, False, aux_k=10)
-    other.restore(*engine.saved())
-    other.sae.sparsifier.raises_dead = False
-    x = UNIT * normal(BATCH, D_IN, seed=7)
-    for one in (engine, other):
-        one.step(x, UNIT, Now.at(1, 0.003, 1.0), dead)
-    with_raise, left = (one.state.first["b_enc"] for one in (engine, other))
-    assert left[dead[1::2]].all()
-    assert not left[dead[::2]].any()
-    close(with_raise[dead[::2]], torch.full((5,), -(1 - BETA1) * 0.5 * RAISE, dtype=torch.float64))
-    differ = with_raise != left
-    differ[dead[::2]] = False
-    assert not differ.any()
-
-
-def test_what_a_list_of_dead_latents_is_filled_up_with_is_not_raised():
-    gradients, listed = torch.tensor([0.0, 2.0, 0.0]), torch.tensor([True, True, False])
-    assert raised(gradients, listed).tolist() == pytest.approx([-RAISE, 2.0, 0.0])
-    assert raised(gradients).tolist() == pytest.approx([-RAISE, 2.0, -RAISE])
-
-
 def test_a_latent_that_is_raised_learns_what_was_missing(tmp_path, monkeypatch):
     """Half of the latents begin far below 0, where AuxK has nothing to do with them."""
     stream = torch.Generator().manual_seed(0)
@@ -158,13 +127,13 @@ def test_a_latent_that_is_raised_learns_what_was_missing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(JumpReLU, "start_", low)
     dead = {}
-    for how in (0.0, RAISE):
-        monkeypatch.setattr(sae.losses, "RAISE", how)
+    for how in (False, True):
+        monkeypatch.setattr(JumpReLU, "raises_dead", how)
         train = {"n_samples": 600_000, "batch_size": 512, "dead_after_samples": 5120}
         made = {"sae": {"kind": "jumprelu", "d_sae": 24, "l0": 1.0}, "train": train, "out": tmp_path / f"{how}"}
         dead[how] = sae.train(sae.TrainConfig.model_validate(made), x, report=False).metrics["metrics/dead"]
-    assert dead[0.0] > 0.4
-    assert dead[RAISE] < 0.2
+    assert dead[False] > 0.4
+    assert dead[True] < 0.2
 
 
 def same_steps(engines, n_steps: int, dead: Tensor) -> None:

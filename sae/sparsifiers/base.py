@@ -71,8 +71,8 @@ class Sparsifier(nn.Module, ABC):
     pursuit_steps = 0
     """Where positive, codes are found from x and W_dec in so many steps: `pursue` takes the place of `forward`."""
     raises_dead = False
-    """AuxK also raises the biases of dead latents that it does not reach (`losses.raised`): where a latent need not be
-    among the largest of a row to fire, or cannot, many dead ones have negative pre-latents throughout."""
+    """Where there is AuxK, the negative biases of dead latents shrink (`resampling.raise_`): it reaches none whose
+    pre-latents are negative on all rows."""
     weighted = True
     """The penalty charges z_j |W_dec_j|; off: z_j."""
     l1_coefficient = 0.0

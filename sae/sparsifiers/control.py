@@ -88,7 +88,6 @@ class Penalised(Sparsifier):
     exceed a threshold that is calibrated until the L0 is met on held-out data, to the sample; what training left to do
     is little, so that the threshold is close to 0."""
 
-    raises_dead = True
     control: Control | None
     threshold: Float[Tensor, ""] | None
 

@@ -90,7 +90,7 @@ class JumpReLU(Sparsifier):
     gradient in theta, its expectation has one: `Jump` and `Step` are its straight-through estimators. Theta itself is
     learnt, not log theta, as Adam's steps would then be in proportion to it. It starts small, with b_enc low enough
     for a sparse first step (likewise Anthropic): AuxK can bring back what dies, which a high theta would keep silent.
-    What it does not reach, often since a low b_enc keeps all pre-latents below 0, is raised (`losses.raised`).
+    Those it does not reach, as their low b_enc keeps all pre-latents below 0, are raised (`resampling.raise_`).
     """
 
     raises_dead = True

@@ -56,7 +56,7 @@ class PAnnealing(Penalised):
     batches, so that the penalty keeps its size (Karvonen et al. 2024, section 3.2).
     """
 
-    passes_pre_latents = True
+    passes_pre_latents = raises_dead = True
     exponents: Float[Tensor, " 2"]
     scale: Float[Tensor, ""]
     sums: Float[Tensor, " 2"]
