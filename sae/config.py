@@ -332,9 +332,10 @@ def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = (), wher
 
 
 def override(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with values under dotted names set; `kind` first, as it decides which others there are."""
+    """The mapping with values under dotted names set: whole sections first, then `kind`, which decides what others
+    there are."""
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
-    for name in sorted(values, key=lambda name: not name.endswith(".kind")):
+    for name in sorted(values, key=lambda name: ("." in name, not name.endswith(".kind"))):
         section, _, key = name.partition(".")
         value = values[name]
         if not key:
@@ -382,8 +383,8 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     path = ".".join([*parents, name])
     if item["type"] == "extra_forbidden":
         section = model.model_fields[parents[0]].annotation if parents else model
-        known = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
-        return f"unknown key {path!r}{nearest(name, known)}"
+        fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        return f"unknown key {path!r}{nearest(name, [field.alias or own for own, field in fields.items()])}"
     if item["type"] == "missing":
         return f"{path} is required"
     if item["type"] == "model_type":

@@ -85,3 +85,13 @@ def test_configurations_cannot_be_changed():
 
 def test_a_glob_is_no_alias_of_yaml():
     assert flags(["--source.path", "*.npy"]) == {"source.path": "*.npy"}
+
+
+def test_a_whole_section_comes_before_single_fields_of_it():
+    """In whatever order they are given: a field is never lost."""
+    section = ["--sae", "{kind: relu, d_sae: 60}"]
+    for words in ([*section, "--sae.l0", "1.8"], ["--sae.l0", "1.8", *section]):
+        made = parse_config({"sae": {"kind": "topk", "d_sae": 8, "k": 2}}, words)
+        assert (made.sae.kind, made.sae.d_sae, made.sae.l0) == ("relu", 60, 1.8)
+    with pytest.raises(UsageError, match=r"nonsense"):
+        parse_config({"sae": {"kind": "topk", "d_sae": 8, "k": 2}}, ["--sae.nonsense", "5", *section])

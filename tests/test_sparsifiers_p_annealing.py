@@ -79,6 +79,7 @@ def test_p_falls_linearly_and_the_penalty_keeps_its_size():
     config = TrainConfig(sae=options, train={"n_samples": 100 * BATCH, "batch_size": BATCH, "lr": 1e-9})
     sae = made("relu sparse", True)
     sae.sparsifier = PAnnealing(config.sae).double()
+    sae.sparsifier.raises_dead = False  # what fires would change
     trainer, ps, penalties, lambdas = Trainer(sae, config, UNIT), [], [], []
     for x in batches(10) * 10:
         trainer.step(x)
