@@ -95,3 +95,9 @@ def test_a_whole_section_comes_before_single_fields_of_it():
         assert (made.sae.kind, made.sae.d_sae, made.sae.l0) == ("relu", 60, 1.8)
     with pytest.raises(UsageError, match=r"nonsense"):
         parse_config({"sae": {"kind": "topk", "d_sae": 8, "k": 2}}, ["--sae.nonsense", "5", *section])
+
+
+@pytest.mark.parametrize("words", [["--sae.aux_coefficient", ".inf"], ["--train.lr", ".nan"]])
+def test_what_is_no_number_is_refused(words):
+    with pytest.raises(UsageError, match=r"Input should be a finite number, got (inf|nan)"):
+        parse_config({"sae": {"kind": "topk", "d_sae": 8, "k": 2}}, words)
