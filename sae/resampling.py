@@ -23,8 +23,8 @@ RAISED_IN = 256
 def raise_(engine: Engine, dead: Int[Tensor, " n_dead"], n_steps: int) -> None:
     """b_enc_j (1 - n_steps / RAISED_IN) where b_enc_j < 0, for dead latents.
 
-    AuxK does nothing for a latent whose pre-latents are negative on all rows. Its bias rises until they are not, or
-    until it fires.
+    AuxK does nothing for a latent whose pre-latents are negative on all rows. A bias that rises makes some positive,
+    and AuxK does the rest.
     """
     bias = engine.state.b_enc
     own = bias.index_select(0, dead)

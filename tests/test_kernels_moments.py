@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import sae
-from sae.kernels import Rows, State
+from sae.kernels import Rows, State, moments
 from sae.kernels.moments import chance, pack_, unpacked
 from sae.kernels.native import Native
 from sae.kernels.plain import Plain
@@ -139,6 +139,18 @@ def test_an_update_is_the_references(name: str, unit_norm: bool, shared: bool) -
                 theirs.encoder = theirs.W_dec
 
 
+def test_rows_that_are_unpacked_together_change_nothing(monkeypatch) -> None:
+    whole, parts = state_of(), state_of()
+    for number in range(1, 4):
+        step_(whole, Native(torch.float64, "fp32"), number)
+        with monkeypatch.context() as patch:
+            patch.setattr(moments, "BLOCK_ENTRIES", 3 * D + 1)
+            step_(parts, Plain("fp32"), number)
+    for name in whole.scales:
+        assert torch.equal(whole.first[name], parts.first[name])
+        assert torch.equal(whole.second[name], parts.second[name])
+
+
 @pytest.mark.parametrize("kernels", [Native(torch.float64, "fp32"), Reference()], ids=["native", "reference"])
 def test_moments_of_a_silent_latent_shrink_and_nothing_else(kernels: object) -> None:
     state, silent = state_of(unit_norm=False), torch.arange(D_SAE) % 3 == 0
@@ -195,9 +207,9 @@ def test_a_run_learns_as_much_as_with_all_bits(tmp_path, kernels) -> None:
     truth = torch.nn.functional.normalize(normal(48, 16, seed=1), dim=1).float()
     x = torch.rand(20_000, 48) * (torch.rand(20_000, 48) < 0.05) @ truth
     fvu = {}
-    for moments in ("float32", "int8"):
-        made = config(tmp_path / moments, moments=moments, kernels=kernels, n_samples=153_600)
-        fvu[moments] = sae.train(made, x, report=False).metrics["metrics/fvu"]
+    for name in ("float32", "int8"):
+        made = config(tmp_path / name, moments=name, kernels=kernels, n_samples=153_600)
+        fvu[name] = sae.train(made, x, report=False).metrics["metrics/fvu"]
     assert fvu["int8"] < 0.5
     assert fvu["int8"] == pytest.approx(fvu["float32"], rel=0.1)
 
