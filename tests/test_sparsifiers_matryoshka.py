@@ -95,7 +95,9 @@ def test_default_prefixes():
 
 @pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("inf"), 1.0], []])
 def test_bad_weights(weights):
-    with pytest.raises(UsageError, match=r"one for each of the prefixes \[3, 20, 70\], got .*; give|finite number, got inf"):
+    with pytest.raises(
+        UsageError, match=r"one for each of the prefixes \[3, 20, 70\], got .*; give|finite number, got inf"
+    ):
         config(prefixes=[3, 20, D_SAE], prefix_weights=weights)
 
 
