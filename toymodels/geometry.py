@@ -50,7 +50,7 @@ def _overlap(W: Float[Tensor, "*stack n_features d_hidden"]) -> Float[Tensor, "*
     inner, overlap = W.mT @ W, W.new_empty(W.shape[:-1])
     for rows in _blocks(W.shape[-2]):
         part = W[..., rows, :]
-        overlap[..., rows] = (part @ inner).mul_(part).sum(-1)
+        overlap[..., rows] = (part @ inner * part).sum(-1)
     squares = norms(W).square()
     return overlap / squares.where(squares > 0, 1)
 

@@ -20,7 +20,7 @@ class BudgetConfig(SAEConfig):
     """k at the beginning, from where it falls linearly to k; default k throughout."""
     k_anneal_fraction: float = Field(default=0.1, gt=0, le=1)
     """First part of the run over which k falls, where k_start is given."""
-    # Not the paper's 1/32: on the toy model BatchTopK's FVU .070 -> .053 and MCC .958 -> .990, TopK's .069 -> .068 and
+    # Not the paper's 1/32: on the toy model BatchTopK's FVU .070 -> .053 and MCC .958 -> .991, TopK's .069 -> .068 and
     # .996 -> .998; on the Zipf set FVU stays, MCC rises by .005 to .015; synth1k stays.
     aux_coefficient: float = Field(default=1.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
