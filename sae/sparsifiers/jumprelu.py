@@ -42,8 +42,8 @@ class JumpReLUConfig(SAEConfig):
     pre-latent at the edge of firing in the first step."""
     initial_l0: float | None = Field(default=None, gt=0)
     """Mean number of latents that fire in the first step; default d_sae / 50, but within l0 .. 4 * l0."""
-    # More revives latents faster than thresholds let them stay. On the Zipf set of docs/performance.md, with dead latents
-    # raised by a gradient, MCC at L0 4 was .258 at 1/32, .312 here, .292 at 1; at 8.6 .209, .252, .232. FVU within 1 %.
+    # More revives latents faster than thresholds let them stay. On the Zipf set of docs/performance.md, dead latents
+    # being raised by a gradient, MCC at L0 4 was .258 at 1/32, .312 here, .292 at 1; at 8.6 .209, .252, .232.
     aux_coefficient: float = Field(default=1 / 4, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
 

@@ -31,8 +31,8 @@ class PAnnealingConfig(PenalisedConfig):
     anneal_end: float = Field(default=0.7, ge=0, le=1)
     """Share of the run after which p stays at `p_end`."""
 
-    # The penalty silences many latents for good: on the Zipf set, at L0 2.1, 53 % of them without AuxK, 3 % with it; MCC
-    # .195 and .307, FVU .538 and .544.
+    # The penalty silences many latents for good: on the Zipf set, at L0 2.1, 53 % of them without AuxK, 3 % with it;
+    # MCC .195 and .307, FVU .538 and .544.
     aux_coefficient: float = Field(default=1.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
 
