@@ -182,6 +182,10 @@ def _update(
     of_b_dec = tl.zeros([D_IN], tl.float32)
     # j is an int64, as everything that a place is computed from must be.
     for j in range(program * GROUP, tl.minimum(program * GROUP + GROUP, d_sae)):
+        # Loads stand as early as registers allow: memory answers while other things are summed.
+        at = j * d_out + outputs
+        row = tl.load(W_dec + at, mask=has_out, other=0.0)
+        first, second = read(W_dec_first, W_dec_second, W_dec_scales, j, at, has_out, SMALL)
         g_encoder, g_decoder = tl.zeros([D_IN], tl.float32), tl.zeros([D_OUT], tl.float32)
         g_bias, codes_sum = 0.0, 0.0
         if PLANNED:
@@ -196,8 +200,10 @@ def _update(
             g_decoder += tl.load(extra_decoder + place * d_out + outputs, mask=has_out & given, other=0.0)
             g_bias += tl.load(extra_bias + place, mask=given, other=0.0)
 
-        at = j * d_out + outputs
-        row = tl.load(W_dec + at, mask=has_out, other=0.0)
+        if ENCODER:
+            at_in = j * d_in + inputs
+            row_in = tl.load(encoder + at_in, mask=has_in, other=0.0)
+            first_in, second_in = read(encoder_first, encoder_second, encoder_scales, j, at_in, has_in, SMALL)
         if UNIT_NORM:
             g_decoder -= tl.sum(g_decoder * row, axis=0) * row
         else:
@@ -205,7 +211,6 @@ def _update(
             if PULL:
                 along += tl.load(pull + j)
             g_decoder += along / tl.maximum(tl.load(norms + j), LEAST_NORM) * row
-        first, second = read(W_dec_first, W_dec_second, W_dec_scales, j, at, has_out, SMALL)
         row, first, second = adam(row, g_decoder, first, second, rate, correction1, correction2)
         norm = tl.sqrt(tl.sum(row * row, axis=0))
         if UNIT_NORM:
@@ -216,16 +221,13 @@ def _update(
         keep(W_dec_first, W_dec_second, W_dec_scales, j, at, has_out, first, second, 2 * step, SMALL)
 
         if ENCODER:
-            at = j * d_in + inputs
-            row = tl.load(encoder + at, mask=has_in, other=0.0)
             if TIED:
-                of_b_dec += g_bias * row
-            first, second = read(encoder_first, encoder_second, encoder_scales, j, at, has_in, SMALL)
-            row, first, second = adam(row, g_encoder, first, second, rate, correction1, correction2)
-            tl.store(encoder + at, row, mask=has_in)
-            keep(encoder_first, encoder_second, encoder_scales, j, at, has_in, first, second, 2 * step + 1, SMALL)
+                of_b_dec += g_bias * row_in
+            row, first, second = adam(row_in, g_encoder, first_in, second_in, rate, correction1, correction2)
+            tl.store(encoder + at_in, row, mask=has_in)
+            keep(encoder_first, encoder_second, encoder_scales, j, at_in, has_in, first, second, 2 * step + 1, SMALL)
             if ROUNDED:
-                tl.store(rounded + at, row.to(rounded.dtype.element_ty), mask=has_in)
+                tl.store(rounded + at_in, row.to(rounded.dtype.element_ty), mask=has_in)
 
         bias, first, second = tl.load(b_enc + j), tl.load(b_enc_first + j), tl.load(b_enc_second + j)
         bias, first, second = adam(bias, g_bias, first, second, rate, correction1, correction2)
