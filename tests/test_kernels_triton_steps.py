@@ -1,5 +1,6 @@
 """Whole training steps of every kind with Triton's kernels, against the reference in float64; and who gets them."""
 
+import json
 import logging
 import os
 import re
@@ -160,15 +161,29 @@ def test_inference_on_a_cpu_is_torchs():
 # The compiler
 
 
-def test_every_kernel_compiles(tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the assembler says of each kernel, as often as it is compiled for other sizes."""
     program = Path(__file__).parent / "triton_compiler.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     ended = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, env=environment)
     assert ended.returncode == 0, ended.stderr[-2000:]
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_every_kernel_compiles(compiled):
     launched = {name for path in TRITON.glob("*.py") for name in re.findall(r"^ +(_\w+)\[", path.read_text(), re.M)}
     assert launched >= {"_decode", "_update", "_maxima"}
-    assert set(ended.stdout.split()) == launched
+    assert {said["kernel"] for said in compiled} == launched
+
+
+def test_no_register_is_spilled_and_rows_are_read_16_bytes_at_a_time(compiled):
+    narrow = {"_count", "_write", "_one"}  # rows that begin anywhere, and nothing
+    for said in compiled:
+        assert said["spilled"] == 0, said
+        assert said["widest_load"] == 16 or said["kernel"] in narrow, said
+        assert said["kernel"] != "_update" or said["warps"] >= 16, said
 
 
 # The choice

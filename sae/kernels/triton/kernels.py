@@ -78,7 +78,8 @@ class Triton(Plain):
         """Rounded products only find candidates, as they tie at the cut by the dozen: these are scored again."""
         batch, d_sae = scores.shape
         n, rounded = min(n, batch * d_sae), self.precision == "bf16"
-        n_candidates = min(int(shared.CANDIDATES * n) + 1, batch * d_sae) if rounded else n
+        # A multiple of 16, so that they are read many at a time.
+        n_candidates = min((int(shared.CANDIDATES * n) // 16 + 1) * 16, batch * d_sae) if rounded else n
         kept = shared.batch_largest(scores.product(slice(None)), scores.bias, n_candidates, self.buffer)
         if rounded:
             kept = shared.rescored(kept, scores.x, scores.encoder, scores.bias, n, self.buffer)
