@@ -25,10 +25,11 @@ from sae import baselines
 from sae.baselines import require_sklearn
 from sae.config import TrainConfig
 from sae.console import postfix, print_methods
+from sae.directory import check_out
 from sae.ensemble import Ensemble, Run, SharedSource
 from sae.kernels import choose
 from sae.model import load
-from sae.run import as_it_begins, check_out, conclude, open_run, require_report
+from sae.run import as_it_begins, conclude, open_run, require_report
 from sae.sources import ToySourceConfig
 from toymodels.processes import n_cores, one_thread_each
 from toymodels.worlds import ToyRecipe
@@ -188,7 +189,7 @@ def sae_rows(toy: ToySourceConfig, saes: Sequence[Named]) -> dict[Key, dict[str,
         method, seed = runs[run]
         seconds = run.trainer.seconds
         metrics = conclude(run, report=False).metrics
-        run.log.close()
+        run.close()
         rows[method, seed] = {"method": method, "seed": seed, **metrics, "seconds": seconds}
     return rows
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from sae.baselines import require_sklearn
 from sae.config import load_config
 from sae.console import print_table, progress
+from sae.directory import check_out
 from sae.errors import UsageError
 from sae.metrics.code_recovery import auroc
-from sae.run import check_out, require_report, train
+from sae.run import require_report, train
 from toymodels.optim import AdamW
 from toymodels.streams import generator
 

@@ -19,8 +19,10 @@ from functools import cache
 from types import FrameType
 
 import torch
+from filelock import FileLock
 
 from sae import checkpoint
+from sae.checkpoint import CHECKPOINTS
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import live_recovery
 from sae.held_out import HeldOut, HeldOutStream, Purpose
@@ -31,7 +33,6 @@ from sae.trainer import Trainer
 
 logger = logging.getLogger("sae")
 
-CHECKPOINTS = "checkpoints"
 OnLine = Callable[[int, Mapping[str, float]], None]
 Stop = Callable[[], int]
 """The number of the signal that asked to stop, or 0."""
@@ -44,9 +45,9 @@ class Diverged(UsageError):
 class Run:
     """One run between its first step and its last: a trainer, what is logged of it, and what is saved."""
 
-    def __init__(self, trainer: Trainer, log: RunLog, source: Source, on_line: OnLine | None) -> None:
+    def __init__(self, trainer: Trainer, log: RunLog, source: Source, lock: FileLock, on_line: OnLine | None) -> None:
         self.trainer, self.config, self.log, self.on_line = trainer, trainer.config, log, on_line
-        self.source = source
+        self.source, self.lock = source, lock
         self.probe = source.held_out("calibration", 1024)
         self.since, self.since_samples = time.perf_counter(), 0
 
@@ -94,6 +95,11 @@ class Run:
         tensors, values = self.trainer.state()
         folder, keep = self.config.out / CHECKPOINTS, self.config.checkpoint.keep
         checkpoint.save(folder, self.n_steps_done, tensors, values, keep)
+
+    def close(self) -> None:
+        """Its log and its directory are given up, however it ended."""
+        self.log.close()
+        self.lock.release()
 
 
 class SharedSource(Source):

@@ -1,4 +1,4 @@
-"""One training run from configuration to result, and the directory that holds it."""
+"""One training run from configuration to result."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae import checkpoint, losses
+from sae.checkpoint import CHECKPOINTS
 from sae.config import TrainConfig, parse_config, read_yaml
 from sae.diagnosis import diagnose_source, require_truth
 from sae.diagnosis.files import save_diagnosis
-from sae.ensemble import CHECKPOINTS, Ensemble, OnLine, Run, stop_requested
+from sae.directory import (
+    CONFIG,
+    RESULT,
+    TABLES,
+    check_out,
+    claim_out,
+    hold,
+    require_same_run,
+)
+from sae.ensemble import Ensemble, OnLine, Run, stop_requested
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate
 from sae.initialise import cuts
 from sae.kernels import require_device, require_kernels, resolve_device
-from sae.log import LINES, RunLog, require_wandb
-from sae.model import MANIFEST, SAE, WEIGHTS, load
+from sae.log import RunLog, require_wandb
+from sae.model import SAE, load
 from sae.sources import HeldOut, Source, as_source
 from sae.sparsifiers.base import Sparsifier
 from sae.trainer import Trainer
@@ -34,37 +42,11 @@ from toymodels.streams import generator
 
 logger = logging.getLogger("sae")
 
-CONFIG, RESULT, TABLES, REPORT = ("config.yaml", "result.json", "evaluation.safetensors", "report.html")
-COMPARISON = "comparison.html"
-"""Of this run with others: written by `sae report`."""
-BASELINES = "baselines.json"
-"""Other methods on the same activations, and this one, when they were asked for."""
-STATUS = "status.json"
-"""Of a member of a sweep that was given up: why."""
-DIAGNOSIS = ("features.csv", "diagnosis.json")
-"""Written by `sae eval --diagnose`."""
 # Rows, at most, that the centre and the scale are fitted on; sources that hold fewer rows back give fewer.
 N_CALIBRATION = 65_536
 # Thresholds are fitted on up to four times as many where rows are short, in so many entries. On a toy model an L0 of
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
-# What a run writes into its directory, and --overwrite deletes: last what it is known by, should that be cut short.
-OWN = (
-    RESULT,
-    TABLES,
-    REPORT,
-    COMPARISON,
-    LINES,
-    WEIGHTS,
-    MANIFEST,
-    CHECKPOINTS,
-    STATUS,
-    BASELINES,
-    *DIAGNOSIS,
-    "classes.json",
-    "wandb",
-    CONFIG,
-)
 
 
 @dataclass(frozen=True)
@@ -122,7 +104,7 @@ def train(
                     raise error
         return conclude(run, report)
     finally:
-        run.log.close()
+        run.close()
 
 
 def open_run(config: TrainConfig, begun: TrainConfig, source: Source, resume: bool, on_line: OnLine | None) -> Run:
@@ -133,11 +115,12 @@ def open_run(config: TrainConfig, begun: TrainConfig, source: Source, resume: bo
     # Nothing is written, and no earlier run given up, before the data have been found good.
     calibration = source.held_out("calibration", N_CALIBRATION)
     trainer = start(begun, source, calibration)
+    lock = hold(config.out)
     state = claim_out(config, resume)
     if state is not None:
         trainer.load_state(*checkpoint.load(state))
     log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
-    return Run(trainer, log, source, on_line)
+    return Run(trainer, log, source, lock, on_line)
 
 
 def conclude(run: Run, report: bool) -> Result:
@@ -229,79 +212,6 @@ def finished(trainer: Trainer, calibration: HeldOut) -> SAE:
     final.sparsifier.calibrate_((final.pre_latents(chunk / trainer.unit) for chunk in chunks), len(calibration.x))
     final.rescale_(trainer.unit, trainer.target_unit)
     return final
-
-
-def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
-    """Refuses a directory that holds a run, unless it is to be resumed or overwritten.
-
-    `resume` is None for what cannot be resumed.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a directory as --out")
-    if resume and overwrite:
-        raise UsageError("--resume continues a run and --overwrite discards it; give one of them")
-    if (out / CONFIG).exists() and not (resume or overwrite):
-        remedy = "" if resume is None else "continue it with --resume, "
-        raise UsageError(f"{out} already holds a run; {remedy}discard it with --overwrite")
-    foreign = [name for name in OWN if (out / name).exists()]
-    if foreign and not (out / CONFIG).exists():
-        raise UsageError(f"{out} holds {', '.join(foreign)} of something else; give another --out")
-
-
-def claim_out(config: TrainConfig, resume: bool) -> Path | None:
-    """Makes `config.out` this run's directory; returns the checkpoint to resume from, if there is one.
-
-    An earlier run in it is deleted; files that no run wrote are left alone.
-    """
-    out = config.out
-    if resume and (out / CONFIG).exists():
-        return checkpoint.latest(out / CHECKPOINTS)
-    try:
-        for name in OWN:
-            if (out / name).is_dir():
-                shutil.rmtree(out / name)
-            else:
-                (out / name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / CONFIG, config.to_yaml())
-    except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror}; give another --out") from error
-    return None
-
-
-def require_same_run(config: TrainConfig) -> None:
-    """Refuses to resume what was started with other values."""
-    saved = parse_config(read_yaml(config.out / CONFIG), where=str(config.out / CONFIG))
-    ours, theirs = (whole.model_dump(mode="json", include={"source", "sae", "train"}) for whole in (config, saved))
-    differing = _differences(theirs, ours)
-    if differing:
-        raise UsageError(
-            f"{config.out} cannot be resumed: {'; '.join(differing)}; use the same "
-            f"value{'s' if len(differing) > 1 else ''}, or another --out"
-        )
-
-
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
-    """Every field that differs, with both values; of a section of another kind, the kind alone."""
-    found = []
-    for key in dict.fromkeys([*was, *now]):
-        name, old, new = f"{within}{key}", was.get(key), now.get(key)
-        if old == new:
-            continue
-        if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-            found.append(f"{name} was {_shown(old)}, now {_shown(new)}")
-        elif old.get("kind") != new.get("kind"):
-            found += _differences({"kind": old.get("kind")}, {"kind": new.get("kind")}, f"{name}.")
-        else:
-            found += _differences(old, new, f"{name}.")
-    return found
-
-
-def _shown(value: object) -> str:
-    """As YAML has it, on one line; a whole section is its kind."""
-    if isinstance(value, Mapping) and "kind" in value:
-        return f"of kind {value['kind']}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:

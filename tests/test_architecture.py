@@ -77,6 +77,7 @@ LAYERS = {
         "members",
         "checkpoint",
         "log",
+        "directory",
         "ensemble",
         "report",
         "run",
@@ -139,7 +140,7 @@ def own_imports(module: str) -> set[str]:
 
 def test_the_reader_sees_imports():
     """The proofs below are worth what `imports` finds: lazily imported modules, and modules named after `from`."""
-    assert {"sae.checkpoint", "sae.losses", "sae.config", "sae.report", "toymodels.streams"} <= imports("sae.run")
+    assert {"sae.checkpoint", "sae.losses", "sae.directory", "sae.report", "toymodels.streams"} <= imports("sae.run")
     assert "wandb" in imports("sae.log")
 
 

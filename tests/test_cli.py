@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from sae import cli
 from sae.console import progress
+from sae.directory import _differences
 from sae.kernels.build import CannotBuild
-from sae.run import _differences
 
 FILES = ["config.yaml", "evaluation.safetensors", "metrics.jsonl", "report.html", "result.json", "sae.json"]
 TOY = {

@@ -9,8 +9,9 @@ from typing import Any
 
 from sae.baselines.by_name import applicable, measured, prepare
 from sae.config import TrainConfig
+from sae.directory import BASELINES
 from sae.evaluation import Evaluation
-from sae.run import BASELINES, measure_again, open_again
+from sae.run import measure_again, open_again
 from toymodels.files import write_text
 
 

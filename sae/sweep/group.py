@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sae.directory import STATUS
 from sae.ensemble import Diverged, Ensemble, Run, SharedSource, Stop
 from sae.errors import Interrupted, UsageError
-from sae.run import STATUS, as_it_begins, conclude, open_run
+from sae.run import as_it_begins, conclude, open_run
 from sae.sources import Source
 from sae.sweep.plan import Member, SweepSection
 from sae.sweep.rules import Line, Stopped, read_lines, verdict
@@ -74,7 +75,7 @@ class Group:
                 end(name, "failed", reason)
         finally:
             for run in runs:
-                run.log.close()
+                run.close()
 
     def _open(self, member: Member, source: Source, tell: Tell, end: Callable[..., None]) -> list[Run]:
         """The member's run, in a list of one; of none when it cannot begin."""
@@ -111,7 +112,7 @@ class Group:
         except Exception as reason:
             return "failed", _explain(reason)
         finally:
-            run.log.close()
+            run.close()
         return "done", ""
 
 

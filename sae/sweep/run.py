@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae.directory import (
+    CONFIG,
+    LOCK,
+    REPORT,
+    RESULT,
+    STATUS,
+    cannot_write,
+    check_out,
+    discard,
+    hold,
+    require_free,
+    require_same_run,
+)
 from sae.ensemble import Stop, stop_requested
 from sae.errors import UsageError
 from sae.kernels import require_device
 from sae.log import require_wandb
 from sae.report.data import SWEEP
-from sae.run import (
-    CONFIG,
-    OWN,
-    REPORT,
-    RESULT,
-    STATUS,
-    as_it_begins,
-    check_out,
-    require_same_run,
-    write_report_if_installed,
-)
+from sae.run import as_it_begins, write_report_if_installed
 from sae.sweep.group import Ended, Group, Logged, OpenSource, Tell, opener
 from sae.sweep.machines import connect, on_machines, require_ray
 from sae.sweep.plan import Member, Plan
@@ -72,7 +74,23 @@ def run_sweep(plan: Plan, *, resume: bool = False, overwrite: bool = False, on_e
             open_source(member)  # bad data are told before an earlier sweep is given up
     if plan.section.ray and left:
         connect()
-    _claim(plan, resume)
+    lock = hold(plan.out)
+    try:
+        _claim(plan, resume)
+        return _run(plan, left, table, open_source, resume, on_event)
+    finally:
+        lock.release()
+
+
+def _run(
+    plan: Plan,
+    left: list[Member],
+    table: dict[str, dict[str, Any]],
+    open_source: OpenSource,
+    resume: bool,
+    on_event: OnEvent | None,
+) -> Outcome:
+    """Trains the members that are left; the table is kept as it stands."""
     members = {member.name: member for member in plan.members}
 
     def tell(message: Logged | Ended) -> None:
@@ -140,6 +158,7 @@ def _check(plan: Plan, resume: bool, overwrite: bool) -> None:
         raise UsageError(f"{out} is a file; give a directory as --out")
     if resume and overwrite:
         raise UsageError("--resume continues a sweep and --overwrite discards it; give one of them")
+    require_free(out)
     if (out / CONFIG).exists():
         raise UsageError(f"{out} holds a single run; give another --out")
     before = _names_before(out)
@@ -191,18 +210,17 @@ def _ended_before(plan: Plan, member: Member, resume: bool) -> Ended | None:
 
 def _claim(plan: Plan, resume: bool) -> None:
     """Makes `plan.out` this sweep's directory; what an earlier one left is deleted unless it is to be resumed."""
+    if resume:
+        return
     try:
-        if not resume:
-            for folder in {*_names_before(plan.out), *(member.name for member in plan.members)}:
-                for name in OWN:
-                    path = plan.out / folder / name
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-                if (plan.out / folder).is_dir() and not any((plan.out / folder).iterdir()):
-                    (plan.out / folder).rmdir()
-            (plan.out / REPORT).unlink(missing_ok=True)
-        plan.out.mkdir(parents=True, exist_ok=True)
+        for folder in {*_names_before(plan.out), *(member.name for member in plan.members)}:
+            discard(plan.out / folder)
+            (plan.out / folder / LOCK).unlink(missing_ok=True)
+            if (plan.out / folder).is_dir() and not any((plan.out / folder).iterdir()):
+                (plan.out / folder).rmdir()
+        (plan.out / REPORT).unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write to {plan.out}: {error.strerror}") from error
+        raise cannot_write(plan.out, error) from error
 
 
 def _row(member: Member, end: Ended | None) -> dict[str, Any]:

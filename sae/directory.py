@@ -1,0 +1,154 @@
+"""The directory of a run: what it holds, who may write into it, and whether what it holds can be gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sae import checkpoint
+from sae.checkpoint import CHECKPOINTS
+from sae.config import TrainConfig, parse_config, read_yaml
+from sae.errors import UsageError
+from sae.log import LINES
+from sae.model import MANIFEST, WEIGHTS
+from toymodels.files import write_text
+
+CONFIG, RESULT, TABLES, REPORT = ("config.yaml", "result.json", "evaluation.safetensors", "report.html")
+COMPARISON = "comparison.html"
+"""Of this run with others: written by `sae report`."""
+BASELINES = "baselines.json"
+"""Other methods on the same activations, and this one, when they were asked for."""
+STATUS = "status.json"
+"""Of a member of a sweep that was given up: why."""
+DIAGNOSIS = ("features.csv", "diagnosis.json")
+"""Written by `sae eval --diagnose`."""
+LOCK = ".lock"
+"""Held by the process that trains there; the empty file stays."""
+# What a run writes into its directory, and --overwrite deletes: last what it is known by, should that be cut short.
+OWN = (
+    RESULT,
+    TABLES,
+    REPORT,
+    COMPARISON,
+    LINES,
+    WEIGHTS,
+    MANIFEST,
+    CHECKPOINTS,
+    STATUS,
+    BASELINES,
+    *DIAGNOSIS,
+    "classes.json",
+    "wandb",
+    CONFIG,
+)
+
+
+def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
+    """Refuses a directory that holds a run, unless it is to be resumed or overwritten.
+
+    `resume` is None for what cannot be resumed.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a directory as --out")
+    if resume and overwrite:
+        raise UsageError("--resume continues a run and --overwrite discards it; give one of them")
+    if (out / CONFIG).exists() and not (resume or overwrite):
+        remedy = "" if resume is None else "continue it with --resume, "
+        raise UsageError(f"{out} already holds a run; {remedy}discard it with --overwrite")
+    foreign = [name for name in OWN if (out / name).exists()]
+    if foreign and not (out / CONFIG).exists():
+        raise UsageError(f"{out} holds {', '.join(foreign)} of something else; give another --out")
+    require_free(out)
+
+
+def hold(out: Path) -> FileLock:
+    """Makes the directory where there is none, and keeps every other process from training there until released.
+
+    Raises:
+        UsageError: another one does.
+    """
+    lock = FileLock(out / LOCK, blocking=False, thread_local=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"another process is training in {out}; wait until it ends, or give another --out") from error
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    return lock
+
+
+def require_free(out: Path) -> None:
+    """Refuses a directory that another process trains in: better told before data are opened than after."""
+    if (out / LOCK).exists():
+        hold(out).release()
+
+
+def claim_out(config: TrainConfig, resume: bool) -> Path | None:
+    """Makes `config.out`, which is held, this run's directory; returns the checkpoint to resume from, if there is one.
+
+    An earlier run in it is deleted; files that no run wrote are left alone.
+    """
+    out = config.out
+    if resume and (out / CONFIG).exists():
+        return checkpoint.latest(out / CHECKPOINTS)
+    try:
+        discard(out)
+        write_text(out / CONFIG, config.to_yaml())
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    return None
+
+
+def discard(out: Path) -> None:
+    """Deletes what a run wrote there, and nothing else."""
+    for name in OWN:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+
+
+def cannot_write(out: Path, error: OSError) -> UsageError:
+    """What is told where the machine refuses."""
+    return UsageError(f"cannot write to {out}: {error.strerror}; give another --out")
+
+
+def require_same_run(config: TrainConfig) -> None:
+    """Refuses to resume what was started with other values."""
+    saved = parse_config(read_yaml(config.out / CONFIG), where=str(config.out / CONFIG))
+    ours, theirs = (whole.model_dump(mode="json", include={"source", "sae", "train"}) for whole in (config, saved))
+    differing = _differences(theirs, ours)
+    if differing:
+        raise UsageError(
+            f"{config.out} cannot be resumed: {'; '.join(differing)}; use the same "
+            f"value{'s' if len(differing) > 1 else ''}, or another --out"
+        )
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
+    """Every field that differs, with both values; of a section of another kind, the kind alone."""
+    found = []
+    for key in dict.fromkeys([*was, *now]):
+        name, old, new = f"{within}{key}", was.get(key), now.get(key)
+        if old == new:
+            continue
+        if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+            found.append(f"{name} was {_shown(old)}, now {_shown(new)}")
+        elif old.get("kind") != new.get("kind"):
+            found += _differences({"kind": old.get("kind")}, {"kind": new.get("kind")}, f"{name}.")
+        else:
+            found += _differences(old, new, f"{name}.")
+    return found
+
+
+def _shown(value: object) -> str:
+    """As YAML has it, on one line; a whole section is its kind."""
+    if isinstance(value, Mapping) and "kind" in value:
+        return f"of kind {value['kind']}"
+    return value if isinstance(value, str) else json.dumps(value)

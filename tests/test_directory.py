@@ -1,0 +1,112 @@
+"""One process at a time trains in a directory; the others are told so before they touch anything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sae
+from sae import UsageError
+from sae.directory import LOCK, OWN, check_out, discard, hold
+from sae.ensemble import Diverged
+from sae.sweep import run_sweep
+from sae.sweep.plan import parse_sweep
+
+SECTIONS = {
+    "source": {"kind": "toy", "n_features": 12, "d_hidden": 5, "n_steps": 20},
+    "sae": {"kind": "topk", "d_sae": 12, "k": 2},
+    "train": {"n_samples": 640, "batch_size": 64, "warmup_steps": 1},
+    "evaluation": {"n_samples": 200},
+    "log": {"every": 5},
+}
+HELD = "another process is training in .*; wait until it ends, or give another --out"
+
+
+def config(out: Path, **sections: object) -> sae.TrainConfig:
+    return sae.TrainConfig.model_validate({**SECTIONS, **sections, "out": out})
+
+
+def written(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_what_trains_elsewhere_is_left_alone(tmp_path, how):
+    told = []
+
+    def intrude(step, values):
+        before = written(tmp_path / "run")
+        with pytest.raises(UsageError, match=HELD if how else "already holds a run") as raised:
+            sae.train(config(tmp_path / "run"), report=False, **how)
+        assert written(tmp_path / "run") == before
+        told.append(raised)
+
+    result = sae.train(config(tmp_path / "run"), report=False, on_line=intrude)
+    assert len(told) == 2
+    assert sae.train(config(tmp_path / "run"), report=False, resume=True).metrics == result.metrics
+
+
+def test_two_that_begin_at_once_do_not_share_a_directory(tmp_path, monkeypatch):
+    """Both have found it free; the one that opens its data faster has it."""
+    monkeypatch.setattr("sae.run.check_out", lambda *given: None)
+
+    def intrude(step, values):
+        with pytest.raises(UsageError, match=HELD):
+            sae.train(config(tmp_path / "run"), report=False)
+
+    sae.train(config(tmp_path / "run"), report=False, on_line=intrude)
+    assert (tmp_path / "run/result.json").exists()
+
+
+def test_what_ended_badly_gives_its_directory_up(tmp_path):
+    with pytest.raises(Diverged):
+        sae.train(config(tmp_path / "run", train=SECTIONS["train"] | {"lr": 1e30}), report=False)
+    hold(tmp_path / "run").release()
+
+
+def test_another_process_is_told(tmp_path):
+    lock = hold(tmp_path)
+    program = "import sys; from pathlib import Path; from sae.directory import hold; hold(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "another process is training in" in refused.stderr
+    lock.release()
+    assert subprocess.run(command, check=False).returncode == 0
+    hold(tmp_path).release()  # that process has ended without a word
+
+
+def test_a_sweep_has_its_directory_for_itself(tmp_path):
+    plan = parse_sweep({**SECTIONS, "out": str(tmp_path / "s"), "sweep": {"grid": {"sae.k": [2, 3]}}})
+    told = []
+
+    def intrude(event):
+        with pytest.raises(UsageError, match=HELD):
+            run_sweep(plan, overwrite=True)
+        member = plan.members[0].config
+        if not (member.out / "result.json").exists():
+            with pytest.raises(UsageError, match=HELD):
+                sae.train(member, resume=True)
+            told.append(member)
+
+    outcome = run_sweep(plan, on_event=intrude)
+    assert [row["status"] for row in outcome.rows] == ["done", "done"]
+    assert told
+    assert run_sweep(plan, overwrite=True).not_done == []
+
+
+def test_discarding_leaves_what_no_run_wrote(tmp_path):
+    for name in OWN:
+        (tmp_path / name).write_text("")
+    (tmp_path / "notes.txt").write_text("mine")
+    lock = hold(tmp_path)
+    discard(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", LOCK}
+    lock.release()
+    check_out(tmp_path, resume=False, overwrite=False)
+
+
+def test_a_directory_whose_place_is_taken(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot write to .*: Not a directory; give another --out"):
+        hold(tmp_path / "file/run")
