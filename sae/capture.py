@@ -6,6 +6,7 @@ a ReLU fitted their slots, before anything has changed; a batch whose codes did 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from sae.kernels.triton import Triton
 
+logger = logging.getLogger("sae")
+
 # Recordings that are kept: each width of AuxK has one, and its own memory for what lies between operations.
-KEPT = 2
+KEPT = 3
 # Steps of a kind before it is recorded: as many as lie between two looks.
 WARM_UP_STEPS = 10
 Key = tuple[object, ...]
@@ -78,18 +81,19 @@ class Recorder:
         self.trainer, self.kernels = trainer, kernels
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
         self.seen: dict[Key, int] = {}
+        self.fails = False
 
     def play(self, activations: Tensor, target: Tensor | None) -> None:
         """One step."""
         trainer = self.trainer
         inputs = (activations,) if target is None else (activations, target)
         key = self._key(inputs)
-        recording = self.recordings.get(key)
         first = self.seen.setdefault(key, trainer.n_steps_done)
-        if recording is None and self._can_be_recorded() and trainer.n_steps_done >= first + WARM_UP_STEPS:
-            recording = self.recordings[key] = self._record(inputs)
-            while len(self.recordings) > KEPT:
-                self.recordings.popitem(last=False)
+        if key in self.recordings:
+            self.recordings.move_to_end(key)
+        elif self._can_be_recorded() and trainer.n_steps_done >= first + WARM_UP_STEPS:
+            self._keep(key, inputs)
+        recording = self.recordings.get(key)
         if recording is None or not self._replay(recording, inputs):
             trainer.advance(*inputs)
 
@@ -97,29 +101,47 @@ class Recorder:
         trainer, sparsifier = self.trainer, self.trainer.sae.sparsifier
         numbers = tuple((name, value) for name, value in vars(sparsifier).items() if isinstance(value, int | float))
         shapes = tuple((tuple(part.shape), part.dtype) for part in inputs)
-        return (shapes, len(trainer.dead), trainer.engine.dense, numbers)
+        return (shapes, len(trainer.dead), trainer.engine.dense, self.kernels.n_slots, numbers)
 
     def _can_be_recorded(self) -> bool:
         """Neither autograd nor a sparsifier of one's own is recorded, which may ask the device."""
+        if self.fails:
+            return False
         engine = self.trainer.engine
         own = not type(engine.sae.sparsifier).__module__.startswith("sae.sparsifiers")
         return not (own or engine.by_autograd or (engine.dense and not engine.dense_products))
+
+    def _keep(self, key: Key, inputs: tuple[Tensor, ...]) -> None:
+        """Records a step of this kind. Where that fails steps go on as they come, and a line says so."""
+        try:
+            self.recordings[key] = self._record(inputs)
+        except RuntimeError as error:
+            self.fails = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("a step could not be recorded as a CUDA graph (%s): steps go on without, slower", reason)
+        while len(self.recordings) > KEPT:
+            self.recordings.popitem(last=False)
 
     def _record(self, given: tuple[Tensor, ...]) -> Recording:
         trainer, kernels, device = self.trainer, self.kernels, self.trainer.window.device
         inputs, dead = tuple(part.clone() for part in given), trainer.dead.clone()
         before, trainer.dead = trainer.dead, dead
-        pool = torch.cuda.graph_pool_handle()
-        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         kernels.recording, kernels.n_positive = True, None
         try:
             with torch.cuda.device(device):
+                graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
                 # The loader's copies on another stream go on meanwhile.
-                with torch.cuda.graph(graphs[0], pool=pool, capture_error_mode="thread_local"):
+                options: dict[str, Any] = {"pool": torch.cuda.graph_pool_handle(), "stream": torch.cuda.Stream()}
+                options["capture_error_mode"] = "thread_local"
+                # Products know the memory that they work in by stream. Both graphs get one of their own: members play
+                # theirs at the same time, and a recording that is given up must not take another's along.
+                torch._C._cuda_clearCublasWorkspaces()
+                with torch.cuda.graph(graphs[0], **options):
                     begun = trainer.begin(*inputs)
                 n_codes = kernels.n_positive
-                with torch.cuda.graph(graphs[1], pool=pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graphs[1], **options):
                     trainer.finish(begun)
+                torch._C._cuda_clearCublasWorkspaces()
         finally:
             kernels.recording, trainer.dead = False, before
         held = [*kernels.buffer.kept.values(), *trainer.engine.buffer.kept.values()]
@@ -133,8 +155,12 @@ class Recorder:
             recording.dead.copy_(self.trainer.dead)
             self.trainer.dead = recording.dead
         recording.graphs[0].replay()
-        if recording.n_codes is not None and int(recording.n_codes) > recording.n_slots:
-            self.recordings.clear()  # the next one has the slots that this batch needs
-            return False
-        recording.graphs[1].replay()
-        return True
+        n_codes = 0 if recording.n_codes is None else int(recording.n_codes)
+        fits = n_codes <= recording.n_slots
+        if fits:
+            recording.graphs[1].replay()
+        if not fits or (recording.n_codes is not None and 4 * n_codes < recording.n_slots):
+            # Steps that are not recorded find out how many slots batches need now.
+            self.recordings.clear()
+            self.seen.clear()
+        return fits

@@ -236,7 +236,7 @@ class Engine:
     def _dense(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """z = max(0, pre) with most of z positive: five dense products."""
         kernels, state, cost = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity) / len(x)
-        at_once = kernels.dense_step(x, state, cost) if target is x else None
+        at_once = kernels.dense_step(x, state, target, cost)
         rows, gradient, firing, squares, code_sum, plan = at_once or self._dense_by_blocks(x, target, cost)
         auxiliary, extra = self._auxiliary(x, gradient, dead)
         self._skip(x, gradient)

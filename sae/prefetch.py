@@ -35,6 +35,8 @@ def batches(source: Source, batch_size: int, seed: int, start: int, device: torc
 
     A set that fits is copied there once, and shuffled there into the same order.
     """
+    if device.index is None:  # the thread that draws must be told which one
+        device = torch.device(device.type, torch.cuda.current_device())
     stream = torch.cuda.Stream(device)
     here = _resident(source, device)
     waiting: Batch | None = None

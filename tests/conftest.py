@@ -10,6 +10,8 @@ from sae import cli
 # Without a GPU, Triton's kernels run in its interpreter; it reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# With one, cuBLAS gives the same bits each time, as torch's deterministic mode demands.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # The tensors of the tests are small: more threads only wait for each other.
 torch.set_num_threads(1)

@@ -57,6 +57,18 @@ def test_contenders_take_turns_and_the_first_moves_up():
     assert all(timing.seconds == [1, 1, 1] and timing.steps_per_round == 2 for timing in timings)
 
 
+def test_what_a_contender_does_at_first_alone_is_not_timed():
+    clock = Clock()
+
+    def advance() -> None:
+        clock.now += 100 if len(clock.log) < 25 else 1
+        clock.log.append(("a", ""))
+
+    (timing,) = interleaved([Contender("a", advance)], rounds=2, clock=clock, settling_steps=25)
+    assert timing.seconds == [1, 1]
+    assert timing.steps_per_round == 1
+
+
 def test_ratios_are_taken_within_a_round():
     """The machine gets slower and slower, which changes every time and no ratio."""
     clock = Clock()

@@ -24,7 +24,7 @@ from sae.console import progress
 from sae.directory import _differences
 from sae.kernels.build import CannotBuild
 
-FILES = ["config.yaml", "evaluation.safetensors", "metrics.jsonl", "report.html", "result.json", "sae.json"]
+FILES = [".lock", "config.yaml", "evaluation.safetensors", "metrics.jsonl", "report.html", "result.json", "sae.json"]
 TOY = {
     "source": {"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 50},
     "sae": {"kind": "topk", "d_sae": 24, "k": 3},

@@ -378,9 +378,10 @@ def test_a_dense_step_in_one_call(unit_norm, batch, d_in, d_sae):
     x, state, _ = fired("spread", batch, d_in, d_sae, 1, unit_norm)
     kernels = make("native")
     for scale in (1.0, 0.5):  # twice, as buffers are kept
-        step = kernels.dense_step(scale * x, state, 0.3)
+        given = scale * x
+        step = kernels.dense_step(given, state, given, 0.3)
         ours = (*step.rows[1:], *step[1:5])
-        for mine, other in zip(ours, by_products(scale * x, state, 0.3), strict=True):
+        for mine, other in zip(ours, by_products(given, state, 0.3), strict=True):
             close(mine, other)
 
 
@@ -400,9 +401,9 @@ def test_aux_k(k, batch, d_in, d_sae):
 def test_no_number_of_threads_changes_a_dense_step(two_threads):
     x, state, _ = fired("spread", 700, 33, 40, 1, True)
     x, state = x.float(), state_of(40, 33, dtype=torch.float32)
-    two = make("native", torch.float32).dense_step(x, state, 0.3)
+    two = make("native", torch.float32).dense_step(x, state, x, 0.3)
     torch.set_num_threads(1)
-    one = make("native", torch.float32).dense_step(x, state, 0.3)
+    one = make("native", torch.float32).dense_step(x, state, x, 0.3)
     for ours, theirs in zip((*two.rows[1:], *two[1:5]), (*one.rows[1:], *one[1:5]), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -410,10 +411,12 @@ def test_no_number_of_threads_changes_a_dense_step(two_threads):
 def test_large_matrices_and_emulated_bf16_are_left_to_the_blas(monkeypatch):
     x, state, _ = fired("spread", 5, 7, 3, 1, True)
     monkeypatch.setattr(Native, "_call", lambda self, name, *given: 0)
-    assert Native(torch.float32, "bf16").dense_step(x.float(), state, 0.3) is None
+    single = x.float()
+    assert Native(torch.float32, "bf16").dense_step(single, state, single, 0.3) is None
     monkeypatch.undo()
+    assert make("native").dense_step(x, state, x.clone(), 0.3) is None, "a target of its own"
     monkeypatch.setattr("sae.kernels.small.ENTRIES", 20)
-    assert make("native").dense_step(x, state, 0.3) is None
+    assert make("native").dense_step(x, state, x, 0.3) is None
 
 
 # The update

@@ -215,7 +215,7 @@ def updated(x: Tensor, state: State, cost: float, extra: Rows | None = None) -> 
     """A dense step and its update, by SGD as it were: Adam's first moments are a tenth of the gradients."""
     kernels = Native(torch.float32, "bf16")
     kernels.refresh(state)
-    step = kernels.dense_step(x, state, cost)
+    step = kernels.dense_step(x, state, x, cost)
     now = Now(0.0, 0.1, 0.001, 1.0, 1.0)
     kernels.update_(state, now, x, step.gradient, plan=step.plan, extra=extra, firing=step.firing, cost=cost)
     return step, state
@@ -262,7 +262,7 @@ def test_dense_step(shape, unit_norm):
 def test_gradients_of_a_dense_step_as_matrices():
     x, state = case("spread", 259, 70, 333, 0)
     kernels = Native(torch.float32, "bf16")
-    step = kernels.dense_step(x, state, 0.3)
+    step = kernels.dense_step(x, state, x, 0.3)
     rows, sums, fires = kernels.gradient_rows(state, x, step.gradient, step.plan)
     kernels.update_(state, Now(0.0, 0.1, 0.001, 1.0, 1.0), x, step.gradient, plan=step.plan, firing=step.firing)
     for found, name in zip(rows, ("encoder", "W_dec", "b_enc"), strict=True):
@@ -285,4 +285,4 @@ def test_threads_change_nothing_in_a_dense_step():
 def test_what_is_no_number_shows_in_the_loss():
     x, state = case("spread", 37, 64, 257, 0)
     x[3, 7] = float("nan")
-    assert Native(torch.float32, "bf16").dense_step(x, state, 0.1).squares.isnan()
+    assert Native(torch.float32, "bf16").dense_step(x, state, x, 0.1).squares.isnan()

@@ -330,15 +330,26 @@ def test_aux_k(k, batch, d_in, d_out, n_dead, monkeypatch):
         close(mine, other, 5e-3)
 
 
+@pytest.mark.parametrize("n_slots", [1, 7, 1000])
+def test_sums_by_latent(n_slots):
+    """Latent 3 has half of all slots; empty ones, which are many, belong to latent 0 by name alone."""
+    latents = torch.randint(11, (n_slots,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    latents[: n_slots // 2] = 3
+    latents, values = latents.to(DEVICE), normal(n_slots)
+    empty = torch.arange(n_slots, device=DEVICE) % 3 == 1
+    latents, values = latents.masked_fill(empty, 0), values.masked_fill(empty, 0)
+    close(make().by_latent(latents, values, 13), Reference().by_latent(latents, values.double(), 13))
+
+
 @both_norms
 def test_a_dense_step_in_rounded_products(unit_norm):
-    state, x = state_of(61, 13, 13, unit_norm), normal(37, 13)
+    state, x, target = state_of(61, 13, 21, unit_norm), normal(37, 13), normal(37, 21, seed=9)
     judge, kernels = Reference(), make("bf16")
     kernels.refresh(state)
-    assert make("fp32").dense_step(x, state, 0.3) is None
-    step = kernels.dense_step(x, state, 0.3)
+    assert make("fp32").dense_step(x, state, target, 0.3) is None
+    step = kernels.dense_step(x, state, target, 0.3)
     z = judge.relu(x, state)
-    residual = z.values @ state.W_dec - x
+    residual = z.values @ state.W_dec - target
     gradient = 2 / len(x) * residual
     through, g_bias = judge.relu_backward(gradient @ state.W_dec.T, z, state, 0.3)
     g_decoder = z.values.T @ gradient

@@ -18,13 +18,19 @@ SETS = {"alone": X, "in parts": [X[:60], X[60:]], "pairs": (X, Y), "batches": [X
 def pretended_gpu(request, monkeypatch):
     stream = type("Stream", (), {"wait_stream": lambda self, other: None})
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (request.param, request.param))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", indexed)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     return request.param
+
+
+def indexed(device: torch.device) -> None:
+    """As CUDA's own, which takes no device without a number."""
+    assert device.index is not None
 
 
 def parts(batch) -> tuple[torch.Tensor, ...]:
@@ -93,7 +99,7 @@ def test_batches_are_drawn_on_another_thread_but_for_iterables(pretended_gpu, mo
 
 def test_what_the_source_raises_comes_through(pretended_gpu):
     source = as_source(X.clone())
-    given = prefetch._drawn(source, failing(), CPU)
+    given = prefetch._drawn(source, failing(), torch.device("cpu", 0))
     assert len(next(given)) == 7
     with pytest.raises(UsageError, match="broken"):
         next(given)

@@ -94,6 +94,7 @@ def launch_all(shape: tuple[int, int, int, int], device: str) -> None:
     codes = Codes(torch.arange(batch + 1) * k, latents, values, values, levels, (0.5, 0.5))
     decoded = kernels.decode(codes, state, x, 0.1)
     plan = kernels.invert(codes, torch.rand(n_slots), d_sae)
+    kernels.by_latent(latents, values, d_sae)
     n_dead = d_sae // 16
     extra = Rows(torch.arange(n_dead), torch.randn(n_dead, d), torch.randn(n_dead, d), torch.randn(n_dead))
     now = Now(*(value.float() for value in Now.at(3, 1e-3, 1.0)))

@@ -21,7 +21,7 @@ from sae.bench.report import Race, Report
 from sae.bench.rivals import RIVALS
 from sae.bench.shapes import LEARNING_RATE, Shape, parse_kinds, parse_shapes
 from sae.bench.stages import stages
-from sae.bench.timing import interleaved
+from sae.bench.timing import SETTLING_STEPS, interleaved
 from sae.errors import UsageError
 from sae.kernels import require_device
 from sae.plugins import LOADED
@@ -139,7 +139,10 @@ def _steps(plan: Plan, done: Report) -> None:
                 taking_part = contenders(
                     shape, kind, LEARNING_RATE, plan.device, plan.rivals, plan.medium_too, done.left_out
                 )
-            timings = interleaved(taking_part, plan.rounds, plan.steps, synchroniser(plan.device))
+            settling = SETTLING_STEPS.get(torch.device(plan.device).type, 1)
+            timings = interleaved(
+                taking_part, plan.rounds, plan.steps, synchroniser(plan.device), settling_steps=settling
+            )
             done.races.append(Race(shape, kind, timings))
             report.print_race(done.races[-1])
 

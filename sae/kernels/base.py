@@ -313,13 +313,16 @@ class Kernels(Protocol):
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Plan:
         """The codes and their gradients in the order of latents: which samples fired each."""
 
+    def by_latent(self, latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
+        """The sum of each latent's values, a value a slot; the same bits each time."""
+
     def relu(self, x: Tensor, state: State) -> DenseCodes:
         """max(0, pre), as a matrix."""
 
     def relu_backward(self, gradient: Tensor, codes: DenseCodes, state: State, cost: Scalar) -> tuple[Tensor, Tensor]:
         """(gradient + cost |W_dec_j|) where codes fire, else 0; and its sum over samples. `gradient` may be reused."""
 
-    def dense_step(self, x: Tensor, state: State, cost: Scalar) -> DenseStep | None:
+    def dense_step(self, x: Tensor, state: State, target: Tensor, cost: Scalar) -> DenseStep | None:
         """`relu`, `relu_backward` and the five products of a dense step at once; None where they are better done one
         by one."""
 

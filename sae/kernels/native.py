@@ -101,6 +101,9 @@ class Native(Selection):
         fired = self._call("invert", *given, offsets, rows, decoder_rows, values, gradients)
         return Plan(offsets, rows, decoder_rows, values, gradients, torch.tensor(fired))
 
+    def by_latent(self, latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
+        return values.new_zeros(d_sae).index_add_(0, latents, values)
+
     def relu(self, x: Tensor, state: State) -> DenseCodes:
         batch, d_sae = len(x), len(state.b_enc)
         z = torch.mm(x, state.encoder.T, out=self._buffer("scores_fp32", (batch, d_sae)))
@@ -117,7 +120,9 @@ class Native(Selection):
         self._call("relu_backward_", gradient, codes.values, norms, float(cost), batch, d_sae, blocks, bias_gradient)
         return gradient, bias_gradient
 
-    def dense_step(self, x: Tensor, state: State, cost: Scalar) -> DenseStep | None:
+    def dense_step(self, x: Tensor, state: State, target: Tensor, cost: Scalar) -> DenseStep | None:
+        if target is not x:
+            return None
         if self._tiles:
             return self._dense_step_of_tiles(x, state, float(cost))
         if self.precision == "bf16" or not is_small(state.encoder):

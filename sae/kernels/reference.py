@@ -90,6 +90,9 @@ class Reference:
         by_level.index_put_((rows, codes.latents.long()), codes.values, accumulate=True)
         return Plan(by_level, dense(codes._replace(values=code_gradients), d_sae), (z > 0).sum(dim=0))
 
+    def by_latent(self, latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
+        return values.new_zeros(d_sae).index_add_(0, latents, values)
+
     def relu(self, x: Tensor, state: State) -> DenseCodes:
         z = self.scores(x, state).pre_latents().relu()
         return DenseCodes(z, (z > 0).sum(dim=0), z @ _norms(state))
@@ -98,7 +101,7 @@ class Reference:
         masked = (gradient + cost * _norms(state)) * (codes.values > 0)
         return masked, masked.sum(dim=0)
 
-    def dense_step(self, x: Tensor, state: State, cost: Scalar) -> DenseStep | None:
+    def dense_step(self, x: Tensor, state: State, target: Tensor, cost: Scalar) -> DenseStep | None:
         return None
 
     def aux_k(

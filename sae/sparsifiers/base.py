@@ -33,6 +33,10 @@ class Decode(NamedTuple):
     def __call__(self, codes: Codes, cost: Scalar) -> Decoded:
         return self.kernels.decode(codes, self.state, self.target, cost)
 
+    def by_latent(self, latents: Int[Tensor, " slots"], values: Float[Tensor, " slots"]) -> Float[Tensor, " d_sae"]:
+        """The sum of each latent's values."""
+        return self.kernels.by_latent(latents, values, len(self.state.b_enc))
+
     @property
     def norms(self) -> Float[Tensor, " d_sae"] | None:
         """|W_dec_j|, as penalties charge it; None: 1."""

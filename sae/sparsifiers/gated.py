@@ -70,9 +70,9 @@ class Gated(Penalised):
         decoded = decode(codes, 0.0)
         own = decoded.code_gradients * (codes.values > 0)
         through = own * self._gains(codes)
-        self.c_mag.grad = self._per_latent(codes, own)
-        self.r_mag.grad = self._per_latent(codes, through * gate)
-        pull = None if decode.norms is None else cost * self._per_latent(codes, gate)
+        self.c_mag.grad = decode.by_latent(codes.latents, own)
+        self.r_mag.grad = decode.by_latent(codes.latents, through * gate)
+        pull = None if decode.norms is None else cost * decode.by_latent(codes.latents, gate)
         return Flow(decoded, gradients.add_(through), error + decoded.losses.mean(), penalty, pull=pull)
 
     def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
@@ -101,6 +101,3 @@ class Gated(Penalised):
     def _gains(self, codes: Codes) -> Float[Tensor, " slots"]:
         """exp(r) of each slot's latent."""
         return self.r_mag.detach().exp()[codes.latents]
-
-    def _per_latent(self, codes: Codes, values: Float[Tensor, " slots"]) -> Float[Tensor, " d_sae"]:
-        return torch.zeros_like(self.r_mag.detach()).index_add_(0, codes.latents, values)

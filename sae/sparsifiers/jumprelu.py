@@ -148,13 +148,13 @@ class JumpReLU(Sparsifier):
             penalty, steepness = charged * tanh.sum(), self.tanh_scale * charged * (1 - tanh.square())
             through = through + steepness * norms
             if decode.norms is not None:
-                pull = torch.zeros_like(decode.norms).index_add_(0, latents, steepness * codes.values)
+                pull = decode.by_latent(latents, steepness * codes.values)
         threshold = self.threshold.detach()
         own = threshold.index_select(0, latents)
         margin = codes.pre_latents - own
         near = (margin < self.bandwidth / 2) & (margin > -torch.inf)  # all but empty slots lie above the other end
         jumps = own.mul_(through).add_(price).where(near, 0)
-        self.threshold.grad = torch.zeros_like(threshold).index_add_(0, latents, jumps).div_(-self.bandwidth)
+        self.threshold.grad = decode.by_latent(latents, jumps).div_(-self.bandwidth)
         return Flow(decoded, through.where(fires, 0), decoded.losses.mean(), penalty, pull=pull)
 
     def forward(self, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:

@@ -102,7 +102,7 @@ class PAnnealing(Penalised):
         slopes = power.div_(raised).mul_(weight * self.exponents[0]).masked_fill_(z <= 0, 0)
         pull = None
         if norms is not None:
-            pull = torch.zeros_like(norms).index_add_(0, codes.latents, slopes * z)
+            pull = decode.by_latent(codes.latents, slopes * z)
             slopes *= norms[codes.latents]
         return Flow(decoded, slopes.add_(decoded.code_gradients), decoded.losses.mean(), weight * penalty, pull=pull)
 

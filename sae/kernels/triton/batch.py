@@ -2,8 +2,8 @@
 
 The n tiles with the largest maxima hold the n largest entries, as of these each lies in a tile whose maximum it does
 not exceed; only those tiles are read again. The n-th largest of a list of keys is found by counting keys by their
-highest 11 bits, then by the next 10, then by the last 10. Counts are integers, so that their order does not matter. Of
-those that tie at the cut the first are taken: exactly n are.
+highest 8 bits, then by the next 8, the next 8 and the last 7, as a histogram costs what its bins do. Counts are
+integers, so that their order does not matter. Of those that tie at the cut the first are taken: exactly n are.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from sae.kernels.triton.launch import power, warps
 from sae.kernels.triton.top_k import TILES, keys_of, tile_maxima
 
 # Bits of a key that are told apart in each pass, from the highest; the sign is always 0.
-PASSES = (11, 10, 10)
-# Entries that a program reads at a time, and how often.
+PASSES = (8, 8, 8, 7)
+# Entries that a program reads at a time, and how often at most; there should be so many programs.
 BLOCK = 2048
-BLOCKS = 8
+MOST_BLOCKS = 8
+MIN_PROGRAMS = 1024
 TILE = min(TILES)
 # Where products are rounded, so many times n candidates are scored again. Of a normal distribution's tail these reach
 # 2 % below the cut, which is several times what bf16 can be off by.
@@ -270,14 +271,15 @@ def largest(
 def nth_largest(keys: Int[Tensor, " entries"], n: int, buffer: Buffers, name: str) -> Int[Tensor, "2"]:
     """The n-th largest key (0 where there are fewer), and how many of those that equal it belong to the n largest."""
     search = buffer(f"search_{name}", (2,), torch.int32)
-    search[0] = 0
-    search[1] = n
+    search[:1].zero_()
+    search[1:].fill_(n)  # not search[1] = n, which copies a number of the host and waits for it
     counts = buffer("counts", (2 ** max(PASSES),), torch.int32).zero_()
     block = min(BLOCK, power(len(keys)))
-    grid, shift = (triton.cdiv(len(keys), block * BLOCKS),), 31
+    blocks = min(power(triton.cdiv(len(keys), block * MIN_PROGRAMS)), MOST_BLOCKS)
+    grid, shift = (triton.cdiv(len(keys), block * blocks),), 31
     for bits in PASSES:
         shift -= bits
-        constants = {"SHIFT": shift, "BINS": 2**bits, "BLOCK": block, "BLOCKS": BLOCKS, "num_warps": 8}
+        constants = {"SHIFT": shift, "BINS": 2**bits, "BLOCK": block, "BLOCKS": blocks, "num_warps": 8}
         _histogram[grid](keys, search, counts, len(keys), **constants)
         _descend[(1,)](search, counts, BINS=2**bits, num_warps=4)
     return search

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels.triton.batch import counted, next_digits
-from sae.kernels.triton.launch import power, warps
+from sae.kernels.triton.launch import power
 from sae.kernels.triton.top_k import keys_of
 
 # Entries that a program reads at a time; a wider row is read again in each pass, from the cache.
@@ -40,9 +40,10 @@ def _narrowed(scores, bias, row, n_columns, prefix, n, SHIFT: tl.constexpr, BINS
 @no_type_check
 def _keep_largest(scores, bias, n_columns, k, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    cut, n = _narrowed(scores, bias, row, n_columns, 0, k, 20, 2048, COLUMNS)
-    cut, n = _narrowed(scores, bias, row, n_columns, cut, n, 10, 1024, COLUMNS)
-    cut, n = _narrowed(scores, bias, row, n_columns, cut, n, 0, 1024, COLUMNS)
+    cut, n = _narrowed(scores, bias, row, n_columns, 0, k, 23, 256, COLUMNS)
+    cut, n = _narrowed(scores, bias, row, n_columns, cut, n, 15, 256, COLUMNS)
+    cut, n = _narrowed(scores, bias, row, n_columns, cut, n, 7, 256, COLUMNS)
+    cut, n = _narrowed(scores, bias, row, n_columns, cut, n, 0, 128, COLUMNS)
     for start in range(0, n_columns, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         there = columns < n_columns
@@ -56,7 +57,7 @@ def keep_largest_(scores: Float[Tensor, "batch n"], bias: Float[Tensor, " n"], k
     """max(0, scores + bias) where it is among the k largest of its row, or ties with the least of them; else 0."""
     batch, n_columns = scores.shape
     columns = min(power(n_columns), BLOCK)
-    _keep_largest[(batch,)](scores, bias, n_columns, k, COLUMNS=columns, num_warps=warps(max(columns, 512)))
+    _keep_largest[(batch,)](scores, bias, n_columns, k, COLUMNS=columns, num_warps=max(columns // 256, 2))
 
 
 def aux_k(

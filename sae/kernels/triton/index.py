@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.kernels.base import Buffers, Codes
@@ -19,6 +19,10 @@ CHUNK = 128
 MAX_CHUNKS = 8192
 # Numbers of rows that a program loads at a time.
 AT_ONCE = 4096
+# Rows at most: twice as many of 128 numbers do not fit in registers.
+MOST_ROWS = 16
+# Values of a latent that are read at a time.
+BY_LATENT = 128
 
 
 class Plan(NamedTuple):
@@ -53,16 +57,43 @@ class Chunks(NamedTuple):
 
 def invert(codes: Codes, code_gradients: Float[Tensor, " slots"], d_sae: int) -> Plan:
     """A slot is empty where it neither fires nor has a gradient."""
-    empty = (codes.values == 0) & (code_gradients == 0)
-    owners, order = torch.sort(codes.latents.to(torch.int32).masked_fill(empty, d_sae), stable=True)
-    latents = torch.arange(d_sae + 1, dtype=torch.int32, device=owners.device)
-    offsets = torch.searchsorted(owners, latents, out_int32=True)
+    owners, order, offsets = _sorted(codes.latents, (codes.values == 0) & (code_gradients == 0), d_sae)
     rows = _rows_of_slots(codes)
     decoder_rows = rows if codes.levels is None else codes.levels * (len(codes.offsets) - 1) + rows
     values = codes.values[order]
     fired = F.pad((values > 0).cumsum(0, dtype=torch.int32), (1, 0))
     firing = fired.index_select(0, offsets).diff().long()
     return Plan(offsets, owners, rows[order], decoder_rows[order], values, code_gradients[order], firing)
+
+
+def _sorted(
+    latents: Int[Tensor, " slots"], empty: Bool[Tensor, " slots"], d_sae: int
+) -> tuple[Int[Tensor, " slots"], Int[Tensor, " slots"], Int[Tensor, " d_sae_plus_1"]]:
+    """Latents in their order, the slots in it, and where each latent's begin; empty slots come last."""
+    owners, order = torch.sort(latents.to(torch.int32).masked_fill(empty, d_sae), stable=True)
+    numbers = torch.arange(d_sae + 1, dtype=torch.int32, device=owners.device)
+    return owners, order, torch.searchsorted(owners, numbers, out_int32=True)
+
+
+def by_latent(latents: Int[Tensor, " slots"], values: Float[Tensor, " slots"], d_sae: int) -> Float[Tensor, " d_sae"]:
+    """The sum of each latent's values, in the order of slots."""
+    _, order, offsets = _sorted(latents, values == 0, d_sae)
+    out = values.new_empty(d_sae)
+    _sum_by_latent[(d_sae,)](offsets, order, values, out, BLOCK=BY_LATENT, num_warps=warps(BY_LATENT))
+    return out
+
+
+@triton.jit
+@no_type_check
+def _sum_by_latent(offsets, order, values, out, BLOCK: tl.constexpr):
+    j = tl.program_id(0)
+    begin, end = tl.load(offsets + j), tl.load(offsets + j + 1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(begin, end, BLOCK):
+        slots = first + tl.arange(0, BLOCK)
+        place = tl.load(order + slots, mask=slots < end, other=0)
+        total += tl.load(values + place, mask=slots < end, other=0.0)
+    tl.store(out + j, tl.sum(total, axis=0))
 
 
 def _rows_of_slots(codes: Codes) -> Int[Tensor, " slots"]:
@@ -153,7 +184,7 @@ def _sum_chunks(
 
 def at_once(d_in: int, d_out: int) -> int:
     """Entries whose rows a program loads together."""
-    return max(min(AT_ONCE // power(max(d_in, d_out)), 32), 1)
+    return max(min(AT_ONCE // power(max(d_in, d_out)), MOST_ROWS), 1)
 
 
 def sum_chunks(

@@ -120,6 +120,9 @@ class Triton(Plain):
         decode.decode(codes, state.W_dec, state.charged_norms, target.contiguous(), self._scalar(cost), weights, out)
         return out
 
+    def by_latent(self, latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
+        return index.by_latent(latents, values, d_sae)
+
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
         return index.invert(codes, code_gradients, d_sae)
 
@@ -160,12 +163,12 @@ class Triton(Plain):
         sums = z.sum(dim=1) if norms is None else z @ norms
         return DenseCodes(z, (z > 0).sum(dim=0), sums)
 
-    def dense_step(self, x: Tensor, state: State, cost: Scalar) -> DenseStep | None:
+    def dense_step(self, x: Tensor, state: State, target: Tensor, cost: Scalar) -> DenseStep | None:
         """In bf16, which products outside of the kernels are not computed in."""
         if self.precision != "bf16":
             return None
         z, product = self.relu(x, state), self._product
-        residual = product(z.values, state.W_dec).sub_(x)
+        residual = product(z.values, state.W_dec).sub_(target)
         gradient = residual * (2 / len(x))
         through, g_bias = self.relu_backward(product(gradient, state.W_dec.T), z, state, cost)
         g_decoder = product(z.values.T, gradient)
