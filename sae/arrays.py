@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import warnings
 import zipfile
 from bisect import bisect_right
@@ -18,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.errors import UsageError
+
+logger = logging.getLogger("sae")
 
 # safetensors' names of the floating types. NumPy has no bfloat16: its bits are mapped as int16 and viewed.
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -90,10 +93,11 @@ class Rows:
         bad = (~rows.float().isfinite().all(dim=1)).nonzero().squeeze(1).tolist()
         if bad:
             part = bisect_right(self.starts, start + bad[0]) - 1
+            row = rows[bad[0]]
+            what = "a number that float32 cannot hold" if bool(row.isfinite().all()) else "NaN or infinity"
             more = f" (and {len(bad) - 1} more near it)" if len(bad) > 1 else ""
             raise UsageError(
-                f"{self.names[part]} row {start + bad[0] - self.starts[part]} holds NaN or infinity{more}; "
-                "remove such rows before training"
+                f"{self.names[part]} row {start + bad[0] - self.starts[part]} holds {what}{more}; remove such rows"
             )
 
 
@@ -166,9 +170,7 @@ def as_tensor(array: np.ndarray, name: str) -> Tensor:
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(array)
     except (TypeError, ValueError):
-        raise UsageError(
-            f"{name} holds {array.dtype}; activations must be floating point, convert them to float32"
-        ) from None
+        raise UsageError(f"{name} holds {array.dtype}; it must be floating point, convert it to float32") from None
 
 
 def open_rows(pattern: str | Path, key: str | None = None) -> Rows:
@@ -189,12 +191,22 @@ def open_rows(pattern: str | Path, key: str | None = None) -> Rows:
     return Rows([_open(file, key) for file in files], [str(file) for file in files])
 
 
+def open_truth(pattern: str | Path) -> Float[Tensor, "n_features d"]:
+    """Directions of true features from a file. One without a direction is told, and stays: it counts as missed."""
+    rows = open_rows(pattern)
+    truth = rows.read(0, len(rows)).float()
+    n_zero = int((truth == 0).all(dim=1).sum())
+    if n_zero:
+        logger.warning("%s: %d of %d true features are 0 everywhere and count as missed", pattern, n_zero, len(truth))
+    return truth
+
+
 def _open(path: Path, key: str | None) -> Tensor:
     openers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
     if path.suffix not in openers:
         raise UsageError(f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; known: {', '.join(openers)}")
     if path.stat().st_size == 0:
-        raise UsageError(f"{path} is empty (0 bytes); write the activations again")
+        raise UsageError(f"{path} is empty (0 bytes); write it again")
     try:
         return openers[path.suffix](path, key)
     except UsageError:
@@ -202,6 +214,9 @@ def _open(path: Path, key: str | None) -> Tensor:
     except PermissionError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        if "Python objects" in str(error) or "Object arrays" in str(error):
+            rule = "they are not loaded, as that could run code"
+            raise UsageError(f"{path} holds Python objects; {rule}: save an array of float32") from error
         raise UsageError(f"{path} is truncated or damaged ({' '.join(str(error).split())}); write it again") from error
 
 
@@ -242,7 +257,7 @@ def _open_safetensors(path: Path, key: str | None) -> Tensor:
     header.pop("__metadata__", None)
     entry = header[_only_key(path, key, list(header))]
     if entry["dtype"] not in SAFETENSORS_TYPES:
-        raise UsageError(f"{path} holds {entry['dtype']}; activations must be one of {', '.join(SAFETENSORS_TYPES)}")
+        raise UsageError(f"{path} holds {entry['dtype']}; it must be one of {', '.join(SAFETENSORS_TYPES)}")
     begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
     if end > path.stat().st_size:
         raise ValueError(f"the tensor ends at byte {end}, the file at {path.stat().st_size}")
@@ -262,12 +277,12 @@ def _only_key(path: Path, key: str | None, keys: list[str]) -> str:
 
 def _check_part(part: Tensor, name: str, first: Tensor, first_name: str) -> None:
     if part.ndim != 2:
-        remedy = "flatten the leading axes" if part.ndim > 2 else "each row must be an activation vector"
+        remedy = "flatten the leading axes" if part.ndim > 2 else "each row must be a vector"
         raise UsageError(f"{name} must have shape [rows, d_in], got {list(part.shape)}; {remedy}")
     if 0 in part.shape:
         raise UsageError(f"{name} has no values: its shape is {list(part.shape)}")
     if not part.is_floating_point():
-        raise UsageError(f"{name} holds {part.dtype}; activations must be floating point, convert them to float32")
+        raise UsageError(f"{name} holds {part.dtype}; it must be floating point, convert it to float32")
     if part.shape[1] != first.shape[1] or part.dtype != first.dtype:
         raise UsageError(
             f"{name} holds {list(part.shape)} of {part.dtype}, but {first_name} holds {list(first.shape)} of "

@@ -278,6 +278,8 @@ def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Bench:
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}")
     overrides, rest = _split_overrides(words) if words[0] in ("train", "sweep") else ([], words)
+    if any(not word or (word.startswith("--") and word.endswith("=")) for word in rest):
+        raise UsageError(f"a word of `sae {' '.join(words)}` is empty; is a shell variable unset?")
     said = StringIO()
     try:
         with redirect_stderr(said):
@@ -294,10 +296,23 @@ def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Bench:
             raise
         raise UsageError(_one_line(said.getvalue(), words)) from None
     if isinstance(command, Train | Sweep):
+        _require_known(command, unknown)
         command.overrides = (*overrides, *unknown)
     elif unknown:
         raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
     return command
+
+
+def _require_known(command: Train | Sweep, unknown: Sequence[str]) -> None:
+    """A flag without a dot is one of the command, or a whole section of the file."""
+    from sae.config import TrainConfig  # noqa: PLC0415
+
+    sections = [*TrainConfig.model_fields, *(["sweep"] if isinstance(command, Sweep) else [])]
+    known = [f"--{name}" for name in (*sections, "plugin", "resume", "overwrite")]
+    for word in unknown:
+        name = word.partition("=")[0]
+        if name.startswith("--") and "." not in name and name not in known:
+            raise UsageError(f"unknown flag {name!r}{nearest(name, known)}; a field is set as in --sae.k 3")
 
 
 def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

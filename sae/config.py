@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from sae.config_text import explain, flags, read_yaml
 from sae.errors import UsageError
 from toymodels.errors import nearest
 
@@ -40,6 +41,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_number_is_no_truth_value(cls, value: object, info: Any) -> object:
+        """pydantic would take true for 1."""
+        wanted = cls.model_fields[info.field_name].annotation
+        types = {wanted, *get_args(wanted)}
+        if isinstance(value, bool) and bool not in types and types & {int, float}:
+            raise ValueError(f"must be a number, got {str(value).lower()}")
+        return value
 
 
 class Family(Section):
@@ -309,20 +320,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         UsageError: the file cannot be read, or a key or value breaks a rule (all are named).
     """
-    return parse_config(read_yaml(path), overrides, where=str(path))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}; give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(mapping, dict):
-        raise UsageError(f"{path} must hold a mapping of sections (sae:, train:, ...), got {type(mapping).__name__}")
-    return mapping
+    mapping = read_yaml(path)
+    if "sweep" in mapping:
+        raise UsageError(f"{path} says with its section sweep that many are to be trained; use `sae sweep {path}`")
+    return parse_config(mapping, overrides, where=str(path))
 
 
 def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> TrainConfig:
@@ -353,44 +354,3 @@ def override(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
                 result[section] = {k: v for k, v in result[section].items() if k in known}
         result[section][key] = value
     return result
-
-
-def flags(words: Sequence[str]) -> dict[str, Any]:
-    """Dotted names and their values from the words `--name value` and `--name=value`."""
-    values: dict[str, Any] = {}
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise UsageError(f"expected a flag such as --sae.k 3, got {word!r}")
-        name, equals, text = word[2:].partition("=")
-        if not equals:
-            if not queue or queue[0].startswith("--"):
-                raise UsageError(f"--{name} needs a value, as in --{name} VALUE")
-            text = queue.pop(0)
-        try:
-            values[name.replace("-", "_")] = text if text.startswith("*") else yaml.safe_load(text)  # a glob, no alias
-        except yaml.YAMLError as error:
-            raise UsageError(f"--{name} {text}: the value is not valid YAML") from error
-    return values
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Every fault of a validation in one line, each with its key, its rule and what was given."""
-    return "; ".join(_explain_one(dict(item), model) for item in error.errors(include_url=False))
-
-
-def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
-    *parents, name = [str(part) for part in item["loc"]] or [""]
-    path = ".".join([*parents, name])
-    if item["type"] == "extra_forbidden":
-        section = model.model_fields[parents[0]].annotation if parents else model
-        fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
-        return f"unknown key {path!r}{nearest(name, [field.alias or own for own, field in fields.items()])}"
-    if item["type"] == "missing":
-        return f"{path} is required"
-    if item["type"] == "model_type":
-        return f"{path}: must be a section with fields of its own, got {item['input']!r}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    given = "" if item["type"] == "value_error" else f", got {item['input']!r}"
-    return f"{path}: {message}{given}" if path else f"{message}{given}"

@@ -16,6 +16,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 LIVE = {"fvu": "metrics/fvu", "L0": "metrics/l0", "dead": "sparsity/dead_features", "MCC": "recovery/mcc"}
 
+# What is smaller is what sums of floats leave of a 0.
+ROUNDING = 1e-12
 BESIDE = ("_chance", "_chance_sd", "_truth")
 HEADLINES = (
     "metrics/fvu",
@@ -137,8 +139,13 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     rows = [
         [
             name,
-            *(f"{metrics[key]:.4g}" if key in metrics else "" for key in (name, f"{name}_chance", f"{name}_truth")),
+            *(_short(metrics[key]) if key in metrics else "" for key in (name, f"{name}_chance", f"{name}_truth")),
         ]
         for name in names
     ]
     print_table("held-out activations", ["metric", "measured", "chance", "true dictionary"], rows)
+
+
+def _short(value: float) -> str:
+    """Four digits; what rounding left of a 0 is 0."""
+    return f"{0.0 if abs(value) < ROUNDING else value:.4g}"

@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 
 from sae import checkpoint
 from sae.checkpoint import CHECKPOINTS
-from sae.config import TrainConfig, parse_config, read_yaml
+from sae.config import TrainConfig, parse_config
+from sae.config_text import read_yaml
 from sae.errors import UsageError
 from sae.log import LINES
 from sae.model import MANIFEST, WEIGHTS

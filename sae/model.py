@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sae.codes import SparseCodes
-from sae.config import SAEConfig, explain
+from sae.config import SAEConfig
+from sae.config_text import explain
 from sae.errors import UsageError
 from sae.kernels import for_inference
 from toymodels.files import save_tensors, sha256, write_text

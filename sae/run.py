@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sae import checkpoint, losses
 from sae.checkpoint import CHECKPOINTS
-from sae.config import TrainConfig, parse_config, read_yaml
+from sae.config import TrainConfig, parse_config
+from sae.config_text import read_yaml
 from sae.diagnosis import diagnose_source, require_truth
 from sae.diagnosis.files import save_diagnosis
 from sae.directory import (
@@ -136,9 +137,11 @@ def conclude(run: Run, report: bool) -> Result:
     fvu = evaluation.metrics["metrics/fvu"]
     if fvu > 1:
         logger.warning(
-            "FVU is %.3g on held-out activations: their mean alone would reconstruct better; lower train.lr=%g",
+            "FVU is %.3g on held-out activations: their mean alone would reconstruct better; lower train.lr=%g, or "
+            "take more than %d steps",
             fvu,
             config.lr,
+            n_steps,
         )
     save_result(config.out, sae, evaluation)
     if n_steps <= config.checkpoint.every_steps:  # what was saved for a stop in the meantime

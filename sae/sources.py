@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sae.arrays import Pairs, Rows, open_rows, table
+from sae.arrays import Pairs, Rows, open_rows, open_truth, table
 from sae.config import SourceConfig
 from sae.errors import UsageError
 from sae.held_out import HeldOut, HeldOutStream, Purpose, WorldStream
@@ -104,7 +104,10 @@ class ArraySource(Source):
         if len(rows) < MIN_ROWS:
             raise UsageError(f"{rows.name} has {len(rows)} rows; at least {MIN_ROWS} are needed to hold some out")
         if truth is not None and truth.shape[1] != rows.d_in:
-            raise UsageError(f"true features have d_in={truth.shape[1]}, activations have d_in={rows.d_in}")
+            raise UsageError(
+                f"true features have d_in={truth.shape[1]}, {rows.name} has d_in={rows.d_in}; give directions "
+                "[n_features, d_in] of the space that the activations are in"
+            )
         self.rows, self.d_in, self.truth = rows, rows.d_in, truth
         self.exact = len(rows) * rows.row_bytes <= EXACT_SHUFFLE_BYTES
         self.block_rows = 1 if self.exact else max(1, BLOCK_BYTES // rows.row_bytes)
@@ -182,7 +185,10 @@ class PairSource(Source):
     ) -> None:
         self.rows, self.d_in, self.d_out, self.truth = rows, d_in, rows.d_in - d_in, truth
         if truth is not None and truth.shape[1] != self.d_out:
-            raise UsageError(f"true features have d_in={truth.shape[1]}, targets have d_out={self.d_out}")
+            raise UsageError(
+                f"true features have d_in={truth.shape[1]}, targets have d_out={self.d_out}; give directions "
+                "[n_features, d_out] of the space that the targets are in"
+            )
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         return map(self._apart, self.rows.batches(batch_size, seed, start))
@@ -387,10 +393,7 @@ class ArraySourceConfig(SourceConfig):
         return self
 
     def open(self) -> ArraySource | PairSource:
-        truth = None
-        if self.truth is not None:
-            rows = open_rows(self.truth)
-            truth = rows.read(0, len(rows)).float()
+        truth = None if self.truth is None else open_truth(self.truth)
         x = open_rows(self.path, self.key)
         if self.target is None:
             return ArraySource(x, truth)

@@ -52,6 +52,7 @@ LAYERS = {
     "sae": [
         "errors",
         "codes",
+        "config_text",
         "config",
         "plugins",
         "losses",

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae import UsageError
-from sae.arrays import Rows, open_rows
+from sae.arrays import Rows, open_rows, open_truth
 
 X = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
 
@@ -71,15 +71,26 @@ def bad_rows():
         (X[None], r"must have shape \[rows, d_in\], got \[1, 50, 6\]"),
         (X[:, 0], r"must have shape"),
         (X[:0], r"has no values"),
-        (X.astype(np.int64), r"holds torch.int64; activations must be floating point"),
-        (X.astype(str), r"activations must be floating point"),
-        (np.array([[None, "a"]]), r"x.npy is truncated or damaged"),
+        (X.astype(np.int64), r"holds torch.int64; it must be floating point"),
+        (X.astype(str), r"it must be floating point"),
+        (np.array([[None, "a"]]), r"x.npy holds Python objects; they are not loaded, as that could run code: save"),
+        (np.full((50, 6), 1e300), r"x.npy row 0 holds a number that float32 cannot hold \(and 49 more"),
     ],
 )
 def test_arrays_that_are_no_activations(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array, allow_pickle=True)
     with pytest.raises(UsageError, match=message):
-        open_rows(tmp_path / "x.npy")
+        open_rows(tmp_path / "x.npy").check_all()
+
+
+def test_features_without_a_direction_are_told(tmp_path, caplog):
+    np.save(tmp_path / "truth.npy", np.array([[1.0, 0.0], [0.0, 0.0], [0.0, -2.0]]))
+    assert torch.equal(open_truth(tmp_path / "truth.npy"), torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, -2.0]]))
+    (said,) = caplog.messages
+    assert said.endswith("truth.npy: 1 of 3 true features are 0 everywhere and count as missed")
+    np.save(tmp_path / "truth.npy", np.eye(3))
+    open_truth(tmp_path / "truth.npy")
+    assert len(caplog.messages) == 1
 
 
 def test_nan_and_infinity_are_named_by_file_and_row(tmp_path):

@@ -1,7 +1,8 @@
 import pytest
 
 from sae import Sparsifier, UsageError, load_config
-from sae.config import SAEConfig, SourceConfig, TrainConfig, flags, parse_config
+from sae.config import SAEConfig, SourceConfig, TrainConfig, parse_config
+from sae.config_text import flags
 
 SMALLEST = {"source": {"kind": "array", "path": "acts.npy"}, "sae": {"kind": "topk", "d_sae": 256, "k": 3}}
 
@@ -75,6 +76,39 @@ def test_files_that_are_no_configuration(tmp_path, text):
         load_config(path)
     with pytest.raises(UsageError, match="cannot read"):
         load_config(tmp_path / "absent.yaml")
+
+
+def test_a_key_that_is_given_twice_is_named_with_its_place(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("sae: {kind: topk, d_sae: 8, k: 2}\ntrain:\n  lr: 1.0e-3\n  lr: 3.0e-3\n")
+    with pytest.raises(UsageError, match=r"bad\.yaml is not valid YAML: 'lr' is given twice .*line 4"):
+        load_config(path)
+    with pytest.raises(UsageError, match="the value is not valid YAML"):
+        flags(["--sae", "{k: 2, k: 3}"])
+    path.write_text("base: &base {d_sae: 8, k: 2}\nsae: {<<: *base, kind: topk, k: 3}\n")
+    with pytest.raises(UsageError, match="unknown key 'base'"):  # what a merge brings may be set again
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sae.k", "true"], r"sae\.k: must be a number, got true"),
+        (["--train.lr", "no"], r"train\.lr: must be a number, got false"),
+        (["--log.every", "on"], r"log\.every: must be a number, got true"),
+    ],
+)
+def test_a_truth_value_is_no_number(words, message):
+    with pytest.raises(UsageError, match=message):
+        parse_config(SMALLEST, words)
+    assert parse_config(SMALLEST, ["--sae.unit_norm_decoder", "false"]).sae.unit_norm_decoder is False
+
+
+def test_a_sweep_is_not_trained_as_one_run(tmp_path):
+    path = tmp_path / "many.yaml"
+    path.write_text("sae: {kind: topk, d_sae: 8, k: 2}\nsweep: {grid: {sae.k: [1, 2]}}\n")
+    with pytest.raises(UsageError, match=r"use `sae sweep .*many\.yaml`"):
+        load_config(path)
 
 
 def test_configurations_cannot_be_changed():

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from sae.config import read_yaml
+from sae.config_text import read_yaml
 from sae.errors import UsageError
 from sae.metrics.dictionary_recovery import match_dictionary
 from sae.metrics.ground_truth import frequency_deciles

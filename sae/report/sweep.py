@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from sae.config import read_yaml
+from sae.config_text import read_yaml
 from sae.errors import UsageError
 from sae.report import keys, pareto
 from sae.report.data import CONFIG, LINES, RESULT, SEEDS, SWEEP, TABLES
