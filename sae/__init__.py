@@ -14,7 +14,7 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
-from sae import metrics
+from sae import formats, metrics
 from sae.codes import SparseCodes
 from sae.config import SAEConfig, SourceConfig, TrainConfig, load_config
 from sae.errors import UsageError
@@ -38,6 +38,7 @@ __all__ = [
     "UsageError",
     "WorldSourceConfig",
     "evaluate_run",
+    "formats",
     "load",
     "load_config",
     "load_plugin",

@@ -214,10 +214,16 @@ def _open(path: Path, key: str | None) -> Tensor:
     except PermissionError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        if "Python objects" in str(error) or "Object arrays" in str(error):
-            rule = "they are not loaded, as that could run code"
-            raise UsageError(f"{path} holds Python objects; {rule}: save an array of float32") from error
-        raise UsageError(f"{path} is truncated or damaged ({' '.join(str(error).split())}); write it again") from error
+        reason = " ".join(str(error).split())
+        if "Python objects" in reason or "Object arrays" in reason:
+            raise _objects(str(path)) from error
+        if "pickled" in reason:  # NumPy's advice would run whatever is in it
+            reason = f"it does not begin as {path.suffix} files do"
+        raise UsageError(f"{path} is truncated or damaged ({reason}); write it again") from error
+
+
+def _objects(name: str) -> UsageError:
+    return UsageError(f"{name} holds Python objects; they are not loaded, as that could run code: save float32")
 
 
 def _open_npy(path: Path, key: str | None) -> Tensor:

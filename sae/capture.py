@@ -117,7 +117,10 @@ class Recorder:
             self.recordings[key] = self._record(inputs)
         except RuntimeError as error:
             self.fails = True
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the end of a recording fails as well, for no reason of its own
+                cause = cause.__context__
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             logger.warning("a step could not be recorded as a CUDA graph (%s): steps go on without, slower", reason)
         while len(self.recordings) > KEPT:
             self.recordings.popitem(last=False)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -46,11 +47,35 @@ class Section(BaseModel):
     @classmethod
     def _a_number_is_no_truth_value(cls, value: object, info: Any) -> object:
         """pydantic would take true for 1."""
-        wanted = cls.model_fields[info.field_name].annotation
-        types = {wanted, *get_args(wanted)}
-        if isinstance(value, bool) and bool not in types and types & {int, float}:
-            raise ValueError(f"must be a number, got {str(value).lower()}")
+        wrong = _truth_for_a_number(value, cls.model_fields[info.field_name].annotation)
+        if wrong is not None:
+            raise ValueError(f"must be a number, got {str(wrong).lower()}")
         return value
+
+
+def _truth_for_a_number(value: object, annotation: Any) -> bool | None:
+    """true or false where a number is wanted and they are not; also inside a list."""
+    kinds = list(_alternatives(annotation))
+    if isinstance(value, bool):
+        numbers = any(kind in (int, float) for kind in kinds)
+        truths = any(kind in (bool, Any, object) or get_origin(kind) is Literal for kind in kinds)
+        return value if numbers and not truths else None
+    if isinstance(value, list | tuple):
+        inner = [part for kind in kinds if get_origin(kind) in (list, tuple) for part in get_args(kind)]
+        found = (_truth_for_a_number(item, part) for item in value for part in inner)
+        return next((wrong for wrong in found if wrong is not None), None)
+    return None
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """What a value may be: the members of a union, without what is said about them."""
+    if get_origin(annotation) is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _alternatives(part)
+    else:
+        yield annotation
 
 
 class Family(Section):

@@ -11,24 +11,13 @@ from pydantic import BaseModel, ValidationError
 
 from sae.errors import UsageError
 from toymodels.errors import nearest
-
-
-class Loader(yaml.SafeLoader):
-    """Plain data only; a key that is given twice is an error, and not the last one's."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+from toymodels.plain_yaml import parse_yaml
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        mapping = _parsed(Path(path).read_text(encoding="utf-8"))
+        mapping = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}; give a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -51,8 +40,10 @@ def flags(words: Sequence[str]) -> dict[str, Any]:
             if not queue or queue[0].startswith("--"):
                 raise UsageError(f"--{name} needs a value, as in --{name} VALUE")
             text = queue.pop(0)
+        if not text:
+            raise UsageError(f"--{name} has an empty value; is a shell variable unset? For none, write null")
         try:
-            values[name.replace("-", "_")] = text if text.startswith("*") else _parsed(text)  # a glob, no alias
+            values[name.replace("-", "_")] = text if text.startswith("*") else parse_yaml(text)  # a glob, no alias
         except yaml.YAMLError as error:
             raise UsageError(f"--{name} {text}: the value is not valid YAML") from error
     return values
@@ -77,7 +68,3 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     given = "" if item["type"] == "value_error" else f", got {item['input']!r}"
     return f"{path}: {message}{given}" if path else f"{message}{given}"
-
-
-def _parsed(text: str) -> Any:
-    return Loader(text).get_single_data()

@@ -139,7 +139,8 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     rows = [
         [
             name,
-            *(_short(metrics[key]) if key in metrics else "" for key in (name, f"{name}_chance", f"{name}_truth")),
+            f"{metrics[name]:.4g}",
+            *(_short(metrics[key]) if key in metrics else "" for key in (f"{name}_chance", f"{name}_truth")),
         ]
         for name in names
     ]
@@ -147,5 +148,5 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
 
 
 def _short(value: float) -> str:
-    """Four digits; what rounding left of a 0 is 0."""
+    """Four digits, of a number without a unit; what rounding left of a 0 is 0."""
     return f"{0.0 if abs(value) < ROUNDING else value:.4g}"

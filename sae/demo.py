@@ -28,6 +28,7 @@ from sae.console import postfix, print_methods
 from sae.directory import check_out
 from sae.ensemble import Ensemble, Run, SharedSource
 from sae.kernels import choose
+from sae.locks import DEMO_LOCK, held
 from sae.model import load
 from sae.run import as_it_begins, conclude, open_run, require_report
 from sae.sources import ToySourceConfig
@@ -77,7 +78,17 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     ]
     for _, config in saes:
         check_out(config.out, resume=None, overwrite=overwrite)
-    out.mkdir(parents=True, exist_ok=True)  # better told now than after the toy model
+    with held(out, DEMO_LOCK):
+        rows, report = toy_and_saes(out, toy, saes)
+    show(rows)
+    print(f"\nwrote {report} after {time.perf_counter() - began:.0f} s. To try next:\n")
+    print(f"  sae eval {out}    every metric of the TopK SAE, beside chance and the true dictionary")
+    print("  sae demo digits     the same trainer on a network that reads scanned digits")
+    print("  sae train configs/toy.yaml --sae.k 5 --out runs/mine    a run of your own")
+
+
+def toy_and_saes(out: Path, toy: ToySourceConfig, saes: list[Named]) -> tuple[list[dict[str, Any]], Path]:
+    """Trains the toy model, then all SAEs side by side; the rows of the summary, and the report."""
     recipe = toy.recipe
     assert isinstance(recipe, ToyRecipe)
     n_steps = recipe.n_steps + sum(config.n_steps for _, config in saes)
@@ -98,12 +109,7 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
         world.model.save(out / TOY)
         rows = train_and_measure(pool, lines, out, toy, saes, bar)
         (out / SUMMARY).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        report = pool.submit(page_of, out).result()
-    show(rows)
-    print(f"\nwrote {report} after {time.perf_counter() - began:.0f} s. To try next:\n")
-    print(f"  sae eval {out}    every metric of the TopK SAE, beside chance and the true dictionary")
-    print("  sae demo digits     the same trainer on a network that reads scanned digits")
-    print("  sae train configs/toy.yaml --sae.k 5 --out runs/mine    a run of your own")
+        return rows, pool.submit(page_of, out).result()
 
 
 def sae_config(out: Path, toy: ToySourceConfig, method: str, seed: int, first: bool) -> TrainConfig:

@@ -22,6 +22,7 @@ from sae.config import load_config
 from sae.console import print_table, progress
 from sae.directory import check_out
 from sae.errors import UsageError
+from sae.locks import DEMO_LOCK, held
 from sae.metrics.code_recovery import auroc
 from sae.run import require_report, train
 from toymodels.optim import AdamW
@@ -61,7 +62,11 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
     check_out(out, resume=None, overwrite=overwrite)
     if (out / ACTIVATIONS).exists() and not overwrite:
         raise UsageError(f"{out / ACTIVATIONS} exists; give another --out, or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
+    with held(out, DEMO_LOCK):
+        _run(out, seed)
+
+
+def _run(out: Path, seed: int) -> None:
     images, labels, test_images, test_labels = load_digits(seed)
     net = train_network(images, labels, seed)
     with torch.no_grad():

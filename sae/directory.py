@@ -1,4 +1,4 @@
-"""The directory of a run: what it holds, who may write into it, and whether what it holds can be gone on with."""
+"""The directory of a run: what it holds, and whether that can be gone on with."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sae import checkpoint
 from sae.checkpoint import CHECKPOINTS
 from sae.config import TrainConfig, parse_config
 from sae.config_text import read_yaml
 from sae.errors import UsageError
+from sae.locks import cannot_write, require_free
 from sae.log import LINES
 from sae.model import MANIFEST, WEIGHTS
 from toymodels.files import write_text
@@ -28,8 +27,6 @@ STATUS = "status.json"
 """Of a member of a sweep that was given up: why."""
 DIAGNOSIS = ("features.csv", "diagnosis.json")
 """Written by `sae eval --diagnose`."""
-LOCK = ".lock"
-"""Held by the process that trains there; the empty file stays."""
 # What a run writes into its directory, and --overwrite deletes: last what it is known by, should that be cut short.
 OWN = (
     RESULT,
@@ -67,29 +64,6 @@ def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
     require_free(out)
 
 
-def hold(out: Path) -> FileLock:
-    """Makes the directory where there is none, and keeps every other process from training there until released.
-
-    Raises:
-        UsageError: another one does.
-    """
-    lock = FileLock(out / LOCK, blocking=False, thread_local=False)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UsageError(f"another process is training in {out}; wait until it ends, or give another --out") from error
-    except OSError as error:
-        raise cannot_write(out, error) from error
-    return lock
-
-
-def require_free(out: Path) -> None:
-    """Refuses a directory that another process trains in: better told before data are opened than after."""
-    if (out / LOCK).exists():
-        hold(out).release()
-
-
 def claim_out(config: TrainConfig, resume: bool) -> Path | None:
     """Makes `config.out`, which is held, this run's directory; returns the checkpoint to resume from, if there is one.
 
@@ -113,11 +87,6 @@ def discard(out: Path) -> None:
             shutil.rmtree(out / name)
         else:
             (out / name).unlink(missing_ok=True)
-
-
-def cannot_write(out: Path, error: OSError) -> UsageError:
-    """What is told where the machine refuses."""
-    return UsageError(f"cannot write to {out}: {error.strerror}; give another --out")
 
 
 def require_same_run(config: TrainConfig) -> None:

@@ -98,8 +98,10 @@ class Run:
 
     def close(self) -> None:
         """Its log and its directory are given up, however it ended."""
-        self.log.close()
-        self.lock.release()
+        try:
+            self.log.close()
+        finally:
+            self.lock.release()
 
 
 class SharedSource(Source):

@@ -202,7 +202,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         if not (folder / name).is_file():
             if (folder / "sweep.json").is_file():
                 raise UsageError(f"{folder} is a sweep's directory; give one of its members, {folder}/NAME")
-            raise UsageError(f"{folder} holds no SAE: {name} is missing; give a run directory that finished training")
+            raise UsageError(
+                f"{folder} holds no SAE: {name} is missing; give a run directory that finished training, or use "
+                "sae.formats.load for the files of another library"
+            )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version, d_in, options = manifest["format_version"], manifest["d_in"], manifest["sae"]

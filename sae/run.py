@@ -25,7 +25,6 @@ from sae.directory import (
     TABLES,
     check_out,
     claim_out,
-    hold,
     require_same_run,
 )
 from sae.ensemble import Ensemble, OnLine, Run, stop_requested
@@ -33,6 +32,7 @@ from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate
 from sae.initialise import cuts
 from sae.kernels import require_device, require_kernels, resolve_device
+from sae.locks import held, hold
 from sae.log import RunLog, require_wandb
 from sae.model import SAE, load
 from sae.sources import HeldOut, Source, as_source
@@ -117,11 +117,15 @@ def open_run(config: TrainConfig, begun: TrainConfig, source: Source, resume: bo
     calibration = source.held_out("calibration", N_CALIBRATION)
     trainer = start(begun, source, calibration)
     lock = hold(config.out)
-    state = claim_out(config, resume)
-    if state is not None:
-        trainer.load_state(*checkpoint.load(state))
-    log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
-    return Run(trainer, log, source, lock, on_line)
+    try:
+        state = claim_out(config, resume)
+        if state is not None:
+            trainer.load_state(*checkpoint.load(state))
+        log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
+        return Run(trainer, log, source, lock, on_line)
+    except BaseException:
+        lock.release()
+        raise
 
 
 def conclude(run: Run, report: bool) -> Result:
@@ -283,7 +287,13 @@ def measure_again(out: Path, sae: SAE, config: TrainConfig, source: Source, diag
     n_samples = config.evaluation.n_samples
     if diagnose:
         require_truth(source)
-    evaluation = evaluate(sae, source.held_out_stream("evaluation", n_samples), source.truth)
+    with held(out):
+        evaluation = evaluate(sae, source.held_out_stream("evaluation", n_samples), source.truth)
+        return _written(out, sae, source, evaluation, n_samples, diagnose)
+
+
+def _written(out: Path, sae: SAE, source: Source, evaluation: Evaluation, n_samples: int, diagnose: bool) -> Evaluation:
+    """With what a diagnosis found, now or before."""
     if diagnose:
         found = diagnose_source(sae, source, evaluation, n_samples)
         save_diagnosis(out, found)

@@ -73,7 +73,10 @@ def bad_rows():
         (X[:0], r"has no values"),
         (X.astype(np.int64), r"holds torch.int64; it must be floating point"),
         (X.astype(str), r"it must be floating point"),
-        (np.array([[None, "a"]]), r"x.npy holds Python objects; they are not loaded, as that could run code: save"),
+        (
+            np.array([[None, "a"]]),
+            r"x.npy holds Python objects; they are not loaded, as that could run code: save float32",
+        ),
         (np.full((50, 6), 1e300), r"x.npy row 0 holds a number that float32 cannot hold \(and 49 more"),
     ],
 )

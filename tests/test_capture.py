@@ -133,6 +133,15 @@ def test_far_more_slots_than_codes_are_given_back():
     same_run(ours, judge)
 
 
+def test_another_number_of_slots_is_another_kind_of_step():
+    """It warms up before it is recorded, as kernels may be compiled for it."""
+    _, recorder, _ = pair("relu")
+    given = (batches(D_IN, 2, 1)[0],)
+    before = recorder._key(given)
+    recorder.kernels.n_slots *= 2
+    assert recorder._key(given) != before
+
+
 def test_the_recording_that_was_used_last_is_kept(monkeypatch):
     ours, recorder, _ = pair("topk")
     x, all_dead = batches(D_IN, 2, 1)[0], torch.arange(8, device=DEVICE)
@@ -151,7 +160,10 @@ def test_what_cannot_be_recorded_goes_on_as_it_comes(monkeypatch, caplog):
 
     def fails(given):
         tried.append(given)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand much more")
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand much more")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     monkeypatch.setattr(recorder, "_record", fails)
     for x in batches(D_IN, 2, 5):

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from sae import cli
+from sae import cli, commands
 from sae.console import progress
 from sae.directory import _differences
 from sae.kernels.build import CannotBuild
@@ -271,8 +271,11 @@ def test_flags_that_a_command_does_not_have(run_cli, finished):
         (["demo", "letters"], ["{features,digits}: unknown 'letters'", "known: digits, features"]),
         (["demo", "--seed", "x"], ["--seed: ", "'x'", "see `sae demo --help`"]),
         (["bench", "--out"], ["missing value for argument '--out'"]),
-        (["demo", "--out", ""], ["a word of `sae demo --out ` is empty; is a shell variable unset?"]),
+        (["demo", "--out", ""], ["a word of `sae demo --out ''` is empty; is a shell variable unset?"]),
         (["train", "a.yaml", "--out="], ["a word of `sae train a.yaml --out=` is empty"]),
+        (["train", "--reusme", "a.yaml"], ["unknown flag '--reusme'; did you mean '--resume'?"]),
+        (["train", "--sae", "{k: 2}", "--out=a=", "a.yaml"], ["cannot read a.yaml"]),
+        (["train", "--no-resume", "--plugin=x.py", "a.yaml"], ["x.py"]),
         (["train", "a.yaml", "--reusme"], ["unknown flag '--reusme'; did you mean '--resume'?", "--sae.k 3"]),
         (["train", "a.yaml", "--sweep", "{}"], ["unknown flag '--sweep'"]),
         (["sweep", "a.yaml", "--sweep", "{}"], ["cannot read a.yaml"]),
@@ -349,7 +352,7 @@ def test_a_demo_that_cannot_be_written_is_told_at_once(run_cli, tmp_path, monkey
         raise OSError(errno.EROFS, "Read-only file system", str(tmp_path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    run_cli("demo", "--out", tmp_path / "demo").assert_refused("Read-only file system", "you may read and write")
+    run_cli("demo", "--out", tmp_path / "demo").assert_refused("Read-only file system", "give another --out")
 
 
 @pytest.mark.parametrize(
@@ -366,19 +369,19 @@ def test_a_demo_that_cannot_be_written_is_told_at_once(run_cli, tmp_path, monkey
     ],
 )
 def test_what_the_machine_refuses_is_one_line(run_cli, monkeypatch, error, parts):
-    monkeypatch.setattr(cli.Eval, "run", raising(error))
+    monkeypatch.setattr(commands.Eval, "run", raising(error))
     run_cli("eval", "run").assert_refused(*parts)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("a fault of ours")])
 def test_other_faults_keep_their_traceback(run_cli, monkeypatch, error):
-    monkeypatch.setattr(cli.Eval, "run", raising(error))
+    monkeypatch.setattr(commands.Eval, "run", raising(error))
     with pytest.raises(type(error)):
         run_cli("eval", "run")
 
 
 def test_ctrl_c_is_one_line(run_cli, monkeypatch):
-    monkeypatch.setattr(cli.Eval, "run", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(commands.Eval, "run", raising(KeyboardInterrupt()))
     assert run_cli("eval", "run") == (130, "", "sae: stopped\n")
 
 

@@ -1,7 +1,11 @@
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
 import pytest
+from pydantic import Field
 
 from sae import Sparsifier, UsageError, load_config
-from sae.config import SAEConfig, SourceConfig, TrainConfig, parse_config
+from sae.config import SAEConfig, Section, SourceConfig, TrainConfig, parse_config
 from sae.config_text import flags
 
 SMALLEST = {"source": {"kind": "array", "path": "acts.npy"}, "sae": {"kind": "topk", "d_sae": 256, "k": 3}}
@@ -60,6 +64,9 @@ def test_what_is_written_reads_back_equal(tmp_path):
         (["--train.lr"], r"--train.lr needs a value"),
         (["lr", "3"], r"expected a flag such as --sae.k 3, got 'lr'"),
         (["--sae", "3"], r"sae: "),
+        (["--sae", "!!map foo"], r"not valid YAML"),
+        (["--train.lr="], r"--train\.lr has an empty value; is a shell variable unset\? For none, write null"),
+        (["--train.lr", ""], r"--train\.lr has an empty value"),
     ],
 )
 def test_faults_are_named_in_one_line(words, message):
@@ -85,7 +92,7 @@ def test_a_key_that_is_given_twice_is_named_with_its_place(tmp_path):
         load_config(path)
     with pytest.raises(UsageError, match="the value is not valid YAML"):
         flags(["--sae", "{k: 2, k: 3}"])
-    path.write_text("base: &base {d_sae: 8, k: 2}\nsae: {<<: *base, kind: topk, k: 3}\n")
+    path.write_text("base: {inner: &base {<<: &deep {d_sae: 8, k: 2}, k: 3}}\nsae: {<<: *base, kind: topk, k: 3}\n")
     with pytest.raises(UsageError, match="unknown key 'base'"):  # what a merge brings may be set again
         load_config(path)
 
@@ -96,12 +103,36 @@ def test_a_key_that_is_given_twice_is_named_with_its_place(tmp_path):
         (["--sae.k", "true"], r"sae\.k: must be a number, got true"),
         (["--train.lr", "no"], r"train\.lr: must be a number, got false"),
         (["--log.every", "on"], r"log\.every: must be a number, got true"),
+        (["--sae.prefixes", "[true, 8]"], r"sae\.prefixes: must be a number, got true"),
     ],
 )
 def test_a_truth_value_is_no_number(words, message):
     with pytest.raises(UsageError, match=message):
         parse_config(SMALLEST, words)
     assert parse_config(SMALLEST, ["--sae.unit_norm_decoder", "false"]).sae.unit_norm_decoder is False
+
+
+class Odd(Section):
+    """Every way to want a number, or not."""
+
+    plain: Annotated[int, Field(gt=0)] = 1
+    optional: Annotated[int, Field(gt=0)] | None = None
+    several: tuple[int, ...] = ()
+    either: bool | float = 1.0
+    named: float | Literal[False] = 1.0
+    anything: Any = None
+    called: Callable[[int], float] | None = None
+
+
+@pytest.mark.parametrize("given", [{"plain": True}, {"optional": True}, {"several": [2, True]}])
+def test_a_truth_value_is_no_number_however_it_is_wanted(given):
+    with pytest.raises(ValueError, match="must be a number, got true"):
+        Odd(**given)
+
+
+def test_a_truth_value_is_taken_where_one_is_wanted():
+    odd = Odd(either=True, named=False, anything=True, called=abs, plain=2, several=[1, 2])
+    assert (odd.either, odd.named, odd.anything, odd.plain, odd.several) == (True, False, True, 2, (1, 2))
 
 
 def test_a_sweep_is_not_trained_as_one_run(tmp_path):

@@ -1,15 +1,18 @@
 """One process at a time trains in a directory; the others are told so before they touch anything."""
 
+import errno
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import sae
-from sae import UsageError
-from sae.directory import LOCK, OWN, check_out, discard, hold
+from sae import UsageError, locks, run
+from sae.directory import OWN, check_out, discard
 from sae.ensemble import Diverged
+from sae.locks import DEMO_LOCK, LOCK, held, hold
 from sae.sweep import run_sweep
 from sae.sweep.plan import parse_sweep
 
@@ -20,7 +23,7 @@ SECTIONS = {
     "evaluation": {"n_samples": 200},
     "log": {"every": 5},
 }
-HELD = "another process is training in .*; wait until it ends, or give another --out"
+HELD = "another process is at work in .*; wait until it ends, or give another --out"
 
 
 def config(out: Path, **sections: object) -> sae.TrainConfig:
@@ -67,10 +70,10 @@ def test_what_ended_badly_gives_its_directory_up(tmp_path):
 
 def test_another_process_is_told(tmp_path):
     lock = hold(tmp_path)
-    program = "import sys; from pathlib import Path; from sae.directory import hold; hold(Path(sys.argv[1]))"
+    program = "import sys; from pathlib import Path; from sae.locks import hold; hold(Path(sys.argv[1]))"
     command = [sys.executable, "-c", program, str(tmp_path)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "another process is training in" in refused.stderr
+    assert "another process is at work in" in refused.stderr
     lock.release()
     assert subprocess.run(command, check=False).returncode == 0
     hold(tmp_path).release()  # that process has ended without a word
@@ -93,6 +96,91 @@ def test_a_sweep_has_its_directory_for_itself(tmp_path):
     assert [row["status"] for row in outcome.rows] == ["done", "done"]
     assert told
     assert run_sweep(plan, overwrite=True).not_done == []
+
+
+def test_what_is_held_is_told_before_data_are_opened(tmp_path, monkeypatch):
+    sae.train(config(tmp_path / "run"), report=False)
+    plan = parse_sweep({**SECTIONS, "out": str(tmp_path / "s"), "sweep": {"grid": {"sae.k": [2]}}})
+    run_sweep(plan)
+    monkeypatch.setattr("sae.sources.ToySourceConfig.open", lambda self: pytest.fail("opened"))
+    with held(tmp_path / "run"), pytest.raises(UsageError, match=HELD):
+        sae.train(config(tmp_path / "run"), overwrite=True)
+    for held_too in (tmp_path / "s", plan.members[0].config.out):
+        with held(held_too), pytest.raises(UsageError, match=HELD):
+            run_sweep(plan, overwrite=True)
+
+
+def test_what_fails_as_it_begins_gives_its_directory_up_at_once(tmp_path, monkeypatch):
+    """Not when the exception is forgotten: a notebook keeps it."""
+    monkeypatch.setattr("sae.run.RunLog", lambda *given, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        sae.train(config(tmp_path / "run"), report=False)
+    hold(tmp_path / "run").release()
+    assert kept.value.__traceback__ is not None
+
+
+def test_a_run_is_not_measured_while_it_is_overwritten(tmp_path, monkeypatch):
+    sae.train(config(tmp_path / "run"), report=False)
+    with held(tmp_path / "run"), pytest.raises(UsageError, match=HELD):
+        sae.evaluate_run(tmp_path / "run")
+    measure, tried = run.evaluate, []
+
+    def intrude(*given):
+        with pytest.raises(UsageError, match=HELD):
+            sae.train(config(tmp_path / "run"), overwrite=True)
+        tried.append(given)
+        return measure(*given)
+
+    monkeypatch.setattr(run, "evaluate", intrude)
+    sae.evaluate_run(tmp_path / "run")
+    assert tried
+
+
+def test_a_sweep_discards_nothing_while_a_member_is_trained_by_hand(tmp_path, monkeypatch):
+    plan = parse_sweep({**SECTIONS, "out": str(tmp_path / "s"), "sweep": {"grid": {"sae.k": [2, 3]}}})
+    run_sweep(plan)
+    before = written(tmp_path / "s")
+    monkeypatch.setattr("sae.sweep.run.check_out", lambda *given: None)  # it was free then
+    with held(plan.members[1].config.out), pytest.raises(UsageError, match=HELD):
+        run_sweep(plan, overwrite=True)
+    assert written(tmp_path / "s") == before
+
+
+def test_a_finished_run_needs_no_right_to_write(tmp_path, monkeypatch):
+    result = sae.train(config(tmp_path / "run"), report=False)
+
+    def denied(out, name):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(locks, "_acquired", denied)
+    assert sae.train(config(tmp_path / "run"), resume=True).metrics == result.metrics
+    with pytest.raises(UsageError, match=r"cannot write to .*: Permission denied; give another --out"):
+        sae.train(config(tmp_path / "run"), overwrite=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, caplog, number):
+    def refuse(self, *given, **options):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(locks.FileLock, "acquire", refuse)
+    hold(tmp_path).release()
+    assert "lies where files cannot be locked: see to it that one process at a time writes there" in caplog.text
+
+
+def test_another_thread_may_release(tmp_path):
+    lock = hold(tmp_path)
+    thread = threading.Thread(target=lock.release)
+    thread.start()
+    thread.join()
+    hold(tmp_path).release()
+
+
+def test_a_demo_has_its_directory_for_itself(run_cli, tmp_path):
+    for words in (["demo"], ["demo", "digits"]):
+        with held(tmp_path / "demo", DEMO_LOCK):
+            run_cli(*words, "--out", tmp_path / "demo").assert_refused("another process is at work in")
+        assert [path.name for path in (tmp_path / "demo").iterdir()] == [DEMO_LOCK]
 
 
 def test_discarding_leaves_what_no_run_wrote(tmp_path):

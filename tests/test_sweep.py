@@ -576,7 +576,7 @@ def test_a_sweep_is_not_touched_unasked(tmp_path):
     assert not run_sweep(plan(tmp_path / "out", grid={"sae.k": [1, 2, 3]}), resume=True).not_done
     run_sweep(plan(tmp_path / "out", grid={"sae.k": [3, 4]}), overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["k1", "k3", "k4"]
-    assert [path.name for path in (tmp_path / "out/k1").iterdir()] == ["notes.txt"]
+    assert {path.name for path in (tmp_path / "out/k1").iterdir()} == {"notes.txt", ".lock"}
 
 
 def test_bad_data_do_not_cost_the_earlier_sweep(tmp_path):

@@ -25,6 +25,7 @@ from toymodels.features import FeatureBatch
 from toymodels.firing import ConstantFiring, Firing, Magnitudes, Profile, Strengths, over_features
 from toymodels.hierarchies import Forest, Hierarchy, compensated, expand
 from toymodels.mappings import read_mapping
+from toymodels.plain_yaml import parse_yaml
 from toymodels.streams import generator
 from toymodels.worlds import Sample, World
 
@@ -101,7 +102,7 @@ class WorldDescription:
             UsageError: it cannot be read, or a key or value breaks a rule.
         """
         try:
-            mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+            mapping = parse_yaml(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(
                 f"cannot read {path}: {error.strerror}; give a YAML file that describes a world"

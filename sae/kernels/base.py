@@ -314,7 +314,7 @@ class Kernels(Protocol):
         """The codes and their gradients in the order of latents: which samples fired each."""
 
     def by_latent(self, latents: Tensor, values: Tensor, d_sae: int) -> Tensor:
-        """The sum of each latent's values, a value a slot; the same bits each time."""
+        """The sum of each latent's values, a value a slot: the same bits each time, save of torch on CUDA."""
 
     def relu(self, x: Tensor, state: State) -> DenseCodes:
         """max(0, pre), as a matrix."""

@@ -95,7 +95,11 @@ class Group:
         except Exception as error:
             end(member.name, "failed", _explain(error))
             return []
-        lines += read_lines(member.config.out)
+        try:
+            lines += read_lines(member.config.out)
+        except BaseException:
+            run.close()
+            raise
         return [run]
 
     def _close(self, run: Run, error: Exception | None) -> tuple[Status, str]:

@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae.directory import (
     CONFIG,
-    LOCK,
     REPORT,
     RESULT,
     STATUS,
-    cannot_write,
     check_out,
     discard,
-    hold,
-    require_free,
     require_same_run,
 )
 from sae.ensemble import Stop, stop_requested
 from sae.errors import UsageError
 from sae.kernels import require_device
+from sae.locks import LOCK, cannot_write, held, require_free
 from sae.log import require_wandb
 from sae.report.data import SWEEP
 from sae.run import as_it_begins, write_report_if_installed
@@ -74,12 +71,9 @@ def run_sweep(plan: Plan, *, resume: bool = False, overwrite: bool = False, on_e
             open_source(member)  # bad data are told before an earlier sweep is given up
     if plan.section.ray and left:
         connect()
-    lock = hold(plan.out)
-    try:
+    with held(plan.out):
         _claim(plan, resume)
         return _run(plan, left, table, open_source, resume, on_event)
-    finally:
-        lock.release()
 
 
 def _run(
@@ -212,15 +206,20 @@ def _claim(plan: Plan, resume: bool) -> None:
     """Makes `plan.out` this sweep's directory; what an earlier one left is deleted unless it is to be resumed."""
     if resume:
         return
-    try:
-        for folder in {*_names_before(plan.out), *(member.name for member in plan.members)}:
-            discard(plan.out / folder)
-            (plan.out / folder / LOCK).unlink(missing_ok=True)
-            if (plan.out / folder).is_dir() and not any((plan.out / folder).iterdir()):
-                (plan.out / folder).rmdir()
-        (plan.out / REPORT).unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(plan.out, error) from error
+    names = {*_names_before(plan.out), *(member.name for member in plan.members)}
+    folders = [plan.out / name for name in sorted(names) if (plan.out / name).is_dir()]
+    with ExitStack() as stack:
+        for folder in folders:  # all, before anything is deleted
+            stack.enter_context(held(folder))
+        try:
+            for folder in folders:
+                discard(folder)
+                if [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
+            (plan.out / REPORT).unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(plan.out, error) from error
 
 
 def _row(member: Member, end: Ended | None) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""SAEs of other libraries: read into an `SAE`, or written so that these libraries read ours.
+
+model = sae.formats.load("gemma-scope/layer_20/width_16k")    # what it is shows in its files
+sae.formats.save(model, "for-saelens", "saelens", model_name="gpt2", hook_name="blocks.8.hook_resid_pre")
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae.errors import UsageError
+from sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
+from sae.formats.portable import Portable, built, portable
+from sae.model import MANIFEST, SAE
+from sae.model import load as load_own
+from toymodels.errors import nearest
+
+__all__ = ["FORMATS", "WRITTEN", "load", "recognise", "save"]
+
+
+class Format(NamedTuple):
+    """How files of one library are recognised, read and, where it makes sense, written."""
+
+    is_here: Callable[[Path], bool]
+    read: Callable[[Path], Portable]
+    write: Callable[[Portable, Path, dict[str, Any]], None] | None = None
+
+
+FORMATS = {
+    "saelens": Format(saelens.is_here, saelens.read, saelens.write),
+    "dictionary_learning": Format(dictionary_learning.is_here, dictionary_learning.read, dictionary_learning.write),
+    "sparsify": Format(sparsify.is_here, sparsify.read, sparsify.write),
+    "gemma_scope": Format(gemma_scope.is_here, gemma_scope.read),
+    "openai": Format(openai.is_here, openai.read),
+}
+WRITTEN = [name for name, format in FORMATS.items() if format.write is not None]
+
+
+def load(path: str | Path, device: str = "cpu") -> SAE:
+    """The SAE of any library in a folder or file, ready for inference: its codes and reconstructions are those that the
+    library itself would give. One of our own is loaded, too.
+
+    Raises:
+        UsageError: it is of no known format, damaged, or does what no SAE here does.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return load_own(path, device)
+    return built(FORMATS[recognise(path)].read(path)).to(device)
+
+
+def save(model: SAE, folder: str | Path, format: str, /, **metadata: Any) -> None:
+    """Writes the files of another library, whose codes and reconstructions are then those of `model`.
+
+    Raises:
+        UsageError: the library has nothing that does the same.
+    """
+    if format not in WRITTEN:
+        raise UsageError(f"unknown format {format!r}{nearest(format, WRITTEN)}")
+    write = FORMATS[format].write
+    assert write is not None
+    on_cpu = model if model.W_dec.device.type == "cpu" else copy.deepcopy(model).cpu()
+    write(portable(on_cpu), Path(folder), metadata)
+
+
+def recognise(path: Path) -> str:
+    """The name of the format that the files are in.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not path.exists():
+        raise UsageError(f"there is no {path}; give a folder or file with an SAE")
+    for name, format in FORMATS.items():
+        if format.is_here(path):
+            return name
+    raise UsageError(
+        f"{path} holds no SAE that is known: cfg.json with sae_weights.safetensors (SAELens) or sae.safetensors "
+        "(sparsify), config.json with ae.pt (dictionary_learning), params.npz (Gemma Scope), or a .pt file (OpenAI)"
+    )

@@ -1,0 +1,54 @@
+"""`sae convert`: from the files of one library to those of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from sae import formats
+from sae.errors import UsageError
+from sae.model import MANIFEST, WEIGHTS
+from toymodels.plain_yaml import parse_yaml
+
+OWN = "sae"
+# What each writes; a file that is there already is somebody's.
+FILES = {
+    OWN: (MANIFEST, WEIGHTS),
+    "saelens": (formats.saelens.CONFIG, formats.saelens.WEIGHTS),
+    "dictionary_learning": (formats.dictionary_learning.CONFIG, formats.dictionary_learning.WEIGHTS),
+    "sparsify": (formats.sparsify.CONFIG, formats.sparsify.WEIGHTS),
+}
+
+
+def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: bool) -> str:
+    """Reads, writes, and returns a line on what was done.
+
+    Raises:
+        UsageError: it cannot be read or written, or would replace files.
+    """
+    words = _mapping(metadata)
+    model = formats.load(path)
+    out = path.with_name(f"{path.stem if path.is_file() else path.name}-{to}") if out is None else out
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a folder as --out")
+    there = [name for name in FILES[to] if (out / name).exists()]
+    if there and not overwrite:
+        raise UsageError(f"{out} holds {', '.join(there)}; give another --out, or --overwrite")
+    if to == OWN:
+        if words:
+            raise UsageError(f"our own files have no place for metadata, got {', '.join(words)}; leave it out")
+        model.save(out)
+    else:
+        formats.save(model, out, to, **words)
+    return f"wrote {out}/: {model.config.kind}, d_in={model.d_in}, d_sae={model.d_sae}, from {path}"
+
+
+def _mapping(text: str) -> dict[str, object]:
+    try:
+        mapping = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--metadata {text}: {' '.join(str(error).split())}; give {{name: value}}") from error
+    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
+        raise UsageError(f"--metadata must be a mapping, as in {{model_name: gpt2}}, got {text!r}")
+    return mapping

@@ -1,0 +1,107 @@
+"""dictionary_learning: a folder with `ae.pt` and `config.json`, whose `trainer.dict_class` says what is in it.
+
+Linear layers keep their weights transposed: `encoder.weight` [d_sae, d_in], `decoder.weight` [d_in, d_sae].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.errors import UsageError
+from sae.formats.files import exactly, field, of_shapes, read_json, read_pickled
+from sae.formats.portable import Above, Gate, Largest, Portable, Positive
+from toymodels.files import write_text
+
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+MATRICES = ("W_enc", "b_enc", "W_dec", "b_dec")
+TENSORS = {
+    "AutoEncoder": (*LINEAR, "bias"),
+    "AutoEncoderNew": (*LINEAR, "decoder.bias"),
+    "GatedAutoEncoder": ("encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"),
+    "AutoEncoderTopK": (*LINEAR, "b_dec"),
+    "BatchTopKSAE": (*LINEAR, "b_dec", "threshold"),
+    "JumpReluAutoEncoder": (*MATRICES, "threshold"),
+    "MatryoshkaBatchTopKSAE": (*MATRICES, "threshold"),
+}
+# Buffers that repeat what the configuration says, or that inference does not read.
+BUFFERS = {
+    "AutoEncoderTopK": ("k", "threshold"),
+    "BatchTopKSAE": ("k",),
+    "MatryoshkaBatchTopKSAE": ("k", "group_sizes"),
+}
+
+
+def is_here(path: Path) -> bool:
+    """Whether the path looks like one."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def read(path: Path) -> Portable:
+    """The dictionary in a folder. Files are read as tensors alone."""
+    trainer = field(read_json(path / CONFIG), "trainer", path / CONFIG)
+    name = field(trainer, "dict_class", path / CONFIG)
+    if name not in TENSORS:
+        raise UsageError(f"{path / CONFIG}: dict_class {name!r} has no counterpart here; known: {', '.join(TENSORS)}")
+    given = read_pickled(path / WEIGHTS)
+    t = exactly(given, TENSORS[name], path / WEIGHTS, f"{name} of dictionary_learning", BUFFERS.get(name, ()))
+    W_enc = t["W_enc"] if "W_enc" in t else t["encoder.weight"].T
+    W_dec = t["W_dec"] if "W_dec" in t else t["decoder.weight"].T
+    d_in, d_sae = W_enc.shape
+    b_dec = next(t[key] for key in ("b_dec", "bias", "decoder.bias", "decoder_bias") if key in t)
+    b_enc = next(t[key] for key in ("b_enc", "encoder.bias", "gate_bias") if key in t)
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    of_shapes(path / WEIGHTS, dict(zip(MATRICES, (W_enc, b_enc, W_dec, b_dec), strict=True)), shapes)
+    tied = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    rule: Any = Positive()
+    if name == "GatedAutoEncoder":
+        rule = Gate(t["r_mag"], t["mag_bias"] - t["r_mag"].exp() * t["gate_bias"])
+    elif name == "AutoEncoderTopK":
+        rule = Largest(int(field(trainer, "k", path / CONFIG)))
+    elif "threshold" in t:
+        # One of -1 was never fitted, and lets everything positive pass.
+        k = None if name == "JumpReluAutoEncoder" else float(field(trainer, "k", path / CONFIG))
+        rule = Above(t["threshold"].clamp_min(0).expand(d_sae).clone(), k)
+    return Portable(W_enc, b_enc, W_dec, b_dec, rule, tied)
+
+
+def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
+    """The folder; `metadata` (lm_name, layer, submodule_name) joins what `trainer` says."""
+    if given.transcodes:
+        raise UsageError("dictionary_learning has no transcoders; write it for saelens or sparsify")
+    name, tensors, extra = _as_dictionary(given)
+    trainer = {"dict_class": name, "activation_dim": given.d_in, "dict_size": given.d_sae, **extra, **metadata}
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{WEIGHTS}.partial"
+    torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+    partial.replace(folder / WEIGHTS)
+    write_text(folder / CONFIG, json.dumps({"trainer": trainer, "buffer": {}}, indent=2) + "\n")
+
+
+def _as_dictionary(given: Portable) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Class, tensors, and what `trainer` must say beside the common."""
+    bias = given.bias(subtracts_b_dec=True)
+    linear = {"encoder.weight": given.W_enc.T, "decoder.weight": given.W_dec.T}
+    match given.rule:
+        case Positive():
+            return "AutoEncoder", linear | {"encoder.bias": bias, "bias": given.b_dec}, {}
+        case Largest(k=k):
+            kept = {"k": torch.tensor(k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+            return "AutoEncoderTopK", linear | {"encoder.bias": bias, "b_dec": given.b_dec} | kept, {"k": k}
+        case Above(threshold=threshold, k=k) if k is not None and k == int(k) and given.rule.is_one:
+            kept = {"k": torch.tensor(int(k), dtype=torch.int), "threshold": threshold[0].clone()}
+            return "BatchTopKSAE", linear | {"encoder.bias": bias, "b_dec": given.b_dec} | kept, {"k": int(k)}
+        case Above(threshold=threshold):
+            bias = given.bias(subtracts_b_dec=False)
+            values = (given.W_enc, bias, given.W_dec, given.b_dec)
+            return "JumpReluAutoEncoder", dict(zip(MATRICES, values, strict=True)) | {"threshold": threshold}, {}
+        case Gate(r=r, c=c):
+            biases = {"decoder_bias": given.b_dec, "r_mag": r, "gate_bias": bias, "mag_bias": bias * r.exp() + c}
+            return "GatedAutoEncoder", linear | biases, {}
+    raise UsageError("dictionary_learning has no matching pursuit; write it for saelens")

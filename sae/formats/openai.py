@@ -1,0 +1,43 @@
+"""OpenAI's autoencoders of 2024: a `.pt` file. They are read, and not written.
+
+Those with TopK normalise each row first: x <- (x - mean(x)) / std(x), and x_hat <- x_hat std(x) + mean(x). No weight
+holds that: what is read takes rows that were normalised, and reconstructs these.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from sae.errors import UsageError
+from sae.formats.files import exactly, field, of_shapes, read_pickled
+from sae.formats.portable import Largest, Portable, Positive, Rule
+
+logger = logging.getLogger("sae")
+
+TENSORS = ("pre_bias", "encoder.weight", "latent_bias", "decoder.weight")
+COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+SELECTION = ("activation", "activation_state_dict")
+
+
+def is_here(path: Path) -> bool:
+    """Whether the path looks like one."""
+    return path.is_file() and path.suffix == ".pt"
+
+
+def read(path: Path) -> Portable:
+    """The autoencoder in a file, which is read as tensors and plain values alone."""
+    given = read_pickled(path)
+    t = exactly(given, TENSORS, path, "autoencoder of OpenAI", (*COUNTERS, *SELECTION))
+    d_sae, d_in = t["encoder.weight"].shape
+    of_shapes(path, t, {"pre_bias": (d_in,), "latent_bias": (d_sae,), "decoder.weight": (d_in, d_sae)})
+    activation = given.get("activation", "ReLU")
+    rule: Rule
+    if activation == "TopK":
+        rule = Largest(int(field(field(given, "activation_state_dict", path), "k", path)))
+        logger.warning("%s reads rows that were normalised, (x - mean) / std of each, and so must yours be", path)
+    elif activation == "ReLU":
+        rule = Positive()
+    else:
+        raise UsageError(f"{path}: activation {activation!r} has no counterpart here; known: ReLU, TopK")
+    return Portable(t["encoder.weight"].T, t["latent_bias"], t["decoder.weight"].T, t["pre_bias"], rule)

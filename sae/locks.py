@@ -1,0 +1,71 @@
+"""One process at a time is at work in a directory."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sae.errors import UsageError
+
+logger = logging.getLogger("sae")
+
+LOCK = ".lock"
+"""Held by the process that is at work there; the file stays."""
+DEMO_LOCK = ".demo.lock"
+"""Of a demo, which has several runs in one directory."""
+# Somebody may only be asking, for a moment.
+PATIENCE_SECONDS = 0.2
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+def hold(out: Path, name: str = LOCK) -> FileLock:
+    """Makes the directory where there is none, and keeps every other process out until released.
+
+    Raises:
+        UsageError: another one is at work there, or it cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return _acquired(out, name)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+
+
+@contextmanager
+def held(out: Path, name: str = LOCK) -> Iterator[None]:
+    """`hold` for as long as the block lasts."""
+    lock = hold(out, name)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_free(out: Path) -> None:
+    """Refuses a directory that another process is at work in: better told before data are opened than after."""
+    if (out / LOCK).exists():
+        with suppress(OSError):  # whether it can be written to is seen when it must be
+            _acquired(out, LOCK).release()
+
+
+def cannot_write(out: Path, error: OSError) -> UsageError:
+    """What is told where the machine refuses."""
+    return UsageError(f"cannot write to {out}: {error.strerror}; give another --out")
+
+
+def _acquired(out: Path, name: str) -> FileLock:
+    lock = FileLock(out / name, timeout=PATIENCE_SECONDS, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"another process is at work in {out}; wait until it ends, or give another --out") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s lies where files cannot be locked: see to it that one process at a time writes there", out)
+    return lock
