@@ -8,7 +8,7 @@ import logging
 import warnings
 import zipfile
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import IO
@@ -158,6 +158,28 @@ def table(data: object, name: str) -> Rows:
     return Rows(parts, names)
 
 
+def flat_rows(batch: object) -> object:
+    """A batch of activations with the axes before the last, such as sequence and position, made one."""
+    if isinstance(batch, Tensor | np.ndarray) and batch.ndim > 2:
+        return batch.reshape(-1, batch.shape[-1])
+    return batch
+
+
+def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """The same rows in batches of exactly batch_size; a last part that fills no batch is dropped."""
+    waiting: list[Tensor] = []
+    n_waiting = 0
+    for piece in pieces:
+        waiting.append(piece)
+        n_waiting += len(piece)
+        if n_waiting < batch_size:
+            continue
+        rows = torch.cat(waiting) if len(waiting) > 1 else piece
+        *full, rest = rows.split(batch_size) if n_waiting % batch_size else (*rows.split(batch_size), rows[:0])
+        yield from full
+        waiting, n_waiting = [rest], len(rest)
+
+
 def as_tensor(array: np.ndarray, name: str) -> Tensor:
     """The same memory as a tensor.
 
@@ -277,7 +299,9 @@ def _only_key(path: Path, key: str | None, keys: list[str]) -> str:
         return keys[0]
     if key not in keys:
         given = "no key was given" if key is None else f"there is no {key!r}"
-        raise UsageError(f"{path} holds {', '.join(sorted(keys)) or 'nothing'} and {given}; set source.key")
+        raise UsageError(
+            f"{path} holds {', '.join(sorted(keys)) or 'nothing'} and {given}; set source.key, or source.target_key"
+        )
     return key
 
 

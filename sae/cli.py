@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
-from itertools import dropwhile, takewhile
 from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
@@ -22,6 +21,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from sae.commands import COMMANDS, Bench, Convert, Demo, Eval, Report, Sweep, Train
 from sae.errors import Interrupted, UsageError
 from toymodels.errors import nearest
+from toymodels.one_line import one_line
 
 Command = (
     Annotated[Demo, subcommand("demo", prefix_name=False)]
@@ -86,7 +86,8 @@ def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Conver
     except SystemExit as end:
         if not end.code:
             raise
-        raise UsageError(_one_line(said.getvalue(), words)) from None
+        called = " ".join(["sae", *(word for word in words[:1] if word in COMMANDS)])
+        raise UsageError(one_line(said.getvalue(), called)) from None
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
     if isinstance(command, Train | Sweep):
@@ -120,15 +121,6 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
                 f"unknown flag {name!r}{nearest(name, [*OF_COMMANDS, *sections])}; a field is set as in --sae.k 3"
             )
     return overrides, rest
-
-
-def _one_line(box: str, words: Sequence[str]) -> str:
-    """What tyro frames and wraps, without the frame, the title, and the part on help below the first rule."""
-    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
-    below_rule = dropwhile(lambda line: not line.strip("╰╯─-"), lines)
-    text = " ".join(takewhile(lambda line: line.strip("╰╯─-"), below_rule)).removeprefix("Error parsing ").rstrip(".")
-    called = " ".join(["sae", *(word for word in words[:1] if word in COMMANDS)])
-    return f"{text[:1].lower()}{text[1:]}; see `{called} --help`"
 
 
 # What can befall any file that a command reads or writes.

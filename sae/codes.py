@@ -35,6 +35,15 @@ class SparseCodes:
     def __len__(self) -> int:
         return self.values.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix that `dense` gives."""
+        return len(self), self.d_sae
+
+    def __repr__(self) -> str:
+        l0 = float(self.counts.float().mean()) if len(self) else 0.0
+        return f"SparseCodes(shape={self.shape}, mean L0 {l0:.3g}, {self.values.dtype} on {self.values.device})"
+
     def __getitem__(self, rows: slice | Int[Tensor, " rows"]) -> SparseCodes:
         """The codes of some rows."""
         return SparseCodes(self.values[rows], None if self.indices is None else self.indices[rows], self.d_sae)

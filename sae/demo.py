@@ -82,9 +82,14 @@ def run(out: Path, seed: int, overwrite: bool) -> None:
         rows, report = toy_and_saes(out, toy, saes)
     show(rows)
     print(f"\nwrote {report} after {time.perf_counter() - began:.0f} s. To try next:\n")
-    print(f"  sae eval {out}    every metric of the TopK SAE, beside chance and the true dictionary")
-    print("  sae demo digits     the same trainer on a network that reads scanned digits")
-    print("  sae train configs/toy.yaml --sae.k 5 --out runs/mine    a run of your own")
+    next_commands = {
+        f"sae eval {out}": "every metric of the TopK SAE, beside chance and the true dictionary",
+        "sae demo digits": "the same trainer on a network that reads scanned digits",
+        "sae train configs/toy.yaml --sae.k 5 --out runs/mine": "a run of your own",
+    }
+    width = max(map(len, next_commands))
+    for command, what in next_commands.items():
+        print(f"  {command:{width}}    {what}")
 
 
 def toy_and_saes(out: Path, toy: ToySourceConfig, saes: list[Named]) -> tuple[list[dict[str, Any]], Path]:

@@ -33,6 +33,7 @@ from sae.trainer import Trainer
 
 logger = logging.getLogger("sae")
 
+CONTINUE = "continue with --resume, in Python resume=True"
 OnLine = Callable[[int, Mapping[str, float]], None]
 Stop = Callable[[], int]
 """The number of the signal that asked to stop, or 0."""
@@ -151,7 +152,7 @@ class Ensemble:
                     yield from self._leave(self._step(members, batch, number))
                     number += 1
                     if stop():
-                        raise Interrupted(f"stopped at step {number}; continue with --resume", stop())
+                        raise Interrupted(f"stopped at step {number}; {CONTINUE}", stop())
                     yield from self._finished(stop)
         except (UsageError, Interrupted):
             for run in self.runs:
@@ -194,7 +195,7 @@ class Ensemble:
         """Runs without a step left; measuring each takes time, so that the signal is asked for between them."""
         for run in [run for run in self.runs if run.ended]:
             if stop():
-                raise Interrupted(f"stopped at step {run.n_steps_done}; continue with --resume", stop())
+                raise Interrupted(f"stopped at step {run.n_steps_done}; {CONTINUE}", stop())
             yield from self._leave([(run, None)])
 
     def _leave(self, ended: Sequence[tuple[Run, Exception | None]]) -> Iterator[tuple[Run, Exception | None]]:

@@ -5,9 +5,9 @@ from toymodels.errors import UsageError
 __all__ = ["Interrupted", "UsageError"]
 
 
-class Interrupted(Exception):
-    """A signal stopped the run after its state was saved."""
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run after its state was saved. As Ctrl-C does, it passes `except Exception`."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message, signal_number)
+        super().__init__(message)
         self.message, self.signal_number = message, signal_number

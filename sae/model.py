@@ -74,14 +74,26 @@ class SAE(nn.Module):
         # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
         return (x.to(encoder.dtype) @ encoder.T).add_(bias)
 
-    def decode(self, codes: SparseCodes, x: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_out"]:
-        """z W_dec + b_dec; a skip connection adds (x - centre) W_skip, where x is what was encoded."""
+    def decode(
+        self, codes: SparseCodes | Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_out"]:
+        """z W_dec + b_dec; a skip connection adds (x - centre) W_skip, where x is what was encoded.
+
+        `codes` may be a matrix, as `codes.dense()` with some latents changed.
+        """
+        if isinstance(codes, Tensor):
+            return self._with_skip(codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec, x)
         values = codes.values
         kernels = None if torch.is_grad_enabled() else for_inference(values.device, values.dtype)
         if kernels is not None and codes.indices is not None:
             x_hat = kernels.reconstruct(values, codes.indices, self.W_dec) + self.b_dec
         else:
             x_hat = codes.decode(self.W_dec) + self.b_dec
+        return self._with_skip(x_hat, x)
+
+    def _with_skip(
+        self, x_hat: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"] | None
+    ) -> Float[Tensor, "*batch d_out"]:
         if self.W_skip is None or self.centre is None:
             return x_hat
         if x is None:
@@ -118,9 +130,16 @@ class SAE(nn.Module):
         codes: SparseCodes = self.sparsifier(self.pre_latents(x))
         return codes
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """x_hat, as inference gives it."""
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """x_hat, as inference gives it; x may have more axes, such as sequence and position."""
+        if isinstance(x, Tensor) and x.ndim > 2:
+            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return self.decode(self.encode(x), x)
+
+    def extra_repr(self) -> str:
+        """Kind and sizes."""
+        target = "" if self.d_out == self.d_in else f", d_out={self.d_out}"
+        return f"kind={self.config.kind}, d_in={self.d_in}, d_sae={self.d_sae}{target}"
 
     @torch.no_grad()
     def initialise_(

@@ -48,6 +48,8 @@ N_CALIBRATION = 65_536
 # Thresholds are fitted on up to four times as many where rows are short, in so many entries. On a toy model an L0 of
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
+# Tails are heavy where this share of rows carries more than that share of the variance.
+HEAVIEST, HEAVY = 0.001, 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Result:
     sae: SAE
     metrics: dict[str, float]
     out: Path
+
+    def __repr__(self) -> str:
+        names = ("metrics/fvu", "metrics/l0", "recovery/mcc")
+        said = [f"{name} {self.metrics[name]:.4g}" for name in names if name in self.metrics]
+        return f"Result({', '.join(said)}; {len(self.metrics)} metrics, sae and out={self.out})"
 
 
 def train(
@@ -78,7 +85,8 @@ def train(
         Interrupted: a signal came; a checkpoint was written first.
     """
     if not isinstance(config, TrainConfig):
-        raise UsageError(f"a configuration is an sae.TrainConfig, got a {type(config).__name__}; pass TrainConfig(...)")
+        remedy = "pass sae.TrainConfig(...), or sae.load_config(path)"
+        raise UsageError(f"a configuration is an sae.TrainConfig, got a {type(config).__name__}; {remedy}")
     if source is not None:
         config = config.model_copy(update={"source": None})  # what is recorded must be what was trained on
     require_wandb(config)
@@ -98,6 +106,8 @@ def train(
     activations = as_source(source if source is not None else config.source.open() if config.source else None)
 
     run = open_run(config, begun, activations, resume, on_line)
+    if run.n_steps_done:
+        logger.info("%s goes on after step %d of %d", config.out, run.n_steps_done, config.n_steps)
     try:
         with stop_requested() as stop:
             for _, error in Ensemble([run], activations).feed(stop):
@@ -189,6 +199,15 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
         if rows is not None:
             width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
             logger.info("%s: width %d, sqrt(total variance) %.4g, |mean| / that %.2f", name, width, size, offset)
+            heavy = losses.share_of_heaviest(rows, HEAVIEST)
+            if heavy > HEAVY and config.train.clip_norm is None:
+                logger.warning(
+                    "%.1g %% of the rows carry %.0f %% of the variance of the %s, and lead the gradient by as much: "
+                    "train.clip_norm=0.03 holds them back (docs/configuration.md, Heavy tails)",
+                    100 * HEAVIEST,
+                    100 * heavy,
+                    name,
+                )
     try:
         return Trainer(sae.to(config.train.device), config, unit, target_unit)
     except torch.OutOfMemoryError as error:

@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sae.arrays import Pairs, Rows, open_rows, open_truth, table
+from sae.arrays import Pairs, Rows, flat_rows, open_rows, open_truth, rebatch, table
 from sae.config import SourceConfig
 from sae.errors import UsageError
 from sae.held_out import HeldOut, HeldOutStream, Purpose, WorldStream
@@ -202,7 +202,7 @@ class PairSource(Source):
 
 
 class IterableSource(Source):
-    """Any iterable of batches [*, d_in], in its own order; its first rows are held out. Batches that are pairs hold
+    """Any iterable of batches [..., d_in], in its own order; its first rows are held out. Batches that are pairs hold
     activations and targets, and are read side by side.
 
     An iterable that can be read again (a data loader) gives further epochs; one that cannot (a generator) ends
@@ -226,6 +226,7 @@ class IterableSource(Source):
             held = torch.cat([held, rows]) if len(held) else rows
         self.d_in = held.shape[1]
         self.first, self.unread = held[: self.N_HELD_OUT], held[self.N_HELD_OUT :]
+        logger.info("the first %d rows are held out: half for calibration, half for evaluation", self.N_HELD_OUT)
         calibration, evaluation = self.first.tensor_split(2)
         self.held = {"calibration": calibration, "evaluation": evaluation}
 
@@ -246,7 +247,7 @@ class IterableSource(Source):
                 if not torch.equal(held, self.first[seen : seen + len(held)]):
                     raise UsageError(
                         "the source gives its batches in another order each time, so that held-out rows would be "
-                        "trained on; fix the order, or pass one tensor, which is shuffled here"
+                        "trained on; pass iter(...) of it to go through it once, or one tensor, which is shuffled here"
                     )
                 seen += len(rows)
                 yield rows[len(held) :]
@@ -259,7 +260,7 @@ class IterableSource(Source):
             parts = batch if isinstance(batch, list | tuple) and len(batch) in (1, 2) else [batch]
             names = (f"batch {number}", f"the target of batch {number}")
             tables = [
-                table(part.cpu() if isinstance(part, Tensor) else part, name)
+                table(flat_rows(part.cpu() if isinstance(part, Tensor) else part), name)
                 for part, name in zip(parts, names, strict=False)
             ]
             widths = [rows.d_in for rows in tables]
@@ -268,21 +269,6 @@ class IterableSource(Source):
             self.widths = widths
             rows = Pairs(*tables) if len(tables) == 2 else tables[0]
             yield rows.read(0, len(rows)).float()
-
-
-def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """The same rows in batches of exactly batch_size; a last part that fills no batch is dropped."""
-    waiting: list[Tensor] = []
-    n_waiting = 0
-    for piece in pieces:
-        waiting.append(piece)
-        n_waiting += len(piece)
-        if n_waiting < batch_size:
-            continue
-        rows = torch.cat(waiting) if len(waiting) > 1 else piece
-        *full, rest = rows.split(batch_size) if n_waiting % batch_size else (*rows.split(batch_size), rows[:0])
-        yield from full
-        waiting, n_waiting = [rest], len(rest)
 
 
 def as_source(data: object) -> Source:
@@ -309,7 +295,12 @@ def as_source(data: object) -> Source:
     if isinstance(data, Iterable):
         source = IterableSource(data)
         return PairSource(source, source.widths[0]) if len(source.widths) == 2 else source
-    raise UsageError(f"cannot train on {type(data).__name__}; pass a tensor, an array, or an iterable of batches")
+    remedy = (
+        "call it: what it yields can be passed"
+        if callable(data)
+        else "pass a tensor, an array, or an iterable of batches"
+    )
+    raise UsageError(f"cannot train on {type(data).__name__}; {remedy}")
 
 
 class ToySourceConfig(SourceConfig):
@@ -389,7 +380,9 @@ class ArraySourceConfig(SourceConfig):
     @model_validator(mode="after")
     def _key_has_a_target(self) -> ArraySourceConfig:
         if self.target_key is not None and self.target is None:
-            raise ValueError(f"target_key {self.target_key!r} names an array in target, which is not given; add it")
+            raise ValueError(
+                f"target_key {self.target_key!r} names an array in target, which is not given; add target or drop it"
+            )
         return self
 
     def open(self) -> ArraySource | PairSource:

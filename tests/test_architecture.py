@@ -16,6 +16,7 @@ LAYERS = {
         "errors",
         "files",
         "plain_yaml",
+        "one_line",
         "streams",
         "palette",
         "pages",

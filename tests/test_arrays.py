@@ -124,7 +124,9 @@ def test_truncated_and_empty_files(tmp_path, kind):
 
 def test_keys_and_names_that_do_not_exist(tmp_path):
     file = write(tmp_path, "npz")
-    with pytest.raises(UsageError, match=r"holds acts, other and there is no 'act'; set source.key"):
+    with pytest.raises(
+        UsageError, match=r"holds acts, other and there is no 'act'; set source.key, or source.target_key"
+    ):
         open_rows(file, "act")
     with pytest.raises(UsageError, match="no key was given"):
         open_rows(file)

@@ -6,8 +6,8 @@ import torch
 
 import sae
 from sae import UsageError, sources
-from sae.arrays import Rows
-from sae.sources import ArraySource, IterableSource, ToySourceConfig, as_source, rebatch
+from sae.arrays import Rows, rebatch
+from sae.sources import ArraySource, IterableSource, ToySourceConfig, as_source
 
 
 def numbered(n: int, d: int = 3) -> torch.Tensor:
@@ -84,6 +84,17 @@ def test_rebatch_keeps_rows_and_order(n_pieces):
     assert torch.equal(torch.cat(batches), x[:96])
 
 
+def test_batches_may_have_more_axes(monkeypatch):
+    """As a language model gives them: [sequence, position, d]."""
+    monkeypatch.setattr(IterableSource, "N_HELD_OUT", 20)
+    source = as_source(iter(numbered(60).view(5, 3, 4, 3)))
+    assert torch.equal(next(source.batches(40, seed=0)), numbered(60)[20:])
+    pairs = as_source(iter([(part, part[..., :2]) for part in numbered(60).numpy().reshape(5, 3, 4, 3)]))
+    x, target = next(pairs.batches(40, seed=0))
+    assert torch.equal(x, numbered(60)[20:])
+    assert torch.equal(target, numbered(60)[20:, :2])
+
+
 def test_an_iterable_holds_its_first_rows_out_and_starts_again(monkeypatch):
     monkeypatch.setattr(IterableSource, "N_HELD_OUT", 20)
 
@@ -140,6 +151,8 @@ def test_held_out_rows_of_large_files_are_checked_too(monkeypatch):
 def test_what_cannot_be_a_source():
     with pytest.raises(UsageError, match="cannot train on int"):
         as_source(3)
+    with pytest.raises(UsageError, match="cannot train on function; call it: what it yields can be passed"):
+        as_source(lambda: numbered(50))
     with pytest.raises(UsageError, match="pass small sets as one tensor"):
         as_source(row for row in numbered(50).split(10))
     with pytest.raises(UsageError, match="at least 50"):

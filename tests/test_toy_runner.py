@@ -169,6 +169,11 @@ def run_cli(monkeypatch, *words):
         (["run", "antipodl"], "unknown experiment 'antipodl'; did you mean 'antipodal'?"),
         (["run", "antipodal", "--seed", "-1"], "seed must not be negative, got -1"),
         (["run", "antipodal", "--out", "/proc/none"], "cannot write to /proc/none/antipodal"),
+        ([], "give a command, list or run; see `toymodels --help`"),
+        (["ruun"], "unknown command 'ruun'; did you mean 'run'?"),
+        (["run"], "missing from toymodels run: STR A name of `toymodels list`, or all. (required)"),
+        (["run", "polygons", "antipodal"], "unrecognized options: antipodal; see `toymodels run --help`"),
+        (["run", "all", "--seed", "abc"], "--seed: invalid literal"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(monkeypatch, capsys, words, message):

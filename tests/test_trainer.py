@@ -9,6 +9,7 @@ import torch
 import sae
 from sae import UsageError, checkpoint, run
 from sae.config import TrainConfig
+from sae.errors import Interrupted
 from sae.schedules import Clock, learning_rate, warmup
 
 CPU = torch.device("cpu")
@@ -343,6 +344,33 @@ def test_what_went_wrong_is_told(tmp_path, caplog):
     assert "their mean alone would reconstruct better; lower train.lr=30" in caplog.text
     sae.train(config(tmp_path / "other"), resume=True, report=False)
     assert f"nothing to resume in {tmp_path / 'other'}: the run begins" in caplog.text
+
+
+def test_heavy_tails_are_told_with_the_remedy(tmp_path, caplog):
+    x = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
+    sae.train(config(tmp_path / "light"), x, report=False)
+    assert "of the variance of the activations" not in caplog.text
+    x[::500] *= 60
+    sae.train(config(tmp_path / "heavy"), x, report=False)
+    assert "0.1 % of the rows carry" in caplog.text
+    assert "train.clip_norm=0.03 holds them back" in caplog.text
+    caplog.clear()
+    sae.train(config(tmp_path / "clipped", train={"clip_norm": 0.03}), x, report=False)
+    assert "of the variance of the activations" not in caplog.text
+
+
+def test_a_stop_passes_those_who_catch_every_exception():
+    assert issubclass(Interrupted, KeyboardInterrupt)
+    assert not issubclass(Interrupted, Exception)
+    assert str(Interrupted("stopped at step 3", 2)) == "stopped at step 3"
+
+
+def test_a_result_is_printed_in_a_line(tmp_path):
+    result = sae.train(config(tmp_path / "run"), report=False)
+    assert repr(result).startswith(
+        f"Result(metrics/fvu {result.metrics['metrics/fvu']:.4g}, metrics/l0 3, recovery/mcc"
+    )
+    assert len(repr(result)) < 300
 
 
 def test_activations_may_be_given_by_the_name_of_their_file(tmp_path):

@@ -147,7 +147,7 @@ def parse_sweep(mapping: Mapping[str, Any], overrides: Sequence[str] = (), where
     differing = [key for key in swept if len({_text(point.get(key)) for point in points}) > 1]
     configs = []
     for point in points:
-        label = f"{where}, member {_name(point, differing)}"
+        label = f"{where}, member {_name(point, differing or swept)}"
         configs.append(parse_config(override({**base, "log": log, "out": str(out)}, point), where=label))
     resolved = [{key: value for key in swept for value in _resolved(config, key)} for config in configs]
     varies = tuple(key for key in swept if len({_text(values.get(key, _ABSENT)) for values in resolved}) > 1)
