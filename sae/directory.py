@@ -55,13 +55,13 @@ def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
         raise UsageError(f"{out} is a file; give a directory as --out")
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite discards it; give one of them")
+    require_free(out)
     if (out / CONFIG).exists() and not (resume or overwrite):
-        remedy = "" if resume is None else "continue it with --resume, "
+        remedy = "" if resume is None else "continue it with --resume (in Python resume=True), "
         raise UsageError(f"{out} already holds a run; {remedy}discard it with --overwrite")
     foreign = [name for name in OWN if (out / name).exists()]
     if foreign and not (out / CONFIG).exists():
         raise UsageError(f"{out} holds {', '.join(foreign)} of something else; give another --out")
-    require_free(out)
 
 
 def claim_out(config: TrainConfig, resume: bool) -> Path | None:

@@ -40,7 +40,7 @@ def test_what_trains_elsewhere_is_left_alone(tmp_path, how):
 
     def intrude(step, values):
         before = written(tmp_path / "run")
-        with pytest.raises(UsageError, match=HELD if how else "already holds a run") as raised:
+        with pytest.raises(UsageError, match=HELD) as raised:
             sae.train(config(tmp_path / "run"), report=False, **how)
         assert written(tmp_path / "run") == before
         told.append(raised)
