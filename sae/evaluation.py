@@ -101,6 +101,7 @@ def evaluate(
         judged = metrics.judge_codes(samples, ranking, matching, truth, threshold)
         values |= _group("recovery", metrics.codes_beside_chance(judged, samples, truth, threshold))
     features = metrics.table_of_features(judged[0], truth)
+    values["metrics/l0_truth"] = float(features["frequency"].sum())  # true features that fire for a sample
     features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
     tables = {"latent/frequency": density, "truth": truth}
     tables |= {f"feature/{name}": column for name, column in features.items()}

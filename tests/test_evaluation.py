@@ -36,6 +36,13 @@ def test_a_stream_gives_the_numbers_of_the_whole_set(source: WorldSource, monkey
         torch.testing.assert_close(windowed.tables[name], column, rtol=1e-6, atol=1e-6)
 
 
+def test_the_l0_of_the_truth_stands_beside_that_of_the_codes(source: WorldSource) -> None:
+    held_out = source.held_out("evaluation", 900)
+    found = evaluate(coder(source.truth), held_out, source.truth).metrics["metrics/l0_truth"]
+    assert found == pytest.approx(float((held_out.acts.dense() > 0).sum(dim=1).double().mean()), rel=1e-3)
+    assert "metrics/l0_truth" not in evaluate(coder(source.truth), HeldOut(held_out.x), source.truth).metrics
+
+
 def test_bad_input_is_refused_in_one_line(source: WorldSource) -> None:
     held_out, truth = source.held_out("evaluation", 50), source.truth
     huge = torch.zeros_like(held_out.x)

@@ -185,6 +185,8 @@ def test_what_we_write_computes_the_same_there_and_comes_back(tmp_path, name, fo
     back = formats.load(tmp_path)
     same(back, (model.encode(X).dense(), model(X)))
     assert not back.training
+    if expected in ("AutoEncoderTopK", "BatchTopKSAE", "topk", "sae", "matching_pursuit"):
+        assert (back.config.k or back.config.base["k"]) == options["k"]
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
     back.save(tmp_path / "own")
     same(sae.load(tmp_path / "own"), (model.encode(X).dense(), model(X)))

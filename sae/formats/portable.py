@@ -220,7 +220,7 @@ def _set_(sparsifier: Any, rule: Rule) -> None:
     match rule:
         case Above():
             same = isinstance(sparsifier, BatchTopK)
-            sparsifier.threshold.copy_((rule.threshold[0] if same else rule.threshold).clamp_min(0))
+            sparsifier.threshold.copy_(rule.threshold[0] if same else rule.threshold)
         case Gate():
             sparsifier.r_mag.copy_(rule.r)
             sparsifier.c_mag.copy_(rule.c)
