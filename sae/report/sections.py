@@ -194,13 +194,20 @@ def _first(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and its other seeds"
 
 
+def _mcc(run: Run) -> str:
+    """Beside chance, where that was drawn."""
+    chance = run.result.get(f"{tables.MCC}_chance")
+    return f"MCC {run.result[tables.MCC]:.3f}" + ("" if chance is None else f", chance {chance:.3f}")
+
+
 def maps(collection: Collection, known: list[Run]) -> Html:
     """Features against neurons, and against the latents of each run."""
     first = known[0]
     reading = (
         "Each row is a true feature, each column a unit, each cell their cosine. Neurons mix many features; "
         "a dictionary that found the truth shows one diagonal, a latent for each feature, once its latents "
-        "are put in the order of the match."
+        "are put in the order of the match. Random directions, matched alike, show a fainter one: the MCC beside that "
+        "of chance says how much was found."
     )
     shown = len(figures.shown_features(first))
     n = len(first.order)
@@ -211,8 +218,8 @@ def maps(collection: Collection, known: list[Run]) -> Html:
     after = [
         plot(
             figures.latent_map(run),
-            f"After: features × latents of {_label(collection, run)} (MCC {run.result[tables.MCC]:.3f})",
-            f"Cosines after matching, MCC {run.result[tables.MCC]:.3f}",
+            f"After: features × latents of {_label(collection, run)} ({_mcc(run)})",
+            f"Cosines after matching, {_mcc(run)}",
             "square",
         )
         for run in known
