@@ -268,6 +268,12 @@ class TrainConfig(Section):
     out: Path = Path("runs/sae")
     """The run directory."""
 
+    def __init__(self, **sections: Any) -> None:
+        try:
+            super().__init__(**sections)
+        except ValidationError as error:
+            raise UsageError(explain(error, TrainConfig)) from error
+
     @field_validator("source", mode="before")
     @classmethod
     def _source_kind(cls, value: Any) -> Any:
@@ -353,10 +359,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> TrainConfig:
     """A validated configuration from a mapping, with dotted overrides applied first."""
+    values = override(mapping, flags(overrides))
     try:
-        return TrainConfig.model_validate(override(mapping, flags(overrides)))
-    except ValidationError as error:
-        raise UsageError(f"{where}: {explain(error, TrainConfig)}") from error
+        return TrainConfig(**values)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
 
 
 def override(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

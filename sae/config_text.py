@@ -24,6 +24,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
         raise UsageError(f"{path} must hold a mapping of sections (sae:, train:, ...), got {type(mapping).__name__}")
+    unnamed = [name for name in mapping if not isinstance(name, str)]
+    if unnamed:
+        raise UsageError(f"{path} must hold sections by name (sae:, train:, ...), got {', '.join(map(repr, unnamed))}")
     return mapping
 
 

@@ -75,7 +75,7 @@ def test_faults_are_named_in_one_line(words, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\xff"])
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\xff", "1: 2"])
 def test_files_that_are_no_configuration(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_bytes(text.encode("latin-1"))
@@ -140,6 +140,15 @@ def test_a_sweep_is_not_trained_as_one_run(tmp_path):
     path.write_text("sae: {kind: topk, d_sae: 8, k: 2}\nsweep: {grid: {sae.k: [1, 2]}}\n")
     with pytest.raises(UsageError, match=r"use `sae sweep .*many\.yaml`"):
         load_config(path)
+
+
+def test_in_python_faults_are_one_line_too():
+    with pytest.raises(UsageError) as raised:
+        TrainConfig(sae={"kind": "topk", "d_sae": 8, "k": 9}, train={"lr": -1.0}, trian={})
+    assert "k must lie in 1..d_sae=8, got 9" in str(raised.value)
+    assert "train.lr: Input should be greater than 0, got -1.0" in str(raised.value)
+    assert "unknown key 'trian'; did you mean 'train'?" in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_configurations_cannot_be_changed():
