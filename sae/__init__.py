@@ -23,6 +23,7 @@ from sae.plugins import load_plugin
 from sae.run import Result, evaluate_run, train
 from sae.sources import HeldOut, Source
 from sae.sparsifiers import Sparsifier
+from sae.unfinished import load_checkpoint
 from sae.world_source import WorldSourceConfig
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate_run",
     "formats",
     "load",
+    "load_checkpoint",
     "load_config",
     "load_plugin",
     "metrics",

@@ -126,7 +126,10 @@ class Sweep(FromFile):
 
 @dataclass
 class Eval(WithPlugins):
-    """Measure a trained SAE again: every metric that applies, and recovery when the truth is known."""
+    """Measure a trained SAE again: every metric that applies, and recovery when the truth is known.
+
+    Of a run that is not finished, its newest checkpoint is measured, and nothing is written.
+    """
 
     run_dir: Positional[Path]
     baselines: bool = False
@@ -138,8 +141,16 @@ class Eval(WithPlugins):
     def run(self) -> None:
         from sae.console import print_metrics  # noqa: PLC0415
         from sae.run import evaluate_run  # noqa: PLC0415
+        from sae.unfinished import evaluate_checkpoint, is_unfinished  # noqa: PLC0415
 
         self.load_plugins()
+        if is_unfinished(self.run_dir):
+            if self.baselines or self.diagnose:
+                raise UsageError(f"{self.run_dir} is not finished; train it to the end, with --resume, for that")
+            evaluation, step, n_steps = evaluate_checkpoint(self.run_dir)
+            print_metrics(evaluation.metrics)
+            print(f"\n{self.run_dir} after step {step} of {n_steps}; nothing was written")
+            return
         if self.baselines:
             from sae.baselines.beside import beside_run  # noqa: PLC0415
             from sae.baselines.show import print_beside  # noqa: PLC0415

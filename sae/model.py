@@ -223,7 +223,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
                 raise UsageError(f"{folder} is a sweep's directory; give one of its members, {folder}/NAME")
             raise UsageError(
                 f"{folder} holds no SAE: {name} is missing; give a run directory that finished training, or use "
-                "sae.formats.load for the files of another library"
+                "sae.load_checkpoint for one that has not, sae.formats.load for the files of another library"
             )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

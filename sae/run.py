@@ -141,10 +141,7 @@ def open_run(config: TrainConfig, begun: TrainConfig, source: Source, resume: bo
 def conclude(run: Run, report: bool) -> Result:
     """Calibrates, measures and saves what a run has learnt; its trainer is given up."""
     config, source, trainer = run.config, run.source, run.trainer
-    rows = run.probe
-    if type(trainer.sae.sparsifier).calibrate_ is not Sparsifier.calibrate_:
-        n_rows = min(max(THRESHOLD_ENTRIES // source.d_in, N_CALIBRATION), N_THRESHOLDS)
-        rows = source.held_out("calibration", n_rows)
+    rows = calibration_rows(trainer.sae, source)
     n_steps, sae = trainer.n_steps_done, finished(trainer, rows)
     del run.trainer, trainer  # Adam's moments take twice the memory of the weights
     evaluation = evaluate(sae, source.held_out_stream("evaluation", config.evaluation.n_samples), source.truth)
@@ -231,13 +228,26 @@ def _scale(rows: Tensor, what: str) -> float:
 
 
 def finished(trainer: Trainer, calibration: HeldOut) -> SAE:
-    """The trained SAE made ready for inference, in place: in the units of the data, thresholds calibrated."""
-    final = trainer.sae.cpu().eval().requires_grad_(False)
-    final.sparsifier.anneal_(1.0)  # a source may have ended early
-    chunks = calibration.x.split(chunk_rows(final.d_sae))
-    final.sparsifier.calibrate_((final.pre_latents(chunk / trainer.unit) for chunk in chunks), len(calibration.x))
-    final.rescale_(trainer.unit, trainer.target_unit)
-    return final
+    """The trained SAE made ready for inference, in place."""
+    return ready_(trainer.sae.cpu(), trainer.unit, trainer.target_unit, calibration, 1.0)  # a source may end early
+
+
+def ready_(sae: SAE, unit: float, target_unit: float, calibration: HeldOut, done: float) -> SAE:
+    """An SAE in training, of which the share `done` is over, for inference: in the units of the data, thresholds
+    calibrated."""
+    sae.eval().requires_grad_(False)
+    sae.sparsifier.anneal_(done)
+    chunks = calibration.x.split(chunk_rows(sae.d_sae))
+    sae.sparsifier.calibrate_((sae.pre_latents(chunk / unit) for chunk in chunks), len(calibration.x))
+    sae.rescale_(unit, target_unit)
+    return sae
+
+
+def calibration_rows(sae: SAE, source: Source) -> HeldOut:
+    """As many as thresholds deserve; few where there are none to fit."""
+    if type(sae.sparsifier).calibrate_ is Sparsifier.calibrate_:
+        return source.held_out("calibration", 1024)
+    return source.held_out("calibration", min(max(THRESHOLD_ENTRIES // source.d_in, N_CALIBRATION), N_THRESHOLDS))
 
 
 def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:

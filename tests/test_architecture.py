@@ -86,6 +86,7 @@ LAYERS = {
         "ensemble",
         "report",
         "run",
+        "unfinished",
         "console",
         "baselines",
         "digits",

@@ -441,7 +441,7 @@ def test_files_that_are_no_sae(tmp_path):
     (tmp_path / "params.npz").write_bytes(b"PK")
     with pytest.raises(UsageError, match=r"params\.npz cannot be read"):
         formats.load(tmp_path / "params.npz")
-    with pytest.raises(UsageError, match=r"or use sae\.formats\.load for the files of another library"):
+    with pytest.raises(UsageError, match=r"sae\.formats\.load for the files of another library"):
         sae.load(tmp_path)
 
 

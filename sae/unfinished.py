@@ -1,0 +1,63 @@
+"""A run that is not at its end, looked at: its SAE as the newest checkpoint has it. Nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae import checkpoint
+from sae.checkpoint import CHECKPOINTS
+from sae.config import TrainConfig, parse_config
+from sae.config_text import read_yaml
+from sae.directory import CONFIG
+from sae.errors import UsageError
+from sae.evaluation import Evaluation, evaluate
+from sae.model import SAE
+from sae.run import calibration_rows, ready_
+from sae.sources import Source, as_source
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether a run has begun there, has a checkpoint, and has no result yet."""
+    begun = (out / CONFIG).exists() and checkpoint.latest(out / CHECKPOINTS) is not None
+    return begun and not (out / "sae.json").exists()
+
+
+def load_checkpoint(out: str | Path, source: object = None) -> SAE:
+    """The SAE of a run's newest checkpoint, ready for inference: in the units of the data, thresholds calibrated on the
+    source's held-out rows. The run may go on meanwhile.
+
+    `source` is what `sae.train` was given, where it was given one.
+
+    Raises:
+        UsageError: there is no checkpoint, or no source.
+    """
+    sae, _, _, _ = _opened(Path(out), source)
+    return sae
+
+
+def evaluate_checkpoint(out: Path) -> tuple[Evaluation, int, int]:
+    """All metrics of a run's newest checkpoint; its step, and how many there are to be."""
+    sae, config, source, step = _opened(out, None)
+    stream = source.held_out_stream("evaluation", config.evaluation.n_samples)
+    return evaluate(sae, stream, source.truth), step, config.n_steps
+
+
+def _opened(out: Path, given: object) -> tuple[SAE, TrainConfig, Source, int]:
+    newest = checkpoint.latest(out / CHECKPOINTS)
+    if newest is None or not (out / CONFIG).exists():
+        raise UsageError(f"{out} holds no run with a checkpoint; give a run directory")
+    config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
+    if given is None and config.source is None:
+        raise UsageError(f"{out} was trained on activations passed from Python; use sae.load_checkpoint(out, source)")
+    source = as_source(given if given is not None else config.source.open() if config.source else None)
+    tensors, values = checkpoint.load(newest)
+    sae = SAE(source.d_in, config.sae, source.d_out)
+    weights = {name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")}
+    if weights["W_dec"].shape != sae.W_dec.shape or weights["encoder"].shape != sae.encoder.shape:
+        raise UsageError(
+            f"{newest} has W_dec {list(weights['W_dec'].shape)}, and the source d_in={source.d_in}; give its own"
+        )
+    sae.load_state_dict(weights)
+    step = int(values["n_steps_done"])
+    ready_(sae, values["unit"], values["target_unit"], calibration_rows(sae, source), step / config.n_steps)
+    return sae, config, source, step
