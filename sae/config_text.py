@@ -20,7 +20,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         mapping = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}; give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        remedy = f"give a YAML file, which names data as source: {{kind: array, path: {path}}}"
+        raise UsageError(f"{path} is no text; {remedy}") from error
+    except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
         raise UsageError(f"{path} must hold a mapping of sections (sae:, train:, ...), got {type(mapping).__name__}")

@@ -17,7 +17,7 @@ from sae.codes import SparseCodes
 from sae.config import SAEConfig
 from sae.config_text import explain
 from sae.errors import UsageError
-from sae.kernels import for_inference
+from sae.kernels import for_inference, require_device
 from toymodels.files import save_tensors, sha256, write_text
 
 FORMAT_VERSION = 1
@@ -216,6 +216,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     Raises:
         UsageError: nothing is saved there, the files do not belong together, or they are damaged.
     """
+    require_device(str(device), "device")
     folder = Path(folder)
     for name in (MANIFEST, WEIGHTS):
         if not (folder / name).is_file():

@@ -356,7 +356,7 @@ def test_what_cannot_be_fitted_is_told_in_one_line(source):
         ("the oracle needs the true features", ["oracle_k"], x, {"n_fit": 200}),
         ("sae_oracle and sae_pursuit code the dictionary of a trained SAE; pass sae=", ["sae_oracle"], source, {}),
         ("data_points needs d_sae=500", ["data_points"], source, {"d_sae": 500, "n_fit": 300}),
-        ("baselines reconstruct their input", ["pca"], (x, x), {"n_fit": 200}),
+        ("baselines reconstruct what they read", ["pca"], (x, x), {"n_fit": 200}),
         ("the source ended before the 20000 activations", ["pca"], iter(batches), {}),
     ]
     for message, names, rows, options in cases:

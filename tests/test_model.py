@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae import SAE, SAEConfig
+import sae
+from sae import SAE, SAEConfig, UsageError
 
 encode = inspect.unwrap(SAE.encode)
 
@@ -45,6 +46,13 @@ def test_a_matrix_of_codes_decodes_as_the_codes_do(tmp_path):
         # More axes, as a hook on a language model sees them.
         torch.testing.assert_close(model(x), model(flat).view(2, 5, 6))
         torch.testing.assert_close(model.decode(codes.dense().view(2, 5, 24), x), model(x))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_told(tmp_path):
+    SAE(6, SAEConfig.of_kind({"d_sae": 24, "kind": "topk", "k": 3})).save(tmp_path)
+    with pytest.raises(UsageError, match="device 'cuda' cannot be used"):
+        sae.load(tmp_path, device="cuda")
 
 
 def test_what_is_printed_is_short_and_says_what_it_is():

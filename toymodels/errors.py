@@ -16,5 +16,5 @@ class UsageError(ValueError):
 def nearest(word: object, known: Iterable[str]) -> str:
     """The end of an error about an unknown word: the nearest known one, and all of them."""
     known = list(known)
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f"{f'; did you mean {close[0]!r}?' if close else ';'} known: {', '.join(sorted(known))}"

@@ -131,7 +131,7 @@ def prepare(
     if not 1 <= k <= min(d_sae, source.d_in):
         raise UsageError(f"k must lie in 1..min(d_sae={d_sae}, d_in={source.d_in}), got {k}")
     if source.d_out is not None:
-        raise UsageError("baselines reconstruct their input, and the source has a target; leave the target out")
+        raise UsageError("baselines reconstruct what they read; there are none where the source has a target")
     batch = next(source.batches(n_fit, seed), None)
     if batch is None:
         raise UsageError(f"the source ended before the {n_fit} activations that baselines are fitted on; lower n_fit")
