@@ -85,7 +85,8 @@ def total_variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
 
 def share_of_heaviest(x: Float[Tensor, "batch d"], share: float) -> float:
     """Of sum |x - mean x|^2, what that share of the rows (at least one) carries that lie farthest from the mean."""
-    squares = (x - x.mean(dim=0)).square().sum(dim=1, dtype=torch.float64)
+    mean = x.mean(dim=0)
+    squares = torch.cat([(part - mean).square().sum(dim=1, dtype=torch.float64) for part in x.split(8192)])
     n = max(round(share * len(x)), 1)
     return float(squares.topk(n).values.sum() / squares.sum())
 
