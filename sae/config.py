@@ -199,6 +199,9 @@ class TrainSection(Section):
     """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae)), of matching_pursuit twenty times that."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of all gradients together: longer ones are shortened to it, before Adam; default no clipping."""
+    clip_rows: float | None = Field(default=None, gt=0)
+    """Rows farther from the geometric median of all than so many times the median distance are drawn in to there, in
+    training alone; default none are."""
     accumulate: int = Field(default=1, gt=0)
     """Parts that a batch is computed in, one after the other, to save memory; their gradients are added up. A batch's
     budget and a target L0 hold for each part."""

@@ -83,14 +83,6 @@ def total_variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
     return torch.stack([(part - mean).square().sum() for part in parts]).sum() / len(x)
 
 
-def share_of_heaviest(x: Float[Tensor, "batch d"], share: float) -> float:
-    """Of sum |x - mean x|^2, what that share of the rows (at least one) carries that lie farthest from the mean."""
-    mean = x.mean(dim=0)
-    squares = torch.cat([(part - mean).square().sum(dim=1, dtype=torch.float64) for part in x.split(8192)])
-    n = max(round(share * len(x)), 1)
-    return float(squares.topk(n).values.sum() / squares.sum())
-
-
 def geometric_median(x: Float[Tensor, "batch d"], n_steps: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
     """argmin_m sum |x - m| by Weiszfeld's iteration; unlike the mean it ignores a few huge rows."""
     median = x.double().mean(dim=0)

@@ -30,6 +30,7 @@ from sae.directory import (
 from sae.ensemble import Ensemble, OnLine, Run, stop_requested
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate
+from sae.heavy_tails import Ball, share_of_heaviest
 from sae.initialise import cuts
 from sae.kernels import require_device, require_kernels, resolve_device
 from sae.locks import held, hold
@@ -171,7 +172,10 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
         )
     if source.d_out is None and config.sae.transcodes:
         logger.info("the source has no target: the %s reconstructs its input", config.sae.kind)
-    unit = _scale(calibration.x, "activations")
+    ball, rows = _ball(config, calibration), calibration.x
+    if ball is not None:
+        rows = ball.draw_in(rows)
+    unit = _scale(rows, "activations")
     target_unit = unit if calibration.target is None else _scale(calibration.target, "targets")
     try:
         sae = SAE(source.d_in, config.sae, source.d_out)
@@ -185,30 +189,47 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
         "zero": lambda x: torch.zeros(x.shape[1]),
     }
     centre_of = centres[config.sae.decoder_bias]
-    centre = centre_of(calibration.x / unit)
+    centre = centre_of(rows / unit)
     b_dec = centre if calibration.target is None else centre_of(calibration.target / target_unit)
     sae.initialise_(b_dec, generator(config.train.seed, "sae"), centre)
     if sae.sparsifier.initial_l0 is not None:
-        sae.sparsifier.start_(cuts(sae, calibration.x / unit, sae.sparsifier.initial_l0), sae.b_enc.detach())
+        sae.sparsifier.start_(cuts(sae, rows / unit, sae.sparsifier.initial_l0), sae.b_enc.detach())
     if not sae.sparsifier.pursuit_steps:
-        sae.sparsifier.require_codes(sae.pre_latents(calibration.x[:64] / unit))
-    for name, rows, size in (("activations", calibration.x, unit), ("targets", calibration.target, target_unit)):
-        if rows is not None:
-            width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
-            logger.info("%s: width %d, sqrt(total variance) %.4g, |mean| / that %.2f", name, width, size, offset)
-            heavy = losses.share_of_heaviest(rows, HEAVIEST)
-            if heavy > HEAVY and config.train.clip_norm is None:
-                logger.warning(
-                    "%.1g %% of the rows carry %.0f %% of the variance of the %s, and lead the gradient by as much: "
-                    "train.clip_norm=0.03 holds them back (docs/configuration.md, Heavy tails)",
-                    100 * HEAVIEST,
-                    100 * heavy,
-                    name,
-                )
+        sae.sparsifier.require_codes(sae.pre_latents(rows[:64] / unit))
+    _describe("activations", calibration.x, unit, config)
+    if calibration.target is not None:
+        _describe("targets", calibration.target, target_unit, config)
     try:
-        return Trainer(sae.to(config.train.device), config, unit, target_unit)
+        return Trainer(sae.to(config.train.device), config, unit, target_unit, ball)
     except torch.OutOfMemoryError as error:
         raise UsageError(_too_wide(config, sae.d_in + sae.d_out)) from error
+
+
+def _ball(config: TrainConfig, calibration: HeldOut) -> Ball | None:
+    """What rows are drawn in to, if they are."""
+    times = config.train.clip_rows
+    if times is None:
+        return None
+    if calibration.target is not None:
+        raise UsageError(f"train.clip_rows={times:g} draws x in, and a target would not follow; leave it out")
+    return Ball.around(calibration.x, times)
+
+
+def _describe(name: str, rows: Tensor, size: float, config: TrainConfig) -> None:
+    """A line on their scale, and one on heavy tails that nothing holds back."""
+    width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
+    logger.info("%s: width %d, sqrt(total variance) %.4g, |mean| / that %.2f", name, width, size, offset)
+    heavy = share_of_heaviest(rows, HEAVIEST)
+    if heavy > HEAVY and config.train.clip_rows is None and config.train.clip_norm is None:
+        remedy = "train.clip_norm=0.03" if config.sae.transcodes else "train.clip_rows=3"
+        logger.warning(
+            "%.1g %% of the rows carry %.0f %% of the variance of the %s, and lead what is learnt by as much: %s holds "
+            "them back (docs/configuration.md, Heavy tails)",
+            100 * HEAVIEST,
+            100 * heavy,
+            name,
+            remedy,
+        )
 
 
 def _too_wide(config: TrainConfig, width: int) -> str:

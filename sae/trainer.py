@@ -20,6 +20,7 @@ from sae import schedules
 from sae.config import TrainConfig
 from sae.engine import Begun, Engine, Terms, padded
 from sae.errors import UsageError
+from sae.heavy_tails import Ball
 from sae.model import SAE
 from sae.resampling import raise_, resample_
 from toymodels.streams import generator
@@ -33,10 +34,13 @@ TERMS = ("overall_loss", "mse_loss", "auxiliary_reconstruction_loss", "sparsity_
 
 class Trainer:
     """Trains `sae` in place on activations in units of `unit`, and targets in units of `target_unit`. A step never
-    waits for the device: sums stay there until `take_window` reads them."""
+    waits for the device: sums stay there until `take_window` reads them. Rows outside of `ball` are drawn in to it."""
 
-    def __init__(self, sae: SAE, config: TrainConfig, unit: float, target_unit: float | None = None) -> None:
+    def __init__(
+        self, sae: SAE, config: TrainConfig, unit: float, target_unit: float | None = None, ball: Ball | None = None
+    ) -> None:
         self.sae, self.config, self.unit = sae, config, unit
+        self.ball = None if ball is None else ball.to(sae.W_dec.device)
         self.target_unit = unit if target_unit is None else target_unit
         train = config.train
         self.engine = Engine(sae, train.kernels, train.precision, train.clip_norm, train.accumulate, train.moments)
@@ -55,6 +59,8 @@ class Trainer:
     ) -> None:
         """One batch, in the units of the data; `target` is what to reconstruct, where that is something else."""
         began = time.perf_counter()
+        if self.ball is not None:
+            activations = self.ball.draw_in(activations)
         if self.n_steps_done % REFRESH_STEPS == 0:
             self.look()
             self.resample(activations)

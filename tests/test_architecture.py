@@ -58,6 +58,7 @@ LAYERS = {
         "config",
         "plugins",
         "losses",
+        "heavy_tails",
         "optim",
         "kernels",
         "sparsifiers",

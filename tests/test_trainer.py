@@ -353,10 +353,11 @@ def test_heavy_tails_are_told_with_the_remedy(tmp_path, caplog):
     x[::500] *= 60
     sae.train(config(tmp_path / "heavy"), x, report=False)
     assert "0.1 % of the rows carry" in caplog.text
-    assert "train.clip_norm=0.03 holds them back" in caplog.text
+    assert "train.clip_rows=3 holds them back" in caplog.text
     caplog.clear()
-    sae.train(config(tmp_path / "clipped", train={"clip_norm": 0.03}), x, report=False)
-    assert "of the variance of the activations" not in caplog.text
+    for name, remedy in (("norm", {"clip_norm": 0.03}), ("rows", {"clip_rows": 3.0})):
+        sae.train(config(tmp_path / name, train=remedy), x, report=False)
+        assert "of the variance of the activations" not in caplog.text
 
 
 def test_a_stop_passes_those_who_catch_every_exception():
