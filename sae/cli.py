@@ -70,7 +70,7 @@ def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Conver
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}")
     overrides, rest = _split_overrides(words) if words[0] in ("train", "sweep") else ([], list(words))
-    if any(not word or word.partition("=")[1:] == ("=", "") for word in rest):
+    if any(not word or (word.startswith("--") and word.partition("=")[1:] == ("=", "")) for word in rest):
         raise UsageError(f"a word of `sae {shlex.join(words)}` is empty; is a shell variable unset?")
     said = StringIO()
     try:

@@ -271,7 +271,7 @@ class TrainConfig(Section):
     out: Path = Path("runs/sae")
     """The run directory."""
 
-    def __init__(self, **sections: Any) -> None:
+    def __init__(self, /, **sections: Any) -> None:
         try:
             super().__init__(**sections)
         except ValidationError as error:

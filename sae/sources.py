@@ -258,6 +258,11 @@ class IterableSource(Source):
         for number, batch in enumerate(self.iterable):
             # A TensorDataset wraps its rows; two parts are activations and targets.
             parts = batch if isinstance(batch, list | tuple) and len(batch) in (1, 2) else [batch]
+            leading = {tuple(part.shape[:-1]) for part in parts if isinstance(part, Tensor | np.ndarray)}
+            if len(leading) > 1:
+                raise UsageError(
+                    f"batch {number} of the source has a target of other axes: {sorted(leading)}; align them"
+                )
             names = (f"batch {number}", f"the target of batch {number}")
             tables = [
                 table(flat_rows(part.cpu() if isinstance(part, Tensor) else part), name)

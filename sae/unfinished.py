@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sae import checkpoint
 from sae.checkpoint import CHECKPOINTS
-from sae.config import TrainConfig, parse_config
+from sae.config import SAEConfig, TrainConfig, parse_config
 from sae.config_text import read_yaml
 from sae.directory import CONFIG
 from sae.errors import UsageError
@@ -50,14 +51,31 @@ def _opened(out: Path, given: object) -> tuple[SAE, TrainConfig, Source, int]:
     if given is None and config.source is None:
         raise UsageError(f"{out} was trained on activations passed from Python; use sae.load_checkpoint(out, source)")
     source = as_source(given if given is not None else config.source.open() if config.source else None)
-    tensors, values = checkpoint.load(newest)
-    sae = SAE(source.d_in, config.sae, source.d_out)
+    try:
+        tensors, values = checkpoint.load(newest)
+    except (UsageError, OSError):
+        if newest.exists():
+            raise
+        return _opened(out, source)  # the run, which goes on, has written a newer one and deleted this
+    step = int(values["n_steps_done"])
+    done = step / config.n_steps
+    sae = SAE(source.d_in, _as_of(config.sae, done), source.d_out)
     weights = {name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")}
     if weights["W_dec"].shape != sae.W_dec.shape or weights["encoder"].shape != sae.encoder.shape:
         raise UsageError(
             f"{newest} has W_dec {list(weights['W_dec'].shape)}, and the source d_in={source.d_in}; give its own"
         )
     sae.load_state_dict(weights)
-    step = int(values["n_steps_done"])
-    ready_(sae, values["unit"], values["target_unit"], calibration_rows(sae, source), step / config.n_steps)
+    ready_(sae, values["unit"], values["target_unit"], calibration_rows(sae, source), done)
     return sae, config, source, step
+
+
+def _as_of(config: SAEConfig, done: float) -> SAEConfig:
+    """With the k that the run is at, where that falls: what is saved must fire alike when it is loaded."""
+    base = getattr(config, "base", None) or {}
+    if getattr(config, "k_start", None) is None and base.get("k_start") is None:
+        return config
+    sparsifier: Any = config.build()
+    sparsifier.anneal_(done)
+    now = {"k": sparsifier.k, "k_start": None}
+    return config.model_copy(update={"base": base | now} if base else now)

@@ -65,6 +65,8 @@ def test_what_is_written_reads_back_equal(tmp_path):
         (["lr", "3"], r"expected a flag such as --sae.k 3, got 'lr'"),
         (["--sae", "3"], r"sae: "),
         (["--sae", "!!map foo"], r"not valid YAML"),
+        (["--sae.k", "2024-13-45"], r"not valid YAML"),
+        (["--self.x", "3"], r"unknown key 'self'"),
         (["--train.lr="], r"--train\.lr has an empty value; is a shell variable unset\? For none, write null"),
         (["--train.lr", ""], r"--train\.lr has an empty value"),
     ],

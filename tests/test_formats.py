@@ -141,6 +141,7 @@ WRITTEN = {
     "gated, tied": ({"kind": "gated", "tied_bias": True}, "gated", "GatedAutoEncoder", None),
     "p_annealing": ({"kind": "p_annealing", "l0": 3.0}, "jumprelu", "JumpReluAutoEncoder", None),
     "matching_pursuit": ({"kind": "matching_pursuit", "k": 3}, "matching_pursuit", None, None),
+    "untied matching_pursuit": ({"kind": "matching_pursuit", "k": 3, "tied_bias": False}, None, None, None),
     "transcoder": ({"kind": "transcoder", "base": {"kind": "relu"}}, "transcoder", None, None),
     "topk transcoder": ({"kind": "transcoder", "k": 3}, None, None, "sae"),
     "jumprelu transcoder": (
@@ -260,6 +261,18 @@ def test_a_topk_of_saelens(tmp_path, applied, rescaled):
     same(formats.load(tmp_path), by_saelens(tmp_path))
 
 
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_matching_pursuit_of_saelens(tmp_path, applied):
+    """Where b_dec is not subtracted, it is not added either."""
+    W_dec = weights()["W_dec"]
+    t = {"W_dec": W_dec / W_dec.norm(dim=1, keepdim=True), "b_dec": weights()["b_dec"]}
+    stops = {"max_iterations": 3, "residual_threshold": 0.0, "stop_on_duplicate_support": False}
+    saelens(tmp_path, t, architecture="matching_pursuit", apply_b_dec_to_input=applied, **stops)
+    b_dec = t["b_dec"] if applied else 0
+    z = pursued(X - b_dec, t["W_dec"], 3)
+    same(formats.load(tmp_path), (z, z @ t["W_dec"] + b_dec))
+
+
 def test_thresholds_below_zero_let_no_negative_code_pass(tmp_path):
     saelens(tmp_path, weights(threshold=(F,)), architecture="jumprelu")
     assert load_file(tmp_path / "sae_weights.safetensors")["threshold"].min() < 0
@@ -366,6 +379,20 @@ def affine(**changed: object) -> dict[str, object]:
         ),
         (affine(architecture="topk"), weights(), "does not say 'k'"),
         (
+            affine(architecture="topk", k="many"),
+            weights(),
+            "k must be a whole number, got 'many'; write the file again",
+        ),
+        (affine(architecture="topk", k=2.5), weights(), "k must be a whole number, got 2.5"),
+        (affine(architecture="topk", k=True), weights(), "k must be a whole number, got True"),
+        (affine(architecture="topk", k=0), weights(), "k must lie in 1..d_sae=30, got 0"),
+        (affine(architecture="topk", k=31), weights(), "k must lie in 1..d_sae=30, got 31"),
+        (affine(architecture=["topk"]), weights(), r"architecture must be a text, got \['topk'\]"),
+        (affine(d_in=None), weights(), "d_in must be a whole number, got None"),
+        (affine(), weights(W_dec=(F,)), r"W_dec must be a tensor with 2 axes, got \[30\]"),
+        (affine(), weights(W_dec=(0, D)), r"W_dec must be a tensor with 2 axes, got \[0, 7\]"),
+        (affine(architecture="transcoder"), weights(), "apply_b_dec_to_input must be false in a transcoder"),
+        (
             affine(normalize_activations="layer_norm"),
             weights(),
             "normalize_activations is 'layer_norm', which no weight",
@@ -422,6 +449,70 @@ def test_a_pickle_is_never_run(tmp_path, what, monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("trainer", "tensors", "message"),
+    [
+        (None, {}, "trainer must be a mapping, got None"),
+        ({"dict_class": 3}, {}, "dict_class must be a text, got 3"),
+        ({"dict_class": "BatchTopKSAE", "k": 4}, {}, r"k is 4 in config\.json and 3 in ae\.pt; copy both again"),
+        (
+            {"dict_class": "BatchTopKSAE", "k": 3},
+            {"threshold": torch.zeros(2)},
+            "threshold must be a tensor with 0 axes",
+        ),
+        ({"dict_class": "BatchTopKSAE", "k": 3}, {"b_dec": 3.0}, "b_dec must be a tensor with 1 axes, got float"),
+        ({"dict_class": "BatchTopKSAE", "k": 3}, {7: torch.zeros(2)}, "7 unknown"),
+        ({"dict_class": "BatchTopKSAE", "k": 3}, {"b_dec": torch.zeros(3)}, r"b_dec must be \[7\], got \[3\]"),
+    ],
+)
+def test_dictionaries_that_do_not_add_up(tmp_path, trainer, tensors, message):
+    dictionary(tmp_path, "BatchTopKSAE")
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+    torch.save(torch.load(tmp_path / "ae.pt", weights_only=True) | tensors, tmp_path / "ae.pt")
+    with pytest.raises(UsageError, match=message) as raised:
+        formats.load(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("file", ["ae.pt", "params.npz"])
+def test_damaged_files_are_told_in_one_line(tmp_path, file):
+    """Cut short, and with bytes changed: whatever they raise inside."""
+    dictionary(tmp_path, "AutoEncoder")
+    np.savez_compressed(tmp_path / "params.npz", **{name: t.numpy() for name, t in weights(threshold=(F,)).items()})
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / ("config.json" if file == "params.npz" else "params.npz")).unlink()
+    stream = np.random.default_rng(0)
+    refused = 0
+    for number in range(40):
+        damaged = bytearray(whole[: int(stream.integers(len(whole)))] if number % 2 else whole)
+        for place in stream.integers(max(len(damaged), 1), size=30) if damaged else []:
+            damaged[place] = stream.integers(256)
+        (tmp_path / file).write_bytes(bytes(damaged))
+        refused += damaged_is_refused(tmp_path, file)
+    assert refused > 20
+
+
+def damaged_is_refused(folder: Path, file: str) -> bool:
+    """False: the damage did not show, as where a number became another."""
+    said = ""
+    try:
+        formats.load(folder)
+    except UsageError as error:
+        said = str(error)
+    return bool(said) and file in said and "\n" not in said
+
+
+def test_metadata_that_no_file_can_say_leaves_no_half_folder(tmp_path):
+    model = made({"kind": "topk", "k": 3})
+    for format in ("saelens", "dictionary_learning"):
+        for value in (torch.tensor(3), float("nan")):
+            with pytest.raises(UsageError, match="metadata must be text, numbers, lists or mappings of these"):
+                formats.save(model, tmp_path / format, format, layer=value)
+        assert not (tmp_path / format).exists()
+    formats.save(model, tmp_path / "own", "dictionary_learning", k=99, dict_class="AutoEncoder")
+    same(formats.load(tmp_path / "own"), (model.encode(X).dense(), model(X)))
+
+
 def test_files_that_are_no_sae(tmp_path):
     with pytest.raises(UsageError, match=r"there is no .*absent"):
         formats.load(tmp_path / "absent")
@@ -471,7 +562,13 @@ def test_what_convert_refuses(run_cli, tmp_path):
     run_cli("convert", tmp_path / "run", "--metadata", "{a: [").assert_refused("--metadata {a: [")
     own = ("--to", "sae", "--out", tmp_path / "x", "--metadata", "{a: 1}")
     run_cli("convert", tmp_path / "run", *own).assert_refused("our own files have no place for metadata, got a")
+    (tmp_path / "unfinished/checkpoints").mkdir(parents=True)
+    into = ("--to", "sae", "--overwrite", "--out", tmp_path / "unfinished")
+    run_cli("convert", tmp_path / "run", *into).assert_refused("holds a run (checkpoints), which would end as another")
+    (tmp_path / "unfinished/checkpoints").rmdir()
+    (tmp_path / "unfinished").rmdir()
     (tmp_path / "file").touch()
+    run_cli("convert", tmp_path / "run", "--out", tmp_path / "file/x").assert_refused("cannot write to")
     run_cli("convert", tmp_path / "run", "--out", tmp_path / "file").assert_refused("is a file")
     run_cli("convert", tmp_path / "file").assert_refused("holds no SAE that is known")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]

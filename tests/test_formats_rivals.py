@@ -61,6 +61,7 @@ def test_they_load_what_we_write(tmp_path, name, format):
     except UsageError:
         assert WRITTEN[name][1 + formats.WRITTEN.index(format)] is None
         return
+    assert WRITTEN[name][1 + formats.WRITTEN.index(format)] is not None
     same(model, theirs(format, tmp_path))
 
 

@@ -95,6 +95,12 @@ def test_batches_may_have_more_axes(monkeypatch):
     assert torch.equal(target, numbered(60)[20:, :2])
 
 
+def test_a_target_of_other_axes_is_refused(monkeypatch):
+    monkeypatch.setattr(IterableSource, "N_HELD_OUT", 20)
+    with pytest.raises(UsageError, match=r"batch 0 of the source has a target of other axes: \[\(3, 4\), \(4, 3\)\]"):
+        as_source(iter([(torch.zeros(3, 4, 2), torch.zeros(4, 3, 2))]))
+
+
 def test_an_iterable_holds_its_first_rows_out_and_starts_again(monkeypatch):
     monkeypatch.setattr(IterableSource, "N_HELD_OUT", 20)
 

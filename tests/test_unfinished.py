@@ -1,5 +1,7 @@
 """Looking at a run that is not at its end."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -68,6 +70,33 @@ def test_a_run_is_looked_at_while_it_goes_on(tmp_path, run_cli):
     )
     sae.train(config(tmp_path / "run", source=toy), resume=True, report=False)
     assert not is_unfinished(tmp_path / "run")
+
+
+@pytest.mark.parametrize("options", [{"kind": "topk", "k": 3}, {"kind": "batchtopk", "k": 2.5}], ids=str)
+def test_it_fires_as_many_as_the_run_does_by_then(tmp_path, options):
+    """Also once it is saved: k falls from 9, and half way it is in between."""
+
+    def stop(step, values):
+        if step == 10:
+            raise KeyboardInterrupt
+
+    given = config(tmp_path / "run", options | {"k_start": 9.0, "k_anneal_fraction": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        sae.train(given, X, report=False, on_line=lambda step, values: stop(step - 5, values))
+    found = sae.load_checkpoint(tmp_path / "run", X)
+    l0 = float(found.encode(X).counts.float().mean())
+    assert 4 < l0 < 8
+    found.save(tmp_path / "saved")
+    assert torch.equal(sae.load(tmp_path / "saved").encode(X).dense(), found.encode(X).dense())
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_gives_way_to_the_next(tmp_path, monkeypatch):
+    sae.train(config(tmp_path / "run", checkpoint={"every_steps": 10, "keep": 2}), X, report=False)
+    older, newest = sorted((tmp_path / "run" / CHECKPOINTS).iterdir())
+    answers = [older, newest]
+    monkeypatch.setattr("sae.checkpoint.latest", lambda folder: answers.pop(0))
+    shutil.rmtree(older)
+    assert torch.equal(sae.load_checkpoint(tmp_path / "run", X).W_dec, sae.load(tmp_path / "run").W_dec)
 
 
 def test_what_cannot_be_looked_at(tmp_path):

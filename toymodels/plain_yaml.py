@@ -28,4 +28,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is not YAML, or a mapping in it has a key twice.
     """
-    return _Loader(text).get_single_data()
+    try:
+        return _Loader(text).get_single_data()
+    except ValueError as error:  # of what looks like a date or a number, and is none
+        raise yaml.YAMLError(str(error)) from error

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from sae.errors import UsageError
 from sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from sae.formats.portable import Portable, built, portable
+from sae.kernels import require_device
+from sae.locks import cannot_write
 from sae.model import MANIFEST, SAE
 from sae.model import load as load_own
 from toymodels.errors import nearest
@@ -46,6 +48,7 @@ def load(path: str | Path, device: str = "cpu") -> SAE:
     Raises:
         UsageError: it is of no known format, damaged, or does what no SAE here does.
     """
+    require_device(device, "device")
     path = Path(path)
     if (path / MANIFEST).is_file():
         return load_own(path, device)
@@ -63,7 +66,10 @@ def save(model: SAE, folder: str | Path, format: str, /, **metadata: Any) -> Non
     write = FORMATS[format].write
     assert write is not None
     on_cpu = model if model.W_dec.device.type == "cpu" else copy.deepcopy(model).cpu()
-    write(portable(on_cpu), Path(folder), metadata)
+    try:
+        write(portable(on_cpu), Path(folder), metadata)
+    except OSError as error:
+        raise cannot_write(Path(folder), error) from error
 
 
 def recognise(path: Path) -> str:

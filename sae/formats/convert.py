@@ -7,7 +7,10 @@ from pathlib import Path
 import yaml
 
 from sae import formats
+from sae.checkpoint import CHECKPOINTS
+from sae.directory import CONFIG
 from sae.errors import UsageError
+from sae.locks import held
 from sae.model import MANIFEST, WEIGHTS
 from toymodels.plain_yaml import parse_yaml
 
@@ -29,7 +32,13 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
     """
     words = _mapping(metadata)
     model = formats.load(path)
-    out = path.with_name(f"{path.stem if path.is_file() else path.name}-{to}") if out is None else out
+    if out is None:
+        whole = path.resolve()
+        out = (
+            path.parent / f"{whole.stem if path.is_file() else whole.name}-{to}"
+            if path.name
+            else Path(f"{whole.name}-{to}")
+        )
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder as --out")
     there = [name for name in FILES[to] if (out / name).exists()]
@@ -38,7 +47,13 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
     if to == OWN:
         if words:
             raise UsageError(f"our own files have no place for metadata, got {', '.join(words)}; leave it out")
-        model.save(out)
+        begun = [name for name in (CONFIG, CHECKPOINTS) if (out / name).exists()]
+        if begun:
+            raise UsageError(
+                f"{out} holds a run ({', '.join(begun)}), which would end as another SAE; give another --out"
+            )
+        with held(out):
+            model.save(out)
     else:
         formats.save(model, out, to, **words)
     return f"wrote {out}/: {model.config.kind}, d_in={model.d_in}, d_sae={model.d_sae}, from {path}"

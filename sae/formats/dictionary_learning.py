@@ -5,7 +5,6 @@ Linear layers keep their weights transposed: `encoder.weight` [d_sae, d_in], `de
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import UsageError
-from sae.formats.files import exactly, field, of_shapes, read_json, read_pickled
+from sae.formats.files import exactly, field, of_shapes, read_json, read_pickled, to_json
 from sae.formats.portable import Above, Gate, Largest, Portable, Positive
 from toymodels.files import write_text
 
@@ -30,6 +29,8 @@ TENSORS = {
     "JumpReluAutoEncoder": (*MATRICES, "threshold"),
     "MatryoshkaBatchTopKSAE": (*MATRICES, "threshold"),
 }
+MATRIX = ("encoder.weight", "decoder.weight", "W_enc", "W_dec")
+BUDGETS = ("BatchTopKSAE", "MatryoshkaBatchTopKSAE")
 # Buffers that repeat what the configuration says, or that inference does not read.
 BUFFERS = {
     "AutoEncoderTopK": ("k", "threshold"),
@@ -45,12 +46,13 @@ def is_here(path: Path) -> bool:
 
 def read(path: Path) -> Portable:
     """The dictionary in a folder. Files are read as tensors alone."""
-    trainer = field(read_json(path / CONFIG), "trainer", path / CONFIG)
-    name = field(trainer, "dict_class", path / CONFIG)
+    trainer = field(read_json(path / CONFIG), "trainer", dict, path / CONFIG)
+    name = field(trainer, "dict_class", str, path / CONFIG)
     if name not in TENSORS:
         raise UsageError(f"{path / CONFIG}: dict_class {name!r} has no counterpart here; known: {', '.join(TENSORS)}")
     given = read_pickled(path / WEIGHTS)
-    t = exactly(given, TENSORS[name], path / WEIGHTS, f"{name} of dictionary_learning", BUFFERS.get(name, ()))
+    axes = {key: 2 if key in MATRIX else 0 if key == "threshold" and name in BUDGETS else 1 for key in TENSORS[name]}
+    t = exactly(given, axes, path / WEIGHTS, f"{name} of dictionary_learning", BUFFERS.get(name, ()))
     W_enc = t["W_enc"] if "W_enc" in t else t["encoder.weight"].T
     W_dec = t["W_dec"] if "W_dec" in t else t["decoder.weight"].T
     d_in, d_sae = W_enc.shape
@@ -58,16 +60,21 @@ def read(path: Path) -> Portable:
     b_enc = next(t[key] for key in ("b_enc", "encoder.bias", "gate_bias") if key in t)
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     of_shapes(path / WEIGHTS, dict(zip(MATRICES, (W_enc, b_enc, W_dec, b_dec), strict=True)), shapes)
+    own = {key: (d_sae,) for key, n in axes.items() if n == 1 and key in ("threshold", "r_mag", "mag_bias")}
+    of_shapes(path / WEIGHTS, t, own)
+    k = field(trainer, "k", int, path / CONFIG) if name in ("AutoEncoderTopK", *BUDGETS) else None
+    if k is not None and "k" in given and int(given["k"]) != k:
+        raise UsageError(f"{path}: k is {k} in {CONFIG} and {int(given['k'])} in {WEIGHTS}; copy both again")
     tied = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     rule: Any = Positive()
     if name == "GatedAutoEncoder":
         rule = Gate(t["r_mag"], t["mag_bias"] - t["r_mag"].exp() * t["gate_bias"])
     elif name == "AutoEncoderTopK":
-        rule = Largest(int(field(trainer, "k", path / CONFIG)))
+        assert k is not None
+        rule = Largest(k)
     elif "threshold" in t:
         # One of -1 was never fitted, and lets everything positive pass.
-        k = None if name == "JumpReluAutoEncoder" else float(field(trainer, "k", path / CONFIG))
-        rule = Above(t["threshold"].clamp_min(0).expand(d_sae).clone(), k)
+        rule = Above(t["threshold"].clamp_min(0).expand(d_sae).clone(), None if k is None else float(k))
     return Portable(W_enc, b_enc, W_dec, b_dec, rule, tied)
 
 
@@ -76,12 +83,13 @@ def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
     if given.transcodes:
         raise UsageError("dictionary_learning has no transcoders; write it for saelens or sparsify")
     name, tensors, extra = _as_dictionary(given)
-    trainer = {"dict_class": name, "activation_dim": given.d_in, "dict_size": given.d_sae, **extra, **metadata}
+    trainer = {**metadata, "dict_class": name, "activation_dim": given.d_in, "dict_size": given.d_sae, **extra}
+    text = to_json({"trainer": trainer, "buffer": {}})
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{WEIGHTS}.partial"
     torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
     partial.replace(folder / WEIGHTS)
-    write_text(folder / CONFIG, json.dumps({"trainer": trainer, "buffer": {}}, indent=2) + "\n")
+    write_text(folder / CONFIG, text)
 
 
 def _as_dictionary(given: Portable) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

@@ -6,8 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.errors import UsageError
+
+Value = TypeVar("Value", str, int, dict)
+WORDS = {str: "a text", int: "a whole number", dict: "a mapping"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of protocols that it may not know: it then fails
             mapping = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # a damaged file fails in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} cannot be read as tensors alone ({reason}); save its state_dict again") from error
     if not isinstance(mapping, dict):
@@ -50,32 +52,53 @@ def read_pickled(path: Path) -> dict[str, Any]:
     return mapping
 
 
-def field(mapping: Mapping[str, Any], name: str, path: Path) -> Any:
-    """What the file must say."""
-    if name not in mapping:
+def field(mapping: Any, name: str, kind: type[Value], path: Path) -> Value:
+    """What the file must say, a text, a mapping or a whole number."""
+    if not isinstance(mapping, dict) or name not in mapping:
         raise UsageError(f"{path} does not say {name!r}, without which it could be read in several ways; add it")
-    return mapping[name]
+    value = mapping[name]
+    whole = isinstance(value, Tensor | float) and kind is int and float(value) == int(value)
+    if isinstance(value, bool) or not (isinstance(value, kind) or whole):
+        raise UsageError(f"{path}: {name} must be {WORDS[kind]}, got {value!r}; write the file again")
+    return kind(value)
 
 
 def exactly(
-    tensors: Mapping[str, Any], names: Sequence[str], path: Path, of: str, ignored: Sequence[str] = ()
+    tensors: Mapping[Any, Any], names: Mapping[str, int], path: Path, of: str, ignored: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Those tensors, as float32; `ignored` ones may be there.
+    """Those tensors, with so many axes each, as float32; `ignored` ones may be there.
 
     Raises:
-        UsageError: some are missing, others are there too, or a number is not finite.
+        UsageError: some are missing or no such tensors, others are there too, or a number is not finite.
     """
     missing = [name for name in names if name not in tensors]
-    strange = [name for name in tensors if name not in (*names, *ignored)]
+    strange = [str(name) for name in tensors if name not in (*names, *ignored)]
     if missing or strange:
         faults = [f"{', '.join(missing)} missing"] if missing else []
         faults += [f"{', '.join(strange)} unknown"] if strange else []
-        raise UsageError(f"{path} is no {of}, which has {', '.join(names)}: {'; '.join(faults)}")
-    found = {name: tensors[name].float() for name in names}
-    for name, tensor in found.items():
-        if not bool(tensor.isfinite().all()):
+        raise UsageError(f"{path} is no {of}, which has {', '.join(names)}: {'; '.join(faults)}; save it again there")
+    found = {}
+    for name, n_axes in names.items():
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor) or tensor.ndim != n_axes or not tensor.numel():
+            what = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UsageError(f"{path}: {name} must be a tensor with {n_axes} axes, got {what}; copy it again")
+        found[name] = tensor.float()
+        if not bool(found[name].isfinite().all()):
             raise UsageError(f"{path}: {name} holds NaN or infinity; copy it again")
     return found
+
+
+def to_json(mapping: Mapping[str, Any]) -> str:
+    """JSON for a file; made before anything is written.
+
+    Raises:
+        UsageError: metadata that JSON has no words for.
+    """
+    try:
+        return json.dumps(mapping, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"metadata must be text, numbers, lists or mappings of these: {error}") from error
 
 
 def of_shapes(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,7 +15,8 @@ from sae.formats.portable import Largest, Portable, Positive, Rule
 
 logger = logging.getLogger("sae")
 
-TENSORS = ("pre_bias", "encoder.weight", "latent_bias", "decoder.weight")
+# And how many axes each has.
+TENSORS = {"pre_bias": 1, "encoder.weight": 2, "latent_bias": 1, "decoder.weight": 2}
 COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 SELECTION = ("activation", "activation_state_dict")
 
@@ -34,7 +35,10 @@ def read(path: Path) -> Portable:
     activation = given.get("activation", "ReLU")
     rule: Rule
     if activation == "TopK":
-        rule = Largest(int(field(field(given, "activation_state_dict", path), "k", path)))
+        selection = field(given, "activation_state_dict", dict, path)
+        rule = Largest(field(selection, "k", int, path))
+        if selection.get("postact_fn", "ReLU") != "ReLU":
+            raise UsageError(f"{path}: postact_fn {selection['postact_fn']!r} has no counterpart here; known: ReLU")
         logger.warning("%s reads rows that were normalised, (x - mean) / std of each, and so must yours be", path)
     elif activation == "ReLU":
         rule = Positive()

@@ -104,7 +104,7 @@ class Portable:
 
     def bias(self, subtracts_b_dec: bool) -> Float[Tensor, " d_sae"]:
         """b_enc of the same SAE for a library that subtracts b_dec from x first, or nothing."""
-        moved = torch.zeros(self.d_in)
+        moved = self.b_enc.new_zeros(self.d_in)
         if self.tied:
             moved = moved - self.b_dec
         elif self.centre is not None:
@@ -181,6 +181,8 @@ def built(given: Portable) -> SAE:
     own = _options(given.rule)
     if isinstance(given.rule, Pursuit) and (given.transcodes or not given.tied or not has_unit_rows(given.W_dec)):
         raise UsageError("a matching pursuit must reconstruct its input less b_dec, with decoder rows of norm 1")
+    if isinstance(given.rule, Largest | Pursuit) and not 1 <= given.rule.k <= given.d_sae:
+        raise UsageError(f"k must lie in 1..d_sae={given.d_sae}, got {given.rule.k}; write the file again")
     if given.transcodes:
         options |= {"kind": "transcoder" if given.W_skip is None else "skip_transcoder", "base": own}
     else:

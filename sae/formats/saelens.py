@@ -6,7 +6,6 @@ gate has biases of its own: z = max(0, x W_enc exp(r_mag) + b_mag) where x W_enc
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import UsageError
-from sae.formats.files import exactly, field, of_shapes, read_json, read_safetensors
+from sae.formats.files import exactly, field, of_shapes, read_json, read_safetensors, to_json
 from sae.formats.portable import Above, Gate, Largest, Portable, Positive, Pursuit, Rule
 from toymodels.files import save_tensors, write_text
 
@@ -48,30 +47,35 @@ def is_here(path: Path) -> bool:
 def read(path: Path) -> Portable:
     """The SAE in a folder."""
     config = read_json(path / CONFIG)
-    architecture = field(config, "architecture", path / CONFIG)
+    architecture = field(config, "architecture", str, path / CONFIG)
     if architecture not in TENSORS:
         raise UsageError(
             f"{path / CONFIG}: architecture {architecture!r} has no counterpart here; known: {', '.join(TENSORS)} (of "
             "one that is in training, save the inference model)"
         )
     _require_plain(config, path / CONFIG)
-    t = exactly(read_safetensors(path / WEIGHTS), TENSORS[architecture], path / WEIGHTS, f"{architecture!r} of SAELens")
-    (d_sae, d_out), d_in = t["W_dec"].shape, int(field(config, "d_in", path / CONFIG))
+    axes = {name: 2 if name.startswith("W_") else 1 for name in TENSORS[architecture]}
+    t = exactly(read_safetensors(path / WEIGHTS), axes, path / WEIGHTS, f"{architecture!r} of SAELens")
+    (d_sae, d_out), d_in = t["W_dec"].shape, field(config, "d_in", int, path / CONFIG)
     _require_shapes(path / WEIGHTS, t, d_in, d_sae, d_out)
     transcodes = architecture.endswith("transcoder")
     if d_out != d_in and not transcodes:
         raise UsageError(f"{path / WEIGHTS}: W_dec must have d_in={d_in} columns, got {d_out}; copy it again")
+    tied = bool(config.get("apply_b_dec_to_input", not transcodes))
+    if transcodes and tied:
+        raise UsageError(f"{path / CONFIG}: apply_b_dec_to_input must be false in a transcoder; write the file again")
     rule: Rule
     if architecture == "matching_pursuit":
         rule = _pursuit(config, path / CONFIG)
-        return Portable(t["W_dec"].T, torch.zeros(d_sae), t["W_dec"], t["b_dec"], rule)
+        b_dec = t["b_dec"] if tied else torch.zeros(d_in)  # there it is neither subtracted nor added
+        return Portable(t["W_dec"].T, torch.zeros(d_sae), t["W_dec"], b_dec, rule)
     if architecture == "gated":
         t["b_enc"], gain = t["b_gate"], t["r_mag"].exp()
         rule = Gate(t["r_mag"], t["b_mag"] - gain * t["b_gate"])
     elif "threshold" in t:
         rule = Above(t["threshold"].clamp_min(0))
     elif architecture == "topk":
-        rule = Largest(int(field(config, "k", path / CONFIG)))
+        rule = Largest(field(config, "k", int, path / CONFIG))
         if config.get("rescale_acts_by_decoder_norm"):  # as if rows had norm 1: what that comes to
             norms = t["W_dec"].norm(dim=1)
             t["W_enc"], t["b_enc"] = t["W_enc"] * norms, t["b_enc"] * norms
@@ -84,7 +88,7 @@ def read(path: Path) -> Portable:
         t["W_dec"],
         t["b_dec"],
         rule,
-        tied=bool(config.get("apply_b_dec_to_input", not transcodes)),
+        tied=tied,
         transcodes=transcodes,
         W_skip=t["W_skip"].T if "W_skip" in t else None,
     )
@@ -103,11 +107,12 @@ def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
         "normalize_activations": "none",
         "reshape_activations": "none",
         **extra,
-        "metadata": {"sae_lens_version": VERSION, **metadata},
+        "metadata": {**metadata, "sae_lens_version": VERSION},
     }
+    text = to_json(config)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, tensors)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG, text)
 
 
 def _as_saelens(given: Portable) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
@@ -127,6 +132,8 @@ def _as_saelens(given: Portable) -> tuple[str, dict[str, Tensor], dict[str, Any]
             del tensors["b_enc"]
             return "gated", tensors | {"b_gate": bias, "b_mag": bias * r.exp() + c, "r_mag": r}, {}
         case Pursuit(k=k):
+            if not given.tied:
+                raise UsageError("SAELens has no matching pursuit with a centre of its own; train it with tied_bias")
             stops = {"residual_threshold": 0.0, "max_iterations": k, "stop_on_duplicate_support": False}
             return "matching_pursuit", {"W_dec": given.W_dec, "b_dec": given.b_dec}, stops
 
@@ -145,7 +152,7 @@ def _as_transcoder(given: Portable, tensors: dict[str, Tensor]) -> tuple[str, di
 
 def _pursuit(config: Mapping[str, Any], path: Path) -> Pursuit:
     """Of as many steps for every row: theirs may stop earlier."""
-    steps = config.get("max_iterations")
+    steps = field(config, "max_iterations", int, path) if config.get("max_iterations") is not None else None
     stops = {
         name: config.get(name, early)
         for name, early in (("residual_threshold", 1e-2), ("stop_on_duplicate_support", True))
@@ -155,19 +162,19 @@ def _pursuit(config: Mapping[str, Any], path: Path) -> Pursuit:
             f"{path}: its pursuit stops when it sees fit (max_iterations={steps}, {stops}), ours after k steps; set "
             "max_iterations to k, residual_threshold to 0 and stop_on_duplicate_support to false if that will do"
         )
-    return Pursuit(int(steps))
+    return Pursuit(steps)
 
 
 def _require_plain(config: Mapping[str, Any], path: Path) -> None:
     """Refuses what is done to activations outside of the weights."""
     normalised = config.get("normalize_activations", "none")
-    if normalised not in ("none", None):
+    if normalised not in ("none", None, False):
         raise UsageError(
             f"{path}: normalize_activations is {normalised!r}, which no weight holds; fold it into them in SAELens, or "
             'normalise the activations yourself and set it to "none"'
         )
     legacy = [name for name in ("activation_fn_str", "activation_fn", "finetuning_scaling_factor") if config.get(name)]
-    if legacy and [config[name] for name in legacy] != ["relu"]:
+    if {str(config[name]) for name in legacy} - {"relu"}:
         given = ", ".join(f"{name}={config[name]!r}" for name in legacy)
         raise UsageError(f"{path} is of an early SAELens ({given}); load it in SAELens 6 and save it again")
     if config.get("reshape_activations", "none") != "none":

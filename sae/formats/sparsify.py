@@ -13,7 +13,8 @@ from sae.formats.portable import Largest, Portable, has_unit_rows
 from toymodels.files import save_tensors, write_text
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
+# And how many axes each has.
+TENSORS = {"encoder.weight": 2, "encoder.bias": 1, "W_dec": 2, "b_dec": 1}
 
 
 def is_here(path: Path) -> bool:
@@ -28,8 +29,8 @@ def read(path: Path) -> Portable:
     if activation != "topk":
         raise UsageError(f"{path / CONFIG}: activation {activation!r} has no counterpart here; known: topk")
     skips, transcodes = bool(config.get("skip_connection")), bool(config.get("transcode"))
-    names = (*TENSORS, "W_skip") if skips else TENSORS
-    t = exactly(read_safetensors(path / WEIGHTS), names, path / WEIGHTS, "SAE of sparsify")
+    axes = TENSORS | ({"W_skip": 2} if skips else {})
+    t = exactly(read_safetensors(path / WEIGHTS), axes, path / WEIGHTS, "SAE of sparsify")
     d_sae, d_in = t["encoder.weight"].shape
     shapes = {"encoder.bias": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     of_shapes(path / WEIGHTS, t, shapes | ({"W_skip": (d_in, d_in)} if skips else {}))
@@ -42,7 +43,7 @@ def read(path: Path) -> Portable:
         t["encoder.bias"],
         t["W_dec"],
         t["b_dec"],
-        Largest(int(field(config, "k", path / CONFIG))),
+        Largest(field(config, "k", int, path / CONFIG)),
         tied=not transcodes,
         transcodes=transcodes,
         W_skip=t["W_skip"].T if skips else None,
