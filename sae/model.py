@@ -111,9 +111,9 @@ class SAE(nn.Module):
             remedy = "torch.from_numpy(x)" if type(x).__module__ == "numpy" else "torch.tensor(x)"
             raise TypeError(f"activations must be a tensor, got {type(x).__name__}; pass {remedy}")
         if x.ndim != 2 or x.shape[1] != self.d_in:
-            remedy = (
-                "flatten the leading axes first" if x.shape[-1:] == (self.d_in,) else "this SAE reads another width"
-            )
+            remedy = "this SAE reads another width"
+            if x.shape[-1:] == (self.d_in,):
+                remedy = "flatten the leading axes first" if x.ndim > 2 else "pass one row as x[None]"
             raise ValueError(f"activations must be [batch, d_in={self.d_in}], got {list(x.shape)}; {remedy}")
         x = x.to(self.encoder.dtype)
         if self.sparsifier.pursuit_steps:

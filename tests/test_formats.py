@@ -518,6 +518,10 @@ def test_files_that_are_no_sae(tmp_path):
         formats.load(tmp_path / "absent")
     with pytest.raises(UsageError, match=r"holds no SAE that is known: cfg\.json with"):
         formats.load(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").touch()
+    with pytest.raises(UsageError, match=r"is a run that is not finished; train it to the end, or save its"):
+        formats.load(tmp_path / "run")
     dictionary(tmp_path, "AutoEncoder")
     (tmp_path / "config.json").write_text('{"trainer": {"dict_class": "CrossCoder"}}')
     with pytest.raises(UsageError, match="dict_class 'CrossCoder' has no counterpart here"):

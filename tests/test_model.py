@@ -19,6 +19,7 @@ encode = inspect.unwrap(SAE.encode)
         ([[0.0] * 4] * 3, TypeError, r"must be a tensor, got list; pass torch.tensor\(x\)"),
         (torch.zeros(3, 5), ValueError, r"must be \[batch, d_in=4\], got \[3, 5\]; this SAE reads another width"),
         (torch.zeros(2, 3, 4), ValueError, r"got \[2, 3, 4\]; flatten the leading axes first"),
+        (torch.zeros(4), ValueError, r"got \[4\]; pass one row as x\[None\]"),
     ],
 )
 def test_what_cannot_be_encoded_is_named(x, error, message):
