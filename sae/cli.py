@@ -10,9 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
-from io import StringIO
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
@@ -21,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from sae.commands import COMMANDS, Bench, Convert, Demo, Eval, Report, Sweep, Train
 from sae.errors import Interrupted, UsageError
 from toymodels.errors import nearest
-from toymodels.one_line import one_line
+from toymodels.one_line import require_command, understood
 
 Command = (
     Annotated[Demo, subcommand("demo", prefix_name=False)]
@@ -65,29 +63,23 @@ def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Conver
         UsageError: they ask for none.
         SystemExit: they ask for help, which is printed.
     """
-    if not words:
-        raise UsageError(f"give a command, one of {', '.join(COMMANDS)}; see `sae --help`")
-    if not words[0].startswith("-") and words[0] not in COMMANDS:
-        raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}")
+    require_command("sae", words, COMMANDS)
     overrides, rest = _split_overrides(words) if words[0] in ("train", "sweep") else ([], list(words))
     if any(not word or (word.startswith("--") and word.partition("=")[1:] == ("=", "")) for word in rest):
         raise UsageError(f"a word of `sae {shlex.join(words)}` is empty; is a shell variable unset?")
-    said = StringIO()
-    try:
-        with redirect_stderr(said):
-            command, unknown = tyro.cli(
-                OmitArgPrefixes[Command],  # type: ignore[misc]
-                prog="sae",
-                description="Train sparse autoencoders on any activations, and know whether they found the truth.",
-                args=rest,
-                return_unknown_args=True,
-                registry=REGISTRY,
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        called = " ".join(["sae", *(word for word in words[:1] if word in COMMANDS)])
-        raise UsageError(one_line(said.getvalue(), called)) from None
+
+    def read() -> tuple[Demo | Train | Sweep | Eval | Report | Convert | Bench, list[str]]:
+        found: tuple[Any, list[str]] = tyro.cli(
+            OmitArgPrefixes[Command],  # type: ignore[misc]
+            prog="sae",
+            description="Train sparse autoencoders on any activations, and know whether they found the truth.",
+            args=rest,
+            return_unknown_args=True,
+            registry=REGISTRY,
+        )
+        return found
+
+    command, unknown = understood(read, "sae", words, COMMANDS)
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
     if isinstance(command, Train | Sweep):

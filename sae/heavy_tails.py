@@ -25,16 +25,15 @@ class Ball:
     @classmethod
     def around(cls, rows: Float[Tensor, "rows d"], times: float) -> Ball:
         """Around their geometric median, `times` the median distance from it."""
-        centre = losses.geometric_median(rows)
+        centre = losses.geometric_median(rows).to(rows)
         distances = torch.cat([(part - centre).norm(dim=1) for part in rows.split(8192)])
         return cls(centre, times * float(distances.median()))
 
     def draw_in(self, x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
         """The rows; those inside as they are, to the bit."""
-        centre = self.centre.to(x)
-        offsets = x - centre
+        offsets = x - self.centre
         shares = self.radius / offsets.norm(dim=1, keepdim=True)
-        return torch.where(shares < 1, centre + offsets * shares, x)
+        return torch.where(shares < 1, self.centre + offsets * shares, x)
 
     def to(self, device: torch.device) -> Ball:
         """On the device where rows are."""

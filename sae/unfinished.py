@@ -12,7 +12,7 @@ from sae.config_text import read_yaml
 from sae.directory import CONFIG
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, evaluate
-from sae.model import SAE
+from sae.model import MANIFEST, SAE
 from sae.run import calibration_rows, ready_
 from sae.sources import Source, as_source
 
@@ -20,7 +20,7 @@ from sae.sources import Source, as_source
 def is_unfinished(out: Path) -> bool:
     """Whether a run has begun there, has a checkpoint, and has no result yet."""
     begun = (out / CONFIG).exists() and checkpoint.latest(out / CHECKPOINTS) is not None
-    return begun and not (out / "sae.json").exists()
+    return begun and not (out / MANIFEST).exists()
 
 
 def load_checkpoint(out: str | Path, source: object = None) -> SAE:

@@ -173,6 +173,7 @@ def test_another_thread_may_release(tmp_path):
     thread = threading.Thread(target=lock.release)
     thread.start()
     thread.join()
+    assert not lock.is_locked
     hold(tmp_path).release()
 
 

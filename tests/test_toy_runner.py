@@ -169,7 +169,7 @@ def run_cli(monkeypatch, *words):
         (["run", "antipodl"], "unknown experiment 'antipodl'; did you mean 'antipodal'?"),
         (["run", "antipodal", "--seed", "-1"], "seed must not be negative, got -1"),
         (["run", "antipodal", "--out", "/proc/none"], "cannot write to /proc/none/antipodal"),
-        ([], "give a command, list or run; see `toymodels --help`"),
+        ([], "give a command, one of list, run; see `toymodels --help`"),
         (["ruun"], "unknown command 'ruun'; did you mean 'run'?"),
         (["run"], "missing from toymodels run: STR A name of `toymodels list`, or all. (required)"),
         (["run", "polygons", "antipodal"], "unrecognized options: antipodal; see `toymodels run --help`"),

@@ -1,5 +1,6 @@
 import gc
 import json
+import pickle
 import weakref
 
 import numpy as np
@@ -363,7 +364,8 @@ def test_heavy_tails_are_told_with_the_remedy(tmp_path, caplog):
 def test_a_stop_passes_those_who_catch_every_exception():
     assert issubclass(Interrupted, KeyboardInterrupt)
     assert not issubclass(Interrupted, Exception)
-    assert str(Interrupted("stopped at step 3", 2)) == "stopped at step 3"
+    stop = pickle.loads(pickle.dumps(Interrupted("stopped at step 3", 2)))
+    assert (str(stop), stop.signal_number) == ("stopped at step 3", 2)
 
 
 def test_a_result_is_printed_in_a_line(tmp_path):

@@ -6,17 +6,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from toymodels.errors import UsageError, nearest
-from toymodels.one_line import one_line
+from toymodels.errors import UsageError
+from toymodels.one_line import require_command, understood
 
 
 @dataclass
@@ -87,26 +85,19 @@ def parse(words: Sequence[str]) -> List | Run:
         UsageError: they ask for none.
         SystemExit: they ask for help, which is printed.
     """
-    if not words:
-        raise UsageError(f"give a command, {' or '.join(COMMANDS)}; see `toymodels --help`")
-    if not words[0].startswith("-") and words[0] not in COMMANDS:
-        raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], COMMANDS)}")
-    said = StringIO()
-    try:
-        with redirect_stderr(said):
-            command: List | Run = tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
-                prog="toymodels",
-                description="Toy models of superposition: every phenomenon, shown and measured.",
-                args=list(words),
-                config=(OmitArgPrefixes,),
-            )
-            return command
-    except SystemExit as end:
-        if not end.code:
-            raise
-        called = " ".join(["toymodels", *(word for word in words[:1] if word in COMMANDS)])
-        raise UsageError(one_line(said.getvalue(), called)) from None
+    require_command("toymodels", words, COMMANDS)
+
+    def read() -> List | Run:
+        command: List | Run = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="toymodels",
+            description="Toy models of superposition: every phenomenon, shown and measured.",
+            args=list(words),
+            config=(OmitArgPrefixes,),
+        )
+        return command
+
+    return understood(read, "toymodels", words, COMMANDS)
 
 
 def main() -> None:

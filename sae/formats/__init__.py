@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae.directory import CONFIG
 from sae.errors import UsageError
 from sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from sae.formats.portable import Portable, built, portable
@@ -83,7 +84,7 @@ def recognise(path: Path) -> str:
     for name, format in FORMATS.items():
         if format.is_here(path):
             return name
-    if (path / "config.yaml").is_file():
+    if (path / CONFIG).is_file():
         raise UsageError(f"{path} is a run that is not finished; train it to the end, or save its sae.load_checkpoint")
     raise UsageError(
         f"{path} holds no SAE that is known: cfg.json with sae_weights.safetensors (SAELens) or sae.safetensors "

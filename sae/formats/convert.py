@@ -33,12 +33,8 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
     words = _mapping(metadata)
     model = formats.load(path)
     if out is None:
-        whole = path.resolve()
-        out = (
-            path.parent / f"{whole.stem if path.is_file() else whole.name}-{to}"
-            if path.name
-            else Path(f"{whole.name}-{to}")
-        )
+        whole = path.resolve()  # "." has no name of its own
+        out = path.parent / f"{whole.stem if path.is_file() else whole.name}-{to}"
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a folder as --out")
     there = [name for name in FILES[to] if (out / name).exists()]

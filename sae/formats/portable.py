@@ -190,11 +190,8 @@ def built(given: Portable) -> SAE:
     sae = SAE(given.d_in, SAEConfig.of_kind(options), given.d_out)
     sae.encoder.copy_(given.W_enc.T)
     sae.W_dec.copy_(given.W_dec)
-    sae.b_enc.copy_(given.b_enc)
+    sae.b_enc.copy_(given.bias(subtracts_b_dec=given.tied))
     sae.b_dec.copy_(given.b_dec)
-    if sae.centre is not None:
-        sae.centre.zero_()
-        sae.b_enc.copy_(given.bias(subtracts_b_dec=False))
     if sae.W_skip is not None and given.W_skip is not None:
         sae.W_skip.copy_(given.W_skip)
     _set_(sae.sparsifier, given.rule)
