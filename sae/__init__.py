@@ -19,31 +19,39 @@ from sae.codes import SparseCodes
 from sae.config import SAEConfig, SourceConfig, TrainConfig, load_config
 from sae.errors import UsageError
 from sae.model import SAE, load
+from sae.networks import ModelSourceConfig, harvest
 from sae.plugins import load_plugin
 from sae.run import Result, evaluate_run, train
 from sae.sources import HeldOut, Source
 from sae.sparsifiers import Sparsifier
+from sae.stores import StoreSourceConfig, open_store
+from sae.toy_source import ToySourceConfig
 from sae.unfinished import load_checkpoint
 from sae.world_source import WorldSourceConfig
 
 __all__ = [
     "SAE",
     "HeldOut",
+    "ModelSourceConfig",
     "Result",
     "SAEConfig",
     "Source",
     "SourceConfig",
     "SparseCodes",
     "Sparsifier",
+    "StoreSourceConfig",
+    "ToySourceConfig",
     "TrainConfig",
     "UsageError",
     "WorldSourceConfig",
     "evaluate_run",
     "formats",
+    "harvest",
     "load",
     "load_checkpoint",
     "load_config",
     "load_plugin",
     "metrics",
+    "open_store",
     "train",
 ]

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -203,14 +203,22 @@ def open_rows(pattern: str | Path, key: str | None = None) -> Rows:
     Raises:
         UsageError: no such file, or one that is empty, truncated, of another shape or not of floating point.
     """
+    return Rows(*open_parts(pattern, key))
+
+
+def open_parts(pattern: str | Path, key: str | None = None) -> tuple[list[Tensor], list[str]]:
+    """Those arrays, of any shape, and their names."""
     path = Path(pattern)
     if path.is_file():
         files = [path]
     else:
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not files:
-        raise UsageError(f"no file matches {str(pattern)!r}; give a .npy, .npz or .safetensors file, or a glob of them")
-    return Rows([_open(file, key) for file in files], [str(file) for file in files])
+        remedy = "give a .npy, .npz or .safetensors file, or a glob of them"
+        if (path / "store.json").exists():
+            remedy = "it is an activation store: set source.kind to store, in Python sae.open_store"
+        raise UsageError(f"no file matches {str(pattern)!r}; {remedy}")
+    return [_open(file, key) for file in files], [str(file) for file in files]
 
 
 def open_truth(pattern: str | Path) -> Float[Tensor, "n_features d"]:
@@ -276,22 +284,31 @@ def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _open_safetensors(path: Path, key: str | None) -> Tensor:
-    """Maps one tensor: 8 bytes of header length, a JSON header with each tensor's place, then the bytes."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > path.stat().st_size:
-            raise ValueError("the header runs past the end of the file")
-        header = json.loads(file.read(header_bytes))
-    header.pop("__metadata__", None)
+    """Maps one tensor."""
+    header, first_byte = safetensors_header(path)
     entry = header[_only_key(path, key, list(header))]
     if entry["dtype"] not in SAFETENSORS_TYPES:
         raise UsageError(f"{path} holds {entry['dtype']}; it must be one of {', '.join(SAFETENSORS_TYPES)}")
-    begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
+    begin, end = (first_byte + offset for offset in entry["data_offsets"])
     if end > path.stat().st_size:
         raise ValueError(f"the tensor ends at byte {end}, the file at {path.stat().st_size}")
     dtype = SAFETENSORS_TYPES[entry["dtype"]]
     bits = np.int16 if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
     return as_tensor(np.memmap(path, bits, "r", begin, tuple(entry["shape"])), str(path)).view(dtype)
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Each tensor's dtype, shape and place behind the header, and where the header ends.
+
+    8 bytes say how long the header is, JSON says what there is, then come the bytes.
+    """
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > path.stat().st_size:
+            raise ValueError("the header runs past the end of the file")
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    return header, 8 + header_bytes
 
 
 def _only_key(path: Path, key: str | None, keys: list[str]) -> str:

@@ -10,13 +10,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sae.commands import COMMANDS, Bench, Convert, Demo, Eval, Report, Sweep, Train
+from sae.commands import COMMANDS, Bench, Convert, Demo, Eval, Harvest, Report, Store, Sweep, Train
 from sae.errors import Interrupted, UsageError
 from toymodels.errors import nearest
 from toymodels.one_line import require_command, understood
@@ -25,14 +25,22 @@ Command = (
     Annotated[Demo, subcommand("demo", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
     | Annotated[Sweep, subcommand("sweep", prefix_name=False)]
+    | Annotated[Harvest, subcommand("harvest", prefix_name=False)]
+    | Annotated[Store, subcommand("store", prefix_name=False)]
     | Annotated[Eval, subcommand("eval", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Convert, subcommand("convert", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
 )
+AnyCommand: TypeAlias = Demo | Train | Sweep | Harvest | Store | Eval | Report | Convert | Bench
 REGISTRY = ConstructorRegistry()
-# Flags of `train` and `sweep` themselves.
-OF_COMMANDS = ("--out", "--plugin", "--resume", "--no-resume", "--overwrite", "--no-overwrite", "--help")
+# Flags of commands that read a file, beside those that set a value of it.
+OF_BOTH = ("--out", "--resume", "--no-resume", "--overwrite", "--no-overwrite", "--help")
+OF_COMMANDS = {
+    "train": (*OF_BOTH, "--plugin"),
+    "sweep": (*OF_BOTH, "--plugin"),
+    "harvest": (*OF_BOTH, "--modules", "--dtype"),
+}
 
 
 @REGISTRY.primitive_rule
@@ -56,7 +64,7 @@ def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
     )
 
 
-def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Convert | Bench:
+def parse(words: Sequence[str]) -> AnyCommand:
     """The command that the words ask for.
 
     Raises:
@@ -64,11 +72,11 @@ def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Conver
         SystemExit: they ask for help, which is printed.
     """
     require_command("sae", words, COMMANDS)
-    overrides, rest = _split_overrides(words) if words[0] in ("train", "sweep") else ([], list(words))
+    overrides, rest = _split_overrides(words) if words[0] in OF_COMMANDS else ([], list(words))
     if any(not word or (word.startswith("--") and word.partition("=")[1:] == ("=", "")) for word in rest):
         raise UsageError(f"a word of `sae {shlex.join(words)}` is empty; is a shell variable unset?")
 
-    def read() -> tuple[Demo | Train | Sweep | Eval | Report | Convert | Bench, list[str]]:
+    def read() -> tuple[AnyCommand, list[str]]:
         found: tuple[Any, list[str]] = tyro.cli(
             OmitArgPrefixes[Command],  # type: ignore[misc]
             prog="sae",
@@ -82,7 +90,7 @@ def parse(words: Sequence[str]) -> Demo | Train | Sweep | Eval | Report | Conver
     command, unknown = understood(read, "sae", words, COMMANDS)
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
-    if isinstance(command, Train | Sweep):
+    if isinstance(command, Train | Sweep | Harvest):
         command.overrides = tuple(overrides)
     return command
 
@@ -96,22 +104,24 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     from sae.config import TrainConfig  # noqa: PLC0415
 
+    own = OF_COMMANDS[words[0]]
     sections = [f"--{name}" for name in TrainConfig.model_fields if name != "out"]
     sections += ["--sweep"] if words[0] == "sweep" else []
+    if words[0] == "harvest":
+        sections = ["--source"]
+    example = "--source.n_tokens 1_000_000" if words[0] == "harvest" else "--sae.k 3"
     overrides, rest, queue = [], [], list(words)
     while queue:
         word = queue.pop(0)
         name, equals, _ = word.partition("=")
-        if not name.startswith("--") or name in OF_COMMANDS:
+        if not name.startswith("--") or name in own:
             rest.append(word)
-        elif "." in name or name in sections:
+        elif name in sections or ("." in name and (words[0] != "harvest" or name.startswith("--source."))):
             overrides.append(word)
             if not equals and queue and not queue[0].startswith("--"):
                 overrides.append(queue.pop(0))
         else:
-            raise UsageError(
-                f"unknown flag {name!r}{nearest(name, [*OF_COMMANDS, *sections])}; a field is set as in --sae.k 3"
-            )
+            raise UsageError(f"unknown flag {name!r}{nearest(name, [*own, *sections])}; a field is set as in {example}")
     return overrides, rest
 
 

@@ -63,14 +63,14 @@ class Bar(tqdm):
 
 
 @contextmanager
-def one_bar(title: str, n_steps: int) -> Iterator[Bar]:
+def one_bar(title: str, n_steps: int, unit: str = "step") -> Iterator[Bar]:
     """A bar on stderr; what is logged meanwhile stands above it.
 
     Where it ends before its first step, nothing of it is left on a terminal.
     """
     with (
         logging_redirect_tqdm(),
-        Bar(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit="step", delay=1e-3) as bar,
+        Bar(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit=unit, delay=1e-3) as bar,
     ):
         try:
             yield bar

@@ -31,7 +31,7 @@ from sae.kernels import choose
 from sae.locks import DEMO_LOCK, held
 from sae.model import load
 from sae.run import as_it_begins, conclude, open_run, require_report
-from sae.sources import ToySourceConfig
+from sae.toy_source import ToySourceConfig
 from toymodels.processes import n_cores, one_thread_each
 from toymodels.worlds import ToyRecipe
 

@@ -28,7 +28,7 @@ from sae.evaluation import live_recovery
 from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.log import RunLog
 from sae.members import Members
-from sae.sources import Batch, Source
+from sae.sources import Batch, Reconstruct, Source
 from sae.trainer import Trainer
 
 logger = logging.getLogger("sae")
@@ -121,6 +121,9 @@ class SharedSource(Source):
 
     def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
         return self.source.held_out_stream(purpose, n)
+
+    def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
+        return self.source.downstream(sae, n)
 
 
 class Ensemble:

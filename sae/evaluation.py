@@ -20,6 +20,7 @@ from sae.errors import UsageError
 from sae.held_out import HeldOut, HeldOutStream
 from sae.metrics.dictionary_recovery import coverage
 from sae.model import SAE
+from sae.sources import Source
 from toymodels.features import FeatureBatch
 
 CHUNK_ROWS = 4096
@@ -107,6 +108,12 @@ def evaluate(
     tables |= {f"feature/{name}": column for name, column in features.items()}
     tables |= {f"latent/{name}": units[name] for name in ("purity", "features_per_unit", "selectivity")}
     return Evaluation(values, tables)
+
+
+def evaluate_on(source: Source, sae: SAE, n_samples: int) -> Evaluation:
+    """`evaluate` on a source's held-out rows, and what the network that they are of loses, where it is at hand."""
+    evaluation = evaluate(sae, source.held_out_stream("evaluation", n_samples), source.truth)
+    return Evaluation(evaluation.metrics | _group("metrics", source.downstream(sae, n_samples)), evaluation.tables)
 
 
 def _reconstruct(

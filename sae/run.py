@@ -29,7 +29,7 @@ from sae.directory import (
 )
 from sae.ensemble import Ensemble, OnLine, Run, stop_requested
 from sae.errors import UsageError
-from sae.evaluation import Evaluation, chunk_rows, evaluate
+from sae.evaluation import Evaluation, chunk_rows, evaluate_on
 from sae.heavy_tails import Ball, share_of_heaviest
 from sae.initialise import cuts
 from sae.kernels import require_device, require_kernels, resolve_device
@@ -145,7 +145,7 @@ def conclude(run: Run, report: bool) -> Result:
     rows = calibration_rows(trainer.sae, source)
     n_steps, sae = trainer.n_steps_done, finished(trainer, rows)
     del run.trainer, trainer  # Adam's moments take twice the memory of the weights
-    evaluation = evaluate(sae, source.held_out_stream("evaluation", config.evaluation.n_samples), source.truth)
+    evaluation = evaluate_on(source, sae, config.evaluation.n_samples)
     fvu = evaluation.metrics["metrics/fvu"]
     if fvu > 1:
         logger.warning(
@@ -338,7 +338,7 @@ def measure_again(out: Path, sae: SAE, config: TrainConfig, source: Source, diag
     if diagnose:
         require_truth(source)
     with held(out):
-        evaluation = evaluate(sae, source.held_out_stream("evaluation", n_samples), source.truth)
+        evaluation = evaluate_on(source, sae, n_samples)
         return _written(out, sae, source, evaluation, n_samples, diagnose)
 
 

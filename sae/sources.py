@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -18,17 +18,15 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field, field_validator, model_validator
-from safetensors import SafetensorError
+from pydantic import model_validator
 from torch import Tensor
 
 from sae.arrays import Pairs, Rows, flat_rows, open_rows, open_truth, rebatch, table
 from sae.config import SourceConfig
 from sae.errors import UsageError
 from sae.held_out import HeldOut, HeldOutStream, Purpose, WorldStream
-from toymodels.experiments import NAMES, experiment
 from toymodels.streams import generator
-from toymodels.worlds import Recipe, ToyRecipe, World
+from toymodels.worlds import World
 
 logger = logging.getLogger("sae")
 
@@ -42,6 +40,8 @@ HELD_OUT_ROWS = 100_000
 
 Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Activations [batch, d_in]; with their targets [batch, d_out] from a source that has targets."""
+Reconstruct: TypeAlias = Callable[[Tensor], Tensor]
+"""x_hat [n, d_out] of x [n, d_in]."""
 
 
 class Source(ABC):
@@ -64,6 +64,11 @@ class Source(ABC):
     def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
         """The rows of `held_out` as a stream: all at once, unless a source can give them piece by piece."""
         return self.held_out(purpose, n)
+
+    def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
+        """What is measured in the network that the activations are of, with the SAE's reconstructions of about n
+        held-out rows in their place; nothing where there is no network at hand."""
+        return {}
 
 
 # A world's batches are drawn by the handful: for one batch of sparse features, calls cost more than draws.
@@ -113,12 +118,15 @@ class ArraySource(Source):
         self.block_rows = 1 if self.exact else max(1, BLOCK_BYTES // rows.row_bytes)
         if self.exact:
             rows.check_all()
-        blocks = torch.randperm(-(-len(rows) // self.block_rows), generator=generator(0, "held-out"))
+        self.held_blocks, self.training_blocks = self._divided(-(-len(rows) // self.block_rows))
+
+    def _divided(self, n_blocks: int) -> tuple[dict[Purpose, Tensor], Tensor]:
+        """The blocks that are held out for each purpose, and those that are trained on."""
+        blocks = torch.randperm(n_blocks, generator=generator(0, "held-out"))
         # A tenth of a large set, more of a small one: a mean L0 is good to about 1 / sqrt(rows).
-        held_rows = min(max(len(rows) // 10, min(len(rows) // 5, 2000)), HELD_OUT_ROWS)
+        held_rows = min(max(len(self.rows) // 10, min(len(self.rows) // 5, 2000)), HELD_OUT_ROWS)
         half = max(1, held_rows // 2 // self.block_rows)
-        self.held_blocks = {"calibration": blocks[:half], "evaluation": blocks[half : 2 * half]}
-        self.training_blocks = blocks[2 * half :]
+        return {"calibration": blocks[:half], "evaluation": blocks[half : 2 * half]}, blocks[2 * half :]
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
         """A batch that begins in one epoch may end in the next."""
@@ -180,9 +188,7 @@ class ArraySource(Source):
 class PairSource(Source):
     """Activations with targets, out of a source whose rows hold both side by side: they are shuffled together."""
 
-    def __init__(
-        self, rows: ArraySource | IterableSource, d_in: int, truth: Float[Tensor, "n_features d_out"] | None = None
-    ) -> None:
+    def __init__(self, rows: Source, d_in: int, truth: Float[Tensor, "n_features d_out"] | None = None) -> None:
         self.rows, self.d_in, self.d_out, self.truth = rows, d_in, rows.d_in - d_in, truth
         if truth is not None and truth.shape[1] != self.d_out:
             raise UsageError(
@@ -197,7 +203,11 @@ class PairSource(Source):
         x, target = self._apart(self.rows.held_out(purpose, n).x)
         return HeldOut(x, target=target)
 
-    def _apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
+        return self.rows.downstream(sae, n)
+
+    def _apart(self, rows: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(rows, Tensor)
         return rows[:, : self.d_in].contiguous(), rows[:, self.d_in :].contiguous()
 
 
@@ -306,65 +316,6 @@ def as_source(data: object) -> Source:
         else "pass a tensor, an array, or an iterable of batches"
     )
     raise UsageError(f"cannot train on {type(data).__name__}; {remedy}")
-
-
-class ToySourceConfig(SourceConfig):
-    """The hidden activations of a toy model that is trained on the spot (Elhage et al. 2022)."""
-
-    kind: Literal["toy"] = "toy"
-    experiment: str | None = None
-    """An experiment of `toymodels list`, whose features and model these are; default independent features of one
-    frequency in a ReLU-output model, 256 in 64 dimensions at feature_prob 0.01."""
-    n_features: int | None = Field(default=None, gt=0)
-    """True features; default the experiment's."""
-    d_hidden: int | None = Field(default=None, gt=0)
-    """Dimensions that they are squeezed into, the SAE's d_in; default the experiment's."""
-    feature_prob: float | None = Field(default=None, gt=0, le=1)
-    """Probability that a feature fires, 1 - sparsity; default the experiment's."""
-    n_steps: int | None = Field(default=None, gt=0)
-    """Steps that the toy model trains for; default the experiment's."""
-    seed: int = Field(default=0, ge=0)
-    """Decides the toy model and its features; `train.seed` decides the SAE."""
-    weights: Path | None = None
-    """A toy model trained before, to load instead of training."""
-
-    @field_validator("experiment")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        if name is not None:
-            experiment(name)
-        return name
-
-    @property
-    def recipe(self) -> Recipe:
-        """How the world is made.
-
-        Raises:
-            UsageError: the experiment has no hidden activations, or not such sizes.
-        """
-        recipe = ToyRecipe() if self.experiment is None else experiment(self.experiment).recipe
-        if recipe is None:
-            with_hidden = [name for name in NAMES if experiment(name).recipe is not None]
-            raise UsageError(
-                f"source.experiment {self.experiment!r} has no hidden activations; use one of {', '.join(with_hidden)}"
-            )
-        return recipe.resized(
-            n_features=self.n_features, d_hidden=self.d_hidden, feature_prob=self.feature_prob, n_steps=self.n_steps
-        )
-
-    def open(self) -> WorldSource:
-        recipe = self.recipe
-        if self.weights is None:
-            logger.info("the toy model is trained first, which may take seconds")
-            return WorldSource(recipe.build(self.seed), self.seed)
-        if not isinstance(recipe, ToyRecipe):
-            raise UsageError(f"source.weights cannot be loaded into {self.experiment!r}; leave it out")
-        try:
-            return WorldSource(recipe.load(self.weights), self.seed)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UsageError(
-                f"source.weights {self.weights} cannot be loaded: {error}; leave it out to train"
-            ) from error
 
 
 class ArraySourceConfig(SourceConfig):

@@ -11,7 +11,7 @@ from sae.config import SAEConfig, TrainConfig, parse_config
 from sae.config_text import read_yaml
 from sae.directory import CONFIG
 from sae.errors import UsageError
-from sae.evaluation import Evaluation, evaluate
+from sae.evaluation import Evaluation, evaluate_on
 from sae.model import MANIFEST, SAE
 from sae.run import calibration_rows, ready_
 from sae.sources import Source, as_source
@@ -39,8 +39,7 @@ def load_checkpoint(out: str | Path, source: object = None) -> SAE:
 def evaluate_checkpoint(out: Path) -> tuple[Evaluation, int, int]:
     """All metrics of a run's newest checkpoint; its step, and how many there are to be."""
     sae, config, source, step = _opened(out, None)
-    stream = source.held_out_stream("evaluation", config.evaluation.n_samples)
-    return evaluate(sae, stream, source.truth), step, config.n_steps
+    return evaluate_on(source, sae, config.evaluation.n_samples), step, config.n_steps
 
 
 def _opened(out: Path, given: object) -> tuple[SAE, TrainConfig, Source, int]:

@@ -55,6 +55,8 @@ LAYERS = {
         "errors",
         "codes",
         "config_text",
+        "console",
+        "hooks",
         "config",
         "plugins",
         "losses",
@@ -71,6 +73,8 @@ LAYERS = {
         "arrays",
         "held_out",
         "sources",
+        "stores",
+        "toy_source",
         "world_source",
         "prefetch",
         "metrics",
@@ -85,10 +89,10 @@ LAYERS = {
         "directory",
         "formats",
         "ensemble",
+        "networks",
         "report",
         "run",
         "unfinished",
-        "console",
         "baselines",
         "digits",
         "demo",
@@ -100,7 +104,7 @@ LAYERS = {
         "__main__",
     ],
 }
-SLOW_TO_IMPORT = {"wandb", "matplotlib", "plotly", "sklearn", "transformers", "tyro", "rich", "scipy"}
+SLOW_TO_IMPORT = {"wandb", "matplotlib", "plotly", "sklearn", "transformers", "datasets", "tyro", "rich", "scipy"}
 RUN_CODE_ON_LOADING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 MAX_LINES = 400
 

@@ -7,7 +7,8 @@ import torch
 
 from sae import UsageError
 from sae.config import parse_config
-from sae.sources import ToySourceConfig, WorldSource
+from sae.sources import WorldSource
+from sae.toy_source import ToySourceConfig
 from toymodels.co_firing import Together
 from toymodels.experiments import NAMES, experiment
 from toymodels.features import Features

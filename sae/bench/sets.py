@@ -11,7 +11,8 @@ from torch.nn.functional import embedding_bag, normalize
 from sae.arrays import Pairs, table
 from sae.bench.shapes import Shape
 from sae.errors import UsageError
-from sae.sources import HELD_OUT_ROWS, ArraySource, PairSource, Source, ToySourceConfig
+from sae.sources import HELD_OUT_ROWS, ArraySource, PairSource, Source
+from sae.toy_source import ToySourceConfig
 from toymodels.errors import nearest
 from toymodels.streams import generator
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae.hooks import first_tensor, module_named, require_eval
 from toymodels.errors import UsageError
 
 Edit = Callable[[Tensor], Tensor]
@@ -41,16 +41,8 @@ class Spliced:
     def __init__(
         self, model: nn.Module, module: nn.Module | str, sae: Callable[[Tensor], Tensor], *, transcodes: bool = False
     ) -> None:
-        names = dict(model.named_modules())
-        found = names.get(module) if isinstance(module, str) else module
-        if found is None or not any(found is one for one in names.values()):
-            said = repr(module) if isinstance(module, str) else f"like the {type(module).__name__} that was given"
-            close = difflib.get_close_matches(str(module), names, n=3)
-            raise UsageError(
-                f"the model has no module {said}; name one of its named_modules()"
-                + (f", such as {', '.join(close)}" if close else "")
-            )
-        self.model, self.module, self.sae, self.transcodes = model, found, sae, transcodes
+        self.model, self.module = model, module_named(model, module)
+        self.sae, self.transcodes = sae, transcodes
         self.n_tokens = 0
         self._sums = torch.zeros(4, dtype=torch.float64)
 
@@ -66,8 +58,7 @@ class Spliced:
             UsageError: a model in training mode, texts of fewer than two tokens, a module that is not run once or puts
                 out something else, logits of another shape, or a loss that is not finite; nothing is added then.
         """
-        if any(one.training for one in self.model.modules()):
-            raise UsageError("the model is in training mode, in which predictions may be random; call model.eval()")
+        require_eval(self.model)
         if tokens.ndim != 2 or tokens.shape[1] < 2:
             raise UsageError(f"tokens must be [batch, position] with at least 2 positions, got {list(tokens.shape)}")
         chosen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
@@ -127,7 +118,7 @@ class Spliced:
 
         def read(_: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal before  # a copy: the module may work in place
-            before = rows(next((one for one in (*given, *kwargs.values()) if isinstance(one, Tensor)), None))
+            before = rows(first_tensor((*given, *kwargs.values())))
 
         def replace(_: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
             nonlocal calls

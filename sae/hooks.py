@@ -1,0 +1,51 @@
+"""Modules of a network by name, and the activations that go into one and come out of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from toymodels.errors import UsageError
+
+
+def module_named(model: nn.Module, module: nn.Module | str) -> nn.Module:
+    """One of the model's modules, or the one of that name.
+
+    Raises:
+        UsageError: the model has none such.
+    """
+    names = dict(model.named_modules())
+    found = names.get(module) if isinstance(module, str) else module
+    if found is None or not any(found is one for one in names.values()):
+        said = repr(module) if isinstance(module, str) else f"like the {type(module).__name__} that was given"
+        close = difflib.get_close_matches(str(module), names, n=3)
+        raise UsageError(
+            f"the model has no module {said}; name one of its named_modules()"
+            + (f", such as {', '.join(close)}" if close else "")
+        )
+    return found
+
+
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """What goes into a module: the first of its arguments that is a tensor."""
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def output_tensor(output: Any) -> Tensor | None:
+    """What comes out of a module: a tensor, or the first in a tuple or a mapping."""
+    if isinstance(output, Mapping):
+        return first_tensor(output.values())
+    return first_tensor(output) if isinstance(output, tuple | list) else first_tensor([output])
+
+
+def require_eval(model: nn.Module) -> None:
+    """Refuses a model whose answers may be random.
+
+    Raises:
+        UsageError: a part of it is in training mode.
+    """
+    if any(one.training for one in model.modules()):
+        raise UsageError("the model is in training mode, in which its answers may be random; call model.eval()")

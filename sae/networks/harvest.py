@@ -1,0 +1,166 @@
+"""Harvests: what a network computes is written into stores, once, and goes on after a stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sae.ensemble import stop_requested
+from sae.errors import Interrupted, UsageError
+from sae.locks import held
+from sae.networks.pieces import Arrange, Piece, pieces_of
+from sae.networks.reader import Reader, Reads, Site
+from sae.networks.source import ModelSourceConfig, order_of
+from sae.sources import PairSource
+from sae.stores.files import MANIFEST, TOKENS, DtypeName
+from sae.stores.source import StoreSource, open_store
+from sae.stores.writer import StoreWriter, discard_store, is_complete
+from toymodels.files import save_tensors
+
+logger = logging.getLogger("sae")
+
+OnRows = Callable[[int], object]
+"""Hears how many inputs have been read since it heard last."""
+
+
+def harvest(
+    model: nn.Module,
+    module: str,
+    inputs: Iterable[Any],
+    out: str | Path,
+    *,
+    reads: Reads = "output",
+    target: str | None = None,
+    rows: Arrange | None = None,
+    dtype: DtypeName | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> StoreSource | PairSource:
+    """Writes the activations of any network for any inputs into the folder `out`, and returns them as a source.
+
+    `inputs` are batches, each a tensor, a mapping of keyword arguments, or a tuple whose first entry counts. What comes
+    out of `module` (or goes into it, for reads="input") is [inputs, ..., d]: the last axis is the width, and all before
+    it are rows. Where it is not, as in convolutions, `rows` arranges it: `lambda acts: acts.flatten(2).mT`. `target` is
+    a module whose output is what a transcoder writes. Whole inputs are held out, every twentieth for each purpose.
+
+    With `resume` a harvest that was stopped goes on; the inputs must be the same, and are read past.
+
+    Raises:
+        UsageError: the network has no such module, its activations are not finite, or `out` holds a store already.
+        Interrupted: a signal came; what had been read was written first.
+    """
+    site = Site(module, reads)
+    targets = {} if target is None else {site: Site(target)}
+    reader = Reader(model, [site, *targets.values()])
+    origin = {"network": type(model).__name__, "module": module, "reads": reads, "target": target}
+
+    def pieces(start: int) -> Iterator[Piece]:
+        return pieces_of(reader, inputs, start, targets, rows)
+
+    path = Path(out)
+    write_stores({site: path}, pieces, {site: origin}, dtype, resume=resume, overwrite=overwrite)
+    return open_store(path)
+
+
+def harvest_model(
+    config: ModelSourceConfig,
+    out: Path,
+    modules: tuple[str, ...] = (),
+    dtype: DtypeName | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_begin: Callable[[int], OnRows] | None = None,
+) -> list[Path]:
+    """What a source of kind `model` would give, into a store; with `modules` each of them into one of its own, in one
+    pass: the folders `out/<module>`.
+
+    Raises:
+        UsageError: as `harvest`.
+        Interrupted: as `harvest`.
+    """
+    if modules and config.target is not None:
+        raise UsageError(f"several modules share no target, got {config.target!r}; harvest one pair at a time")
+    wanted = [config.model_copy(update={"module": name}) for name in dict.fromkeys(modules)] or [config]
+    paths = {one.site: out / one.module if modules else out for one in wanted}
+    for path in paths.values():
+        require_out(path, resume, overwrite)
+    if resume and all(is_complete(paths[one.site], one.fields) for one in wanted):
+        logger.info("%s is complete; nothing to resume", out)
+        return list(paths.values())
+    contexts = config.read()
+    model = config.load()
+    model.require(contexts)
+    order = order_of(contexts)
+
+    def pieces(start: int) -> Iterator[Piece]:
+        return model.pieces([*paths, *config.targets.values()], config.targets, contexts, order, start)
+
+    write_stores(
+        paths,
+        pieces,
+        {one.site: one.origin(contexts) for one in wanted},
+        dtype,
+        resume=resume,
+        overwrite=overwrite,
+        on_rows=None if on_begin is None else on_begin(len(order)),
+        tokens={"tokens": contexts.tokens},
+    )
+    return list(paths.values())
+
+
+def require_out(path: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that holds a store, unless that is to be gone on with or overwritten."""
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a store and --overwrite discards it; give one of them")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; give a folder as --out")
+    if (path / MANIFEST).exists() and not (resume or overwrite):
+        raise UsageError(f"{path} already holds a store; go on with it by --resume, or discard it by --overwrite")
+
+
+def write_stores(
+    paths: Mapping[Site, Path],
+    pieces: Callable[[int], Iterable[Piece]],
+    origins: Mapping[Site, Mapping[str, Any]],
+    dtype: DtypeName | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    on_rows: OnRows | None = None,
+    tokens: Mapping[str, Any] | None = None,
+) -> None:
+    """A store for each site, from pieces that begin at any batch."""
+    with ExitStack() as stack:
+        for path in paths.values():
+            require_out(path, resume, overwrite)
+            stack.enter_context(held(path))
+            if overwrite:
+                discard_store(path)
+        writers = {site: StoreWriter(path, origins[site], dtype) for site, path in paths.items()}
+        if tokens is not None:
+            for path in paths.values():
+                save_tensors(path / TOKENS, tokens)
+        start = min(writer.n_batches for writer in writers.values())
+        if on_rows is not None and start:
+            on_rows(min(writer.division.n_inputs for writer in writers.values()))
+        stop = stack.enter_context(stop_requested())
+        for number, piece in enumerate(pieces(start), start):
+            for site, writer in writers.items():
+                if number >= writer.n_batches:  # after a kill, one may be ahead of another
+                    writer.append(piece.columns[site], piece.rows_per_input)
+            if on_rows is not None:
+                on_rows(len(piece.rows_per_input))
+            if stop():
+                for writer in writers.values():
+                    writer.flush()
+                raise Interrupted(
+                    f"stopped after batch {number + 1}; go on with --resume, in Python resume=True", stop()
+                )
+        for writer in writers.values():
+            writer.finish()

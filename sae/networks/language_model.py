@@ -1,0 +1,127 @@
+"""A language model of `transformers`, and the activations of its tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.errors import UsageError
+from sae.networks.pieces import Piece, columns_of
+from sae.networks.reader import Reader, Site
+from sae.networks.texts import Contexts
+
+logger = logging.getLogger("sae")
+
+
+class LanguageModel:
+    """A causal language model, and how many contexts it reads at once."""
+
+    def __init__(self, model: Any, contexts_at_once: int) -> None:
+        self.model, self.contexts_at_once = model, contexts_at_once
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that it knows."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def require(self, contexts: Contexts) -> None:
+        """Refuses contexts that it cannot read.
+
+        Raises:
+            UsageError: they are too long, or have tokens that it does not know.
+        """
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        length = contexts.tokens.shape[1]
+        if limit is not None and length > limit:
+            raise UsageError(f"contexts of {length} tokens are too long for a model of {limit} positions; cut them")
+        least, most = int(contexts.tokens.min()), int(contexts.tokens.max())
+        if least < 0 or most >= self.vocabulary:
+            raise UsageError(f"tokens {least} to {most} do not fit a model that knows 0 to {self.vocabulary - 1}")
+
+    def rows(
+        self, sites: Sequence[Site], tokens: Int[Tensor, "n length"], kept: Bool[Tensor, "n length"]
+    ) -> dict[Site, Float[Tensor, "rows d"]]:
+        """The activations of the tokens that are kept, context after context.
+
+        Raises:
+            UsageError: a site has no activation for each token.
+        """
+        found = Reader(self.model, sites)({"input_ids": tokens.long(), "use_cache": False})
+        for site, acts in found.items():
+            if acts.ndim != 3 or acts.shape[:2] != tokens.shape or not acts.is_floating_point():
+                raise UsageError(
+                    f"{site} holds {list(acts.shape)} of {acts.dtype} for {list(tokens.shape)} tokens, not a vector "
+                    "for each; name another module"
+                )
+        return {site: acts[kept.to(acts.device)] for site, acts in found.items()}
+
+    def pieces(
+        self,
+        sites: Sequence[Site],
+        targets: dict[Site, Site],
+        contexts: Contexts,
+        order: Int[Tensor, " n"],
+        start: int = 0,
+    ) -> Iterator[Piece]:
+        """All rows of some contexts, batch by batch from number `start` on, with where each row is from."""
+        for part in order.split(self.contexts_at_once)[start:]:
+            tokens = contexts.tokens[part]
+            kept = contexts.kept(tokens)
+            place = {"context": part[kept.nonzero()[:, 0]], "position": kept.nonzero()[:, 1]}
+            columns = columns_of(self.rows(sites, tokens, kept), targets)
+            yield Piece({site: {**own, **place} for site, own in columns.items()}, kept.sum(dim=1).tolist())
+
+
+def load_language_model(
+    name: str, revision: str | None, dtype: str, device: torch.device, at_once: int
+) -> LanguageModel:
+    """From a folder that `transformers` saved, or from the Hub. Code that comes with a model is not run.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    transformers = _transformers()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+    except Exception as error:  # whatever the library raises for a missing file, a network or a setting
+        raise _cannot_load(name, error) from error
+    return LanguageModel(model.eval().requires_grad_(False).to(device), at_once)
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(name, revision=revision)
+    except UsageError:
+        raise
+    except Exception as error:  # as above
+        raise _cannot_load(f"{name}'s tokenizer", error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    rule = "give a folder that transformers saved, or the id of a causal language model on the Hub"
+    return UsageError(f"source.model {name} cannot be loaded: {reason[:300]}; {rule}")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise UsageError("reading a language model needs transformers; pip install 'sae[harvest]'") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

@@ -1,0 +1,259 @@
+"""A language model as a source: its activations, computed while an SAE trains on them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sae.arrays import rebatch
+from sae.config import SourceConfig
+from sae.errors import UsageError
+from sae.held_out import HeldOut, Purpose
+from sae.kernels import require_device, resolve_device
+from sae.metrics import Spliced
+from sae.networks.language_model import LanguageModel, load_language_model, load_tokenizer
+from sae.networks.reader import Reads, Site
+from sae.networks.texts import Contexts, contexts_of, open_tokens, special_tokens, texts
+from sae.sources import PairSource, Reconstruct, Source
+from sae.stores.writer import Division
+from toymodels.streams import generator
+
+logger = logging.getLogger("sae")
+
+# Rows that are computed together and shuffled before they are trained on.
+WINDOW_BYTES = 2**28
+# Logits that exist together, at most, when the model's loss is measured.
+PREDICTIONS = 2**26
+
+
+class ModelSourceConfig(SourceConfig):
+    """Activations of a language model of `transformers`, for the tokens of some texts."""
+
+    kind: Literal["model"] = "model"
+    model: str
+    """A folder that `transformers` saved a causal language model in, or its id on the Hub."""
+    module: str
+    """Whose activations: one of the model's `named_modules()`, such as transformer.h.8."""
+    reads: Reads = "output"
+    """What comes out of the module, or what goes into it."""
+    target: str | None = None
+    """A module whose output is what a transcoder writes."""
+    texts: str | None = None
+    """.txt, .jsonl, .json, .parquet or .csv files (one, or a glob of them), or the id of a dataset on the Hub."""
+    tokens: Path | None = None
+    """Instead of texts: a .npy file of tokens [contexts, length]."""
+    subset: str | None = None
+    """Which part of a dataset on the Hub, where it has several."""
+    split: str = "train"
+    """Which split of a dataset on the Hub."""
+    column: str = "text"
+    """Where files have columns: the one with the texts."""
+    n_tokens: int = Field(default=10_000_000, gt=0)
+    """Tokens that the model reads, at most; they are kept in memory, in 4 bytes each."""
+    context_length: int = Field(default=128, ge=2)
+    """Tokens that the model reads together."""
+    bos: bool = True
+    """Each context begins with the tokenizer's token for that, where it has one."""
+    skip: int = Field(default=1, ge=0)
+    """Positions at the start of each context that are left out: the first tokens of many models are far from all
+    others."""
+    keep_special: bool = False
+    """Also the activations of tokens that frame texts, as the one for their end."""
+    revision: str | None = None
+    """Of a model on the Hub: a branch, a tag or a commit."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """What the model computes in; auto is what it was saved in."""
+    device: str = "cpu"
+    """Where the model computes, a torch device; auto is cuda where torch can use it, else cpu."""
+    contexts_at_once: int = Field(default=32, gt=0)
+    """Contexts that the model reads side by side."""
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> ModelSourceConfig:
+        if (self.texts is None) == (self.tokens is None):
+            given = "neither" if self.texts is None else "both"
+            raise ValueError(f"a model reads texts or tokens, got {given}; give one of them")
+        if self.skip >= self.context_length:
+            raise ValueError(f"skip must lie below context_length={self.context_length}, got {self.skip}; lower it")
+        return self
+
+    @property
+    def site(self) -> Site:
+        return Site(self.module, self.reads)
+
+    @property
+    def targets(self) -> dict[Site, Site]:
+        """The target of the site, where it has one."""
+        return {} if self.target is None else {self.site: Site(self.target)}
+
+    def load(self) -> LanguageModel:
+        require_device(self.device, "source.device")
+        device = torch.device(resolve_device(self.device))
+        return load_language_model(self.model, self.revision, self.dtype, device, self.contexts_at_once)
+
+    def read(self) -> Contexts:
+        """What the model is to read.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        special = torch.zeros(0, dtype=torch.int32)
+        if self.tokens is not None:
+            tokens = open_tokens(self.tokens, self.n_tokens)
+        else:
+            assert self.texts is not None
+            tokenizer = load_tokenizer(self.model, self.revision)
+            given = texts(self.texts, self.subset, self.split, self.column)
+            tokens = contexts_of(given, tokenizer, self.context_length, self.n_tokens, self.bos)
+            if not self.keep_special:
+                special = special_tokens(tokenizer)
+        if self.skip >= tokens.shape[1]:
+            raise UsageError(
+                f"source.skip={self.skip} leaves nothing of contexts of {tokens.shape[1]} tokens; lower it"
+            )
+        return Contexts(tokens, special, self.skip)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All that decides what is read where; another machine may compute it."""
+        return self.model_dump(mode="json", exclude={"device"})
+
+    def origin(self, contexts: Contexts) -> dict[str, Any]:
+        """What decides the rows of a store."""
+        return self.fields | {"tokens_sha256": hashlib.sha256(contexts.tokens.numpy().tobytes()).hexdigest()}
+
+    def open(self) -> ModelSource | PairSource:
+        contexts = self.read()
+        source = ModelSource(self, self.load(), contexts)
+        return source if self.target is None else PairSource(source, source.widths[0])
+
+
+def order_of(contexts: Contexts) -> Tensor:
+    """Contexts in random order: texts that stand beside each other in a file resemble each other."""
+    return torch.randperm(len(contexts.tokens), generator=generator(0, "contexts"))
+
+
+class ModelSource(Source):
+    """Rows of a language model, computed when they are wanted; with targets, both side by side.
+
+    An epoch visits the contexts in a new order. So many of them as fill a window are read by the model, and their rows
+    are permuted exactly; a batch depends on its number and the seed alone, and going on anywhere costs one window.
+    Every twentieth context is held out for calibration and every twentieth for evaluation, up to 50,000 rows each.
+    """
+
+    def __init__(self, config: ModelSourceConfig, model: LanguageModel, contexts: Contexts) -> None:
+        model.require(contexts)
+        self.config, self.model, self.contexts = config, model, contexts
+        self.sites = [config.site, *config.targets.values()]
+        order = order_of(contexts)
+        splits = Division().next(contexts.n_rows[order].tolist())
+        self.order = {
+            split: order[torch.tensor([one == split for one in splits])]
+            for split in ("training", "calibration", "evaluation")
+        }
+        empty = [split for split, own in self.order.items() if not int(contexts.n_rows[own].sum())]
+        if empty:
+            raise UsageError(
+                f"{len(order)} contexts leave no rows for {' and '.join(empty)}; give 20 or more: longer texts, or a "
+                "lower source.context_length"
+            )
+        first = self._rows(order[:1])
+        self.widths = [first[site].shape[1] for site in self.sites]
+        self.d_in, self.dtype = sum(self.widths), first[self.sites[0]].dtype
+        self.n_training_rows = int(contexts.n_rows[self.order["training"]].sum())
+        logger.info(
+            "%s: d=%s, %d contexts of %d tokens, %d rows to train on",
+            " -> ".join(str(site) for site in self.sites),
+            " -> ".join(map(str, self.widths)),
+            *contexts.tokens.shape,
+            self.n_training_rows,
+        )
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """A batch that begins in one epoch may end in the next."""
+        epoch, skip = divmod(start * batch_size, self.n_training_rows)
+
+        def pieces() -> Iterator[Tensor]:
+            yield from self._epoch(seed, epoch, skip, batch_size)
+            for later in count(epoch + 1):
+                yield from self._epoch(seed, later, 0, batch_size)
+
+        return rebatch(pieces(), batch_size)
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        return HeldOut(self._window(self._first(purpose, n))[:n].float().cpu())
+
+    def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
+        """The model's loss with the SAE spliced in (`sae.metrics.Spliced`)."""
+        config = self.config
+        transcodes = config.reads == "input" and config.target == config.module
+        if not transcodes and (config.reads == "input" or config.target is not None):
+            logger.info("the model's loss is measured where an SAE gives what a module puts out; here it does not")
+            return {}
+        device, model = next(iter(getattr(sae, "parameters", list)()), torch.zeros(0)).device, self.model
+        spliced = Spliced(model.model, config.module, lambda rows: sae(rows.float().to(device)), transcodes=transcodes)
+        own = self._first("evaluation", n)
+        # Predictions of all tokens of a batch exist together.
+        at_once = PREDICTIONS // (self.contexts.tokens.shape[1] * model.vocabulary)
+        for part in own.split(min(max(at_once, 1), model.contexts_at_once)):
+            tokens = self.contexts.tokens[part]
+            spliced.update(tokens.long().to(model.device), self.contexts.kept(tokens).to(model.device))
+        return spliced.compute()
+
+    def _first(self, purpose: Purpose, n: int) -> Tensor:
+        """As many of the contexts held out for a purpose as have n rows, or all."""
+        own = self.order[purpose]
+        return own[: int((self.contexts.n_rows[own].cumsum(0) < n).sum()) + 1]
+
+    def _epoch(self, seed: int, epoch: int, skip: int, batch_size: int) -> Iterator[Tensor]:
+        """One epoch's rows in pieces of at most batch_size, without the first `skip`."""
+        own = self.order["training"]
+        order = own[torch.randperm(len(own), generator=generator(seed, "epoch", epoch))]
+        row_bytes = self.d_in * self.dtype.itemsize
+        n_contexts = max(1, WINDOW_BYTES // (row_bytes * self.contexts.tokens.shape[1]))
+        for number, window in enumerate(order.split(n_contexts)):
+            n = int(self.contexts.n_rows[window].sum())
+            if skip >= n:
+                skip -= n
+                continue
+            rows = self._window(window)
+            within = torch.randperm(n, generator=generator(seed, "epoch", epoch, "window", number))
+            for piece in within[skip:].to(rows.device).split(batch_size):
+                yield rows[piece].float()
+            del rows  # before the next window is computed
+            skip = 0
+
+    def _window(self, which: Tensor) -> Float[Tensor, "rows d_in"]:
+        """The rows of some contexts, where the model is.
+
+        Raises:
+            UsageError: they are not finite.
+        """
+        n = int(self.contexts.n_rows[which].sum())
+        rows = torch.empty(n, self.d_in, dtype=self.dtype, device=self.model.device)
+        filled = 0
+        for part in which.split(self.model.contexts_at_once):
+            found = self._rows(part)
+            beside = (
+                torch.cat([found[site] for site in self.sites], dim=1) if len(self.sites) > 1 else found[self.sites[0]]
+            )
+            rows[filled : filled + len(beside)] = beside
+            filled += len(beside)
+        if not bool(rows.isfinite().all()):
+            raise UsageError(
+                f"{self.config.site} of {self.config.model} holds NaN or infinity; set source.dtype float32"
+            )
+        return rows
+
+    def _rows(self, which: Tensor) -> dict[Site, Tensor]:
+        tokens = self.contexts.tokens[which]
+        return self.model.rows(self.sites, tokens, self.contexts.kept(tokens))

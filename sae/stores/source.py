@@ -1,0 +1,61 @@
+"""An activation store as a source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.arrays import Pairs, Rows, open_truth
+from sae.config import SourceConfig
+from sae.errors import UsageError
+from sae.held_out import HeldOut, Purpose
+from sae.sources import ArraySource, PairSource
+from sae.stores.files import Store
+
+
+class StoreSource(ArraySource):
+    """The training rows of a store, shuffled as those of any array; what it holds out it held out when it was written,
+    whole texts and whole images."""
+
+    def __init__(self, store: Store, truth: Float[Tensor, "n_features d_in"] | None = None) -> None:
+        self.store = store
+        self.held: dict[Purpose, Rows | Pairs] = {p: store.rows(p) for p in ("calibration", "evaluation")}
+        super().__init__(store.rows("training"), truth)
+
+    def _divided(self, n_blocks: int) -> tuple[dict[Purpose, Tensor], Tensor]:
+        return {}, torch.arange(n_blocks)
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        rows = self.held[purpose]
+        return HeldOut(rows.read(0, min(n, len(rows))).float())
+
+
+class StoreSourceConfig(SourceConfig):
+    """A folder of activations that `sae harvest` wrote."""
+
+    kind: Literal["store"] = "store"
+    path: Path
+    """The folder."""
+    truth: Path | None = None
+    """A file with the true features [n_features, d_in] (of the target: d_out), when they are known."""
+
+    def open(self) -> StoreSource | PairSource:
+        return open_store(self.path, None if self.truth is None else open_truth(self.truth))
+
+
+def open_store(path: str | Path, truth: Float[Tensor, "n_features d_out"] | None = None) -> StoreSource | PairSource:
+    """The store in a folder, as a source.
+
+    Raises:
+        UsageError: there is none, it is damaged, or it was not written to its end.
+    """
+    store = Store(path)
+    if not store.manifest.complete:
+        raise UsageError(f"{path} was not written to its end; `sae harvest` it again with --resume")
+    if store.manifest.d_out is None:
+        return StoreSource(store, truth)
+    return PairSource(StoreSource(store), store.manifest.d_in, truth)

@@ -1,0 +1,210 @@
+"""Writes an activation store: piece by piece, a shard at a time, and on after a stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from sae.errors import UsageError
+from sae.stores.files import MANIFEST, SPLITS, TOKENS, DtypeName, Manifest, Shard, Split, read_manifest
+from toymodels.files import save_tensors, sha256, write_text
+
+SHARD_BYTES = 2**28
+# Of twenty inputs one is held out for calibration and one for evaluation, up to so many rows each.
+EVERY, HELD_OUT_ROWS = 20, 50_000
+HELD_OUT: Mapping[int, Split] = {0: "calibration", EVERY // 2: "evaluation"}
+Columns = Mapping[str, Tensor]
+"""What is known of some rows: acts [n, d_in], and perhaps target [n, d_out], context [n], position [n]."""
+
+
+class Division:
+    """Which inputs are held out. All rows of a text or an image are on one side: they resemble each other."""
+
+    def __init__(self, n_inputs: int = 0, n_rows: Mapping[Split, int] | None = None) -> None:
+        self.n_inputs = n_inputs
+        self.n_rows = dict(n_rows) if n_rows is not None else dict.fromkeys(SPLITS, 0)
+
+    def next(self, rows_per_input: Sequence[int]) -> list[Split]:
+        """The splits of the next inputs, given how many rows each of them has."""
+        splits: list[Split] = []
+        for n in rows_per_input:
+            split = HELD_OUT.get(self.n_inputs % EVERY, "training")
+            if split != "training" and self.n_rows[split] >= HELD_OUT_ROWS:
+                split = "training"
+            self.n_rows[split] += n
+            self.n_inputs += 1
+            splits.append(split)
+        return splits
+
+
+class StoreWriter:
+    """Takes rows and writes them in shards of about SHARD_BYTES; the manifest follows every shard.
+
+    Where the folder holds the beginning of a store from the same origin, it goes on behind it: `n_batches` says how
+    many batches it has. Rows are in the order in which they came, whatever the stops in between.
+    """
+
+    def __init__(self, path: Path, origin: Mapping[str, Any], dtype: DtypeName | None) -> None:
+        self.path, self.origin = path, dict(origin)
+        self.dtype: DtypeName | None = dtype
+        self.widths: dict[str, int] = {}
+        self.shards: list[Shard] = []
+        self.division = Division()
+        self.n_batches = self.n_waiting_bytes = 0
+        self.waiting: dict[Split, list[Columns]] = {split: [] for split in SPLITS}
+        if (path / MANIFEST).exists():
+            self._go_on(read_manifest(path))
+
+    def _go_on(self, was: Manifest) -> None:
+        require_same_origin(self.path, was.origin, self.origin)
+        if self.dtype not in (None, was.dtype):
+            raise UsageError(f"{self.path} was begun in {was.dtype}, now {self.dtype}; use the same, or another --out")
+        self.dtype, self.shards, self.n_batches = was.dtype, list(was.shards), was.n_batches
+        self.widths = {"acts": was.d_in} | ({} if was.d_out is None else {"target": was.d_out})
+        self.division = Division(was.n_inputs, {split: was.n_rows(split) for split in SPLITS})
+
+    def append(self, columns: Columns, rows_per_input: Sequence[int]) -> None:
+        """The rows of one more batch of inputs, input after input.
+
+        Raises:
+            UsageError: they are not finite, in the store's dtype either, or of another width than those before.
+        """
+        acts = columns["acts"]
+        if self.dtype is None:
+            self.dtype = _name(acts.dtype)
+        kept = {name: self._checked(name, tensor) for name, tensor in columns.items()}
+        splits = self.division.next(rows_per_input)
+        for split in dict.fromkeys(splits):
+            own = torch.repeat_interleave(torch.tensor([one == split for one in splits]), torch.tensor(rows_per_input))
+            self._wait(split, kept, own)
+        self.n_batches += 1
+        if self.n_waiting_bytes >= SHARD_BYTES:
+            self.flush()
+
+    def _wait(self, split: Split, columns: Columns, own: Bool[Tensor, " rows"]) -> None:
+        part = {name: tensor[own] for name, tensor in columns.items()}
+        self.waiting[split].append(part)
+        self.n_waiting_bytes += sum(tensor.nbytes for tensor in part.values())
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(torch.int32).cpu()
+        width = self.widths.setdefault(name, tensor.shape[1])
+        if tensor.shape[1] != width:
+            raise UsageError(f"batch {self.n_batches} has {name} of width {tensor.shape[1]}, those before it {width}")
+        assert self.dtype is not None
+        return checked(tensor, self.dtype, f"{name} of batch {self.n_batches}")
+
+    def flush(self) -> None:
+        """Writes what waits as a shard."""
+        tensors = {
+            f"{split}/{name}": torch.cat([part[name] for part in parts])
+            for split, parts in self.waiting.items()
+            if sum(len(part["acts"]) for part in parts)
+            for name in parts[0]
+        }
+        if not tensors:
+            return
+        file = f"shard-{len(self.shards):05d}.safetensors"
+        partial = self.path / f"{file}.partial"
+        try:
+            save_tensors(partial, tensors)
+            rows = {split: len(tensors.get(f"{split}/acts", ())) for split in SPLITS}
+            shard = Shard(file=file, rows=rows, n_bytes=partial.stat().st_size, sha256=sha256(partial))
+            os.replace(partial, self.path / file)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        self.shards.append(shard)
+        self.waiting, self.n_waiting_bytes = {split: [] for split in SPLITS}, 0
+        self._write_manifest(complete=False)
+
+    def finish(self) -> None:
+        """The last shard, and that it was the last.
+
+        Raises:
+            UsageError: there is nothing to hold out; what there is stays.
+        """
+        self.flush()
+        n = self.division.n_rows
+        empty = [split for split in SPLITS if not n[split]]
+        if empty:
+            raise UsageError(
+                f"{self.division.n_inputs} inputs leave no rows for {' and '.join(empty)}, as every {EVERY // 2}th is "
+                f"held out; give at least {EVERY}, or pass the activations to sae.train as a tensor"
+            )
+        self._write_manifest(complete=True)
+
+    def _write_manifest(self, complete: bool) -> None:
+        assert self.dtype is not None
+        manifest = Manifest(
+            d_in=self.widths["acts"],
+            d_out=self.widths.get("target"),
+            dtype=self.dtype,
+            complete=complete,
+            n_inputs=self.division.n_inputs,
+            n_batches=self.n_batches,
+            shards=tuple(self.shards),
+            origin=self.origin,
+        )
+        write_text(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+
+
+def is_complete(path: Path, fields: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a whole store.
+
+    Raises:
+        UsageError: it is one from elsewhere: another value of a field was written into it.
+    """
+    if not (path / MANIFEST).exists() or not (was := read_manifest(path)).complete:
+        return False
+    require_same_origin(path, {key: was.origin.get(key) for key in fields}, fields)
+    return True
+
+
+def require_same_origin(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with what was begun otherwise; names every value that differs."""
+    both = {key: (was.get(key), now.get(key)) for key in dict.fromkeys([*was, *now])}
+    said = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in both.items() if old != new)
+    if said:
+        raise UsageError(f"{path} was begun otherwise: {said}; use the same values, or another --out")
+
+
+def checked(tensor: Tensor, dtype: DtypeName, name: str) -> Tensor:
+    """In the store's dtype, on the CPU.
+
+    Raises:
+        UsageError: it is not finite there.
+    """
+    stored = tensor.to(getattr(torch, dtype)).cpu()
+    # The sum of a row is not finite when one of its values is not.
+    if bool(stored.float().sum(dim=1).isfinite().all()) or bool(stored.isfinite().all()):
+        return stored
+    if not bool(tensor.isfinite().all()):
+        raise UsageError(f"{name} holds NaN or infinity; look at the inputs")
+    largest = float(tensor.abs().max())
+    raise UsageError(f"{name} is up to {largest:.3g}, more than {dtype} can hold; use bfloat16 or float32 (--dtype)")
+
+
+def discard_store(path: Path) -> None:
+    """Deletes a store's files, and nothing else: last the manifest, which tells what they are."""
+    for file in [*path.glob("shard-*.safetensors"), *path.glob("shard-*.partial"), path / TOKENS, path / MANIFEST]:
+        file.unlink(missing_ok=True)
+
+
+def _name(dtype: torch.dtype) -> DtypeName:
+    names: dict[torch.dtype, DtypeName] = {
+        torch.float32: "float32",
+        torch.float16: "float16",
+        torch.bfloat16: "bfloat16",
+        torch.float64: "float32",
+    }
+    if dtype not in names:
+        raise UsageError(f"activations must be floating point, got {dtype}; read another module")
+    return names[dtype]
