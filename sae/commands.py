@@ -221,6 +221,8 @@ class Eval(WithPlugins):
     diagnose: bool = False
     """Also where its F1 went, and which true features it misses and why: features.csv, diagnosis.json, and sections of
     the report. Up to some minutes."""
+    downstream: bool = False
+    """Also what the language model loses that a store was harvested from; it is loaded."""
 
     def run(self) -> None:
         from sae.console import print_metrics  # noqa: PLC0415
@@ -229,7 +231,7 @@ class Eval(WithPlugins):
 
         self.load_plugins()
         if is_unfinished(self.run_dir):
-            if self.baselines or self.diagnose:
+            if self.baselines or self.diagnose or self.downstream:
                 raise UsageError(f"{self.run_dir} is not finished; train it to the end, with --resume, for that")
             evaluation, step, n_steps = evaluate_checkpoint(self.run_dir)
             print_metrics(evaluation.metrics)
@@ -239,10 +241,12 @@ class Eval(WithPlugins):
             from sae.baselines.beside import beside_run  # noqa: PLC0415
             from sae.baselines.show import print_beside  # noqa: PLC0415
 
-            evaluation, rows = beside_run(self.run_dir, self.diagnose, lambda name: logger.info("fitting %s", name))
+            evaluation, rows = beside_run(
+                self.run_dir, self.diagnose, lambda name: logger.info("fitting %s", name), self.downstream
+            )
             print_beside(self.run_dir, evaluation, rows)
         else:
-            evaluation = evaluate_run(self.run_dir, self.diagnose)
+            evaluation = evaluate_run(self.run_dir, self.diagnose, self.downstream)
             print_metrics(evaluation.metrics)
         if self.diagnose:
             from sae.diagnosis.show import print_diagnosis  # noqa: PLC0415

@@ -36,6 +36,7 @@ from sae.kernels import require_device, require_kernels, resolve_device
 from sae.locks import held, hold
 from sae.log import RunLog, require_wandb
 from sae.model import SAE, load
+from sae.networks.downstream import losses_of_store
 from sae.sources import HeldOut, Source, as_source
 from sae.sparsifiers.base import Sparsifier
 from sae.trainer import Trainer
@@ -49,6 +50,8 @@ N_CALIBRATION = 65_536
 # Thresholds are fitted on up to four times as many where rows are short, in so many entries. On a toy model an L0 of
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
+# What `sae.metrics.Spliced` measures, under the names of the log.
+DOWNSTREAM = tuple(f"metrics/{name}" for name in ("ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "kl"))
 # Tails are heavy where this share of rows carries more than that share of the variance.
 HEAVIEST, HEAVY = 0.001, 0.1
 
@@ -309,16 +312,17 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 
-def evaluate_run(out: Path, diagnose: bool = False) -> Evaluation:
+def evaluate_run(out: Path, diagnose: bool = False, downstream: bool = False) -> Evaluation:
     """Measures a finished run again, on its own source's held-out activations, and writes the result.
 
-    With `diagnose` also where its F1 went, and which features it misses and why; without, an earlier diagnosis stays.
+    With `diagnose` also where its F1 went, and which features it misses and why; with `downstream` what the language
+    model loses that the activations of a store are of. Without, what was found before stays.
 
     Raises:
         UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
             diagnosis is asked for where the true features are not known.
     """
-    return measure_again(out, *open_again(out), diagnose)
+    return measure_again(out, *open_again(out), diagnose, downstream)
 
 
 def open_again(out: Path) -> tuple[SAE, TrainConfig, Source]:
@@ -332,25 +336,32 @@ def open_again(out: Path) -> tuple[SAE, TrainConfig, Source]:
     return sae, config, config.source.open()
 
 
-def measure_again(out: Path, sae: SAE, config: TrainConfig, source: Source, diagnose: bool = False) -> Evaluation:
+def measure_again(
+    out: Path, sae: SAE, config: TrainConfig, source: Source, diagnose: bool = False, downstream: bool = False
+) -> Evaluation:
     """Every metric, written into the run's directory; see `evaluate_run`."""
     n_samples = config.evaluation.n_samples
     if diagnose:
         require_truth(source)
     with held(out):
         evaluation = evaluate_on(source, sae, n_samples)
+        if downstream and "metrics/ce_clean" not in evaluation.metrics:
+            lost = losses_of_store(config.source, sae, n_samples)
+            named = {f"metrics/{name}": value for name, value in lost.items()}
+            evaluation = Evaluation(evaluation.metrics | named, evaluation.tables)
         return _written(out, sae, source, evaluation, n_samples, diagnose)
 
 
 def _written(out: Path, sae: SAE, source: Source, evaluation: Evaluation, n_samples: int, diagnose: bool) -> Evaluation:
     """With what a diagnosis found, now or before."""
+    before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
+    kept = {name: before[name] for name in DOWNSTREAM if name in before and name not in evaluation.metrics}
     if diagnose:
         found = diagnose_source(sae, source, evaluation, n_samples)
         save_diagnosis(out, found)
-        kept = found.metrics
+        kept |= found.metrics
     else:
-        before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
-        kept = {name: value for name, value in before.items() if name.startswith("diagnosis/")}
+        kept |= {name: value for name, value in before.items() if name.startswith("diagnosis/")}
     evaluation = Evaluation(evaluation.metrics | kept, evaluation.tables)
     save_evaluation(out, evaluation)
     return evaluation

@@ -49,3 +49,11 @@ def run_cli(monkeypatch, capsys):
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A language model of `transformers` on disk, and texts for it."""
+    from tiny_language_model import make  # slow to import
+
+    return make(tmp_path_factory.mktemp("tiny"))

@@ -10,6 +10,7 @@ from sae import formats
 from sae.checkpoint import CHECKPOINTS
 from sae.directory import CONFIG
 from sae.errors import UsageError
+from sae.formats.network import network_metadata
 from sae.locks import held
 from sae.model import MANIFEST, WEIGHTS
 from toymodels.plain_yaml import parse_yaml
@@ -51,7 +52,7 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
         with held(out):
             model.save(out)
     else:
-        formats.save(model, out, to, **words)
+        formats.save(model, out, to, **(network_metadata(path, to) | words))
     return f"wrote {out}/: {model.config.kind}, d_in={model.d_in}, d_sae={model.d_sae}, from {path}"
 
 

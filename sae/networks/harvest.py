@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sae.ensemble import stop_requested
 from sae.errors import Interrupted, UsageError
@@ -17,10 +17,9 @@ from sae.networks.pieces import Arrange, Piece, pieces_of
 from sae.networks.reader import Reader, Reads, Site
 from sae.networks.source import ModelSourceConfig, order_of
 from sae.sources import PairSource
-from sae.stores.files import MANIFEST, TOKENS, DtypeName
+from sae.stores.files import MANIFEST, DtypeName
 from sae.stores.source import StoreSource, open_store
-from sae.stores.writer import StoreWriter, discard_store, is_complete
-from toymodels.files import save_tensors
+from sae.stores.writer import StoreWriter, is_complete
 
 logger = logging.getLogger("sae")
 
@@ -109,7 +108,7 @@ def harvest_model(
         resume=resume,
         overwrite=overwrite,
         on_rows=None if on_begin is None else on_begin(len(order)),
-        tokens={"tokens": contexts.tokens},
+        tokens=contexts.tokens,
     )
     return list(paths.values())
 
@@ -133,19 +132,14 @@ def write_stores(
     resume: bool,
     overwrite: bool,
     on_rows: OnRows | None = None,
-    tokens: Mapping[str, Any] | None = None,
+    tokens: Tensor | None = None,
 ) -> None:
     """A store for each site, from pieces that begin at any batch."""
     with ExitStack() as stack:
         for path in paths.values():
             require_out(path, resume, overwrite)
             stack.enter_context(held(path))
-            if overwrite:
-                discard_store(path)
-        writers = {site: StoreWriter(path, origins[site], dtype) for site, path in paths.items()}
-        if tokens is not None:
-            for path in paths.values():
-                save_tensors(path / TOKENS, tokens)
+        writers = {site: StoreWriter(path, origins[site], dtype, tokens, overwrite) for site, path in paths.items()}
         start = min(writer.n_batches for writer in writers.values())
         if on_rows is not None and start:
             on_rows(min(writer.division.n_inputs for writer in writers.values()))

@@ -19,8 +19,8 @@ from sae.config import SourceConfig
 from sae.errors import UsageError
 from sae.held_out import HeldOut, Purpose
 from sae.kernels import require_device, resolve_device
-from sae.metrics import Spliced
 from sae.networks.language_model import LanguageModel, load_language_model, load_tokenizer
+from sae.networks.losses import losses
 from sae.networks.reader import Reads, Site
 from sae.networks.texts import Contexts, contexts_of, open_tokens, special_tokens, texts
 from sae.sources import PairSource, Reconstruct, Source
@@ -31,8 +31,6 @@ logger = logging.getLogger("sae")
 
 # Rows that are computed together and shuffled before they are trained on.
 WINDOW_BYTES = 2**28
-# Logits that exist together, at most, when the model's loss is measured.
-PREDICTIONS = 2**26
 
 
 class ModelSourceConfig(SourceConfig):
@@ -194,20 +192,9 @@ class ModelSource(Source):
 
     def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
         """The model's loss with the SAE spliced in (`sae.metrics.Spliced`)."""
-        config = self.config
-        transcodes = config.reads == "input" and config.target == config.module
-        if not transcodes and (config.reads == "input" or config.target is not None):
-            logger.info("the model's loss is measured where an SAE gives what a module puts out; here it does not")
-            return {}
-        device, model = next(iter(getattr(sae, "parameters", list)()), torch.zeros(0)).device, self.model
-        spliced = Spliced(model.model, config.module, lambda rows: sae(rows.float().to(device)), transcodes=transcodes)
         own = self._first("evaluation", n)
-        # Predictions of all tokens of a batch exist together.
-        at_once = PREDICTIONS // (self.contexts.tokens.shape[1] * model.vocabulary)
-        for part in own.split(min(max(at_once, 1), model.contexts_at_once)):
-            tokens = self.contexts.tokens[part]
-            spliced.update(tokens.long().to(model.device), self.contexts.kept(tokens).to(model.device))
-        return spliced.compute()
+        tokens = self.contexts.tokens[own]
+        return losses(self.model, self.sites, sae, tokens, self.contexts.kept(tokens))
 
     def _first(self, purpose: Purpose, n: int) -> Tensor:
         """As many of the contexts held out for a purpose as have n rows, or all."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae.arrays import open_parts
 from sae.errors import UsageError
+from sae.locks import held
 from sae.stores.files import MANIFEST, TOKENS, DtypeName, Shard, Store, is_store
 from sae.stores.writer import StoreWriter, checked, discard_store
 from toymodels.files import save_tensors, sha256, write_text
@@ -37,16 +38,15 @@ def write_store(path: Path, out: Path, dtype: DtypeName | None, key: str | None,
         raise UsageError(f"{out} already holds a store; give another --out, or --overwrite")
     if out.exists() and path.exists() and out.samefile(path):
         raise UsageError(f"{out} would be read and written at once; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    discard_store(out)
-    if is_store(path):
-        return _recast(Store(path), out, dtype)
-    writer = StoreWriter(out, {"converted_from": str(path)}, dtype)
-    for acts in _cached(path, key) if (path / SAELENS).is_file() else _arrays(path, key):
-        n_each = acts.shape[1] if acts.ndim == 3 else 1
-        writer.append({"acts": acts.reshape(-1, acts.shape[-1])}, [n_each] * len(acts))
-    writer.finish()
-    return None
+    with held(out):
+        if is_store(path):
+            _recast(Store(path), out, dtype)
+            return
+        writer = StoreWriter(out, {"converted_from": str(path)}, dtype, anew=True)
+        for acts in _cached(path, key) if (path / SAELENS).is_file() else _arrays(path, key):
+            n_each = acts.shape[1] if acts.ndim == 3 else 1
+            writer.append({"acts": acts.reshape(-1, acts.shape[-1])}, [n_each] * len(acts))
+        writer.finish()
 
 
 def _arrays(path: Path, key: str | None) -> Iterator[Tensor]:
@@ -93,6 +93,8 @@ def _recast(store: Store, out: Path, dtype: DtypeName | None) -> None:
             key: checked(tensor, name, f"{store.path / shard} {key}") if tensor.is_floating_point() else tensor
             for key, tensor in tensors.items()
         }
+        if not number:
+            discard_store(out)
         partial = out / f"{shard}.partial"
         save_tensors(partial, cast)
         rows = was.shards[number].rows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.errors import UsageError
@@ -47,18 +47,26 @@ class StoreWriter:
     """Takes rows and writes them in shards of about SHARD_BYTES; the manifest follows every shard.
 
     Where the folder holds the beginning of a store from the same origin, it goes on behind it: `n_batches` says how
-    many batches it has. Rows are in the order in which they came, whatever the stops in between.
+    many batches it has. Rows are in the order in which they came, whatever the stops in between. With `anew` a store
+    that is there is discarded, once there are rows to take its place.
     """
 
-    def __init__(self, path: Path, origin: Mapping[str, Any], dtype: DtypeName | None) -> None:
-        self.path, self.origin = path, dict(origin)
+    def __init__(
+        self,
+        path: Path,
+        origin: Mapping[str, Any],
+        dtype: DtypeName | None,
+        tokens: Int[Tensor, "n_contexts length"] | None = None,
+        anew: bool = False,
+    ) -> None:
+        self.path, self.origin, self.tokens = path, dict(origin), tokens
         self.dtype: DtypeName | None = dtype
         self.widths: dict[str, int] = {}
         self.shards: list[Shard] = []
         self.division = Division()
         self.n_batches = self.n_waiting_bytes = 0
         self.waiting: dict[Split, list[Columns]] = {split: [] for split in SPLITS}
-        if (path / MANIFEST).exists():
+        if (path / MANIFEST).exists() and not anew:
             self._go_on(read_manifest(path))
 
     def _go_on(self, was: Manifest) -> None:
@@ -79,6 +87,8 @@ class StoreWriter:
         if self.dtype is None:
             self.dtype = _name(acts.dtype)
         kept = {name: self._checked(name, tensor) for name, tensor in columns.items()}
+        if self.n_batches == 0:
+            self._begin()
         splits = self.division.next(rows_per_input)
         for split in dict.fromkeys(splits):
             own = torch.repeat_interleave(torch.tensor([one == split for one in splits]), torch.tensor(rows_per_input))
@@ -86,6 +96,11 @@ class StoreWriter:
         self.n_batches += 1
         if self.n_waiting_bytes >= SHARD_BYTES:
             self.flush()
+
+    def _begin(self) -> None:
+        discard_store(self.path)
+        if self.tokens is not None:
+            save_tensors(self.path / TOKENS, {"tokens": self.tokens})
 
     def _wait(self, split: Split, columns: Columns, own: Bool[Tensor, " rows"]) -> None:
         part = {name: tensor[own] for name, tensor in columns.items()}

@@ -1,0 +1,318 @@
+"""Language models as sources: which tokens are read, that rows are the model's own, and what the model loses."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_language_model import N_POSITIONS, D
+from torch import Tensor
+
+import sae
+from sae.config import SourceConfig
+from sae.errors import UsageError
+from sae.networks.harvest import harvest_model
+from sae.networks.texts import Contexts, contexts_of, texts
+from sae.stores import Store
+from sae.stores.writer import EVERY
+
+
+def open_source(tiny, **more):
+    return SourceConfig.of_kind(tiny.section(**more)).open()
+
+
+def hidden(tiny, tokens: Tensor, layer: int) -> Tensor:
+    """The residual stream in front of a layer, as `transformers` itself says."""
+    with torch.no_grad():
+        return tiny.network()(tokens.long(), output_hidden_states=True).hidden_states[layer]
+
+
+def sorted_rows(rows: Tensor) -> Tensor:
+    return torch.from_numpy(np.unique(rows.numpy(), axis=0))
+
+
+# Texts
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_texts_are_cut_into_contexts_one_after_the_other(tiny, bos):
+    tokenizer = tiny.tokenizer()
+    stream = [token for text in tiny.texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    step = 12 - bos
+    expected = [[tokenizer.bos_token_id] * bos + stream[i * step : (i + 1) * step] for i in range(500)]
+    found = contexts_of(iter(tiny.texts), tokenizer, 12, 6000, bos)
+    assert found.tolist() == expected
+    whole = contexts_of(iter(tiny.texts), tokenizer, 12, 10**9, bos)
+    assert len(whole) == len(stream) // step  # what fills no context is dropped
+    assert torch.equal(whole[:500], found)
+
+
+def test_texts_come_from_files_of_any_kind(tiny, tmp_path):
+    expected = tiny.texts[:30]
+    for number, text in enumerate(expected):
+        (tmp_path / f"{number:02d}.txt").write_text(text)
+    rows = [{"text": text} for text in expected]
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    (tmp_path / "all.csv").write_text("\n".join(["text", *expected]))
+    pandas.DataFrame(rows).to_parquet(tmp_path / "all.parquet")
+    for pattern in ("*.txt", "all.json", "all.csv", "all.parquet"):
+        assert list(texts(str(tmp_path / pattern), None, "train", "text")) == expected, pattern
+    assert list(islice(texts(tiny.jsonl, None, "train", "text"), 30)) == expected
+
+
+def test_special_tokens_and_the_first_positions_are_left_out(tiny):
+    source = open_source(tiny, skip=2)
+    tokens, end = source.contexts.tokens, tiny.tokenizer().eos_token_id
+    kept = source.contexts.kept(tokens)
+    assert not kept[:, :2].any()
+    assert torch.equal(kept[:, 2:], tokens[:, 2:] != end)
+    assert (tokens[:, 2:] == end).sum() > 0
+    assert torch.equal(source.contexts.n_rows, kept.sum(dim=1))
+    everything = open_source(tiny, skip=0, keep_special=True).contexts
+    assert everything.kept(tokens).all()
+
+
+# Rows
+
+
+@pytest.mark.parametrize(("more", "layer"), [({}, 2), ({"reads": "input"}, 1)])
+def test_an_epoch_is_every_row_of_the_training_contexts_once(tiny, monkeypatch, more, layer):
+    monkeypatch.setattr("sae.networks.source.WINDOW_BYTES", 70 * 12 * D * 4)  # of 450 contexts, in 70s
+    source = open_source(tiny, contexts_at_once=16, **more)
+    own = source.order["training"]
+    tokens = source.contexts.tokens[own]
+    expected = hidden(tiny, tokens, layer)[source.contexts.kept(tokens)]
+    assert len(expected) == source.n_training_rows
+    n = source.n_training_rows // 64
+    epoch = torch.cat(list(islice(source.batches(64, 0), n)))
+    found, rows = sorted_rows(epoch.round(decimals=4)), sorted_rows(expected.round(decimals=4))
+    assert len(set(map(tuple, found.tolist())) - set(map(tuple, rows.tolist()))) < 0.01 * len(rows)  # of rounding
+    assert len(found) > 0.95 * len(rows)
+
+
+def test_a_batch_depends_on_its_number_and_the_seed_alone(tiny, monkeypatch):
+    monkeypatch.setattr("sae.networks.source.WINDOW_BYTES", 70 * 12 * D * 4)
+    source = open_source(tiny)
+    n = 2 * source.n_training_rows // 64
+    all_of_them = list(islice(source.batches(64, 3), n))
+    for start in (1, 17, n // 2, n - 1):
+        assert torch.equal(next(source.batches(64, 3, start)), all_of_them[start]), start
+    assert not torch.equal(next(source.batches(64, 4)), all_of_them[0])
+    assert not torch.equal(all_of_them[0][:20], all_of_them[n // 2][:20])
+
+
+def test_contexts_are_on_one_side_each(tiny):
+    source = open_source(tiny)
+    sides = [set(own.tolist()) for own in source.order.values()]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 500
+    assert [len(side) for side in sides] == [450, 25, 25]
+    for purpose in ("calibration", "evaluation"):
+        tokens = source.contexts.tokens[source.order[purpose]]
+        expected = hidden(tiny, tokens, 2)[source.contexts.kept(tokens)]
+        torch.testing.assert_close(source.held_out(purpose, 10**6).x, expected)
+        torch.testing.assert_close(source.held_out(purpose, 30).x, expected[:30])
+
+
+def test_a_transcoder_reads_what_goes_in_and_writes_what_comes_out(tiny):
+    source = open_source(tiny, module="transformer.h.1.mlp", reads="input", target="transformer.h.1.mlp")
+    held, network = source.held_out("evaluation", 40), tiny.network()
+    with torch.no_grad():
+        torch.testing.assert_close(held.target, network.transformer.h[1].mlp(held.x))
+    x, y = next(source.batches(32, 0))
+    with torch.no_grad():
+        torch.testing.assert_close(y, network.transformer.h[1].mlp(x))
+
+
+def test_tokens_instead_of_texts(tiny, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 290, (60, 9))
+    np.save(tmp_path / "tokens.npy", tokens)
+    source = open_source(tiny, texts=None, tokens=tmp_path / "tokens.npy", n_tokens=450)
+    assert source.contexts.tokens.tolist() == tokens[:50].tolist()
+    assert source.contexts.n_rows.unique().tolist() == [8]  # no tokenizer says which are special
+
+
+# Harvests
+
+
+def test_a_harvest_is_what_the_source_gives(tiny, run_cli, tmp_path):
+    source = open_source(tiny)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps({"source": tiny.section(), "sae": {"kind": "topk", "d_sae": 8, "k": 2}}))
+    outcome = run_cli("harvest", config, "--out", tmp_path / "acts")
+    assert outcome.code == 0, outcome.err
+    store = Store(tmp_path / "acts")
+    assert f"{store.manifest.n_rows('training'):,} rows to train on" in outcome.out
+    harvested = sae.open_store(tmp_path / "acts")
+    for purpose in ("calibration", "evaluation"):
+        torch.testing.assert_close(harvested.held_out(purpose, 10**6).x, source.held_out(purpose, 10**6).x)
+    rows = store.rows("training")
+    own = source.contexts.tokens[source.order["training"]]
+    expected = hidden(tiny, own, 2)[source.contexts.kept(own)]
+    torch.testing.assert_close(rows.read(0, len(rows)), expected)
+    # Every row says where it is from.
+    tokens = load_file(tmp_path / "acts" / "tokens.safetensors")["tokens"]
+    context, position = (store.column("evaluation", name) for name in ("context", "position"))
+    there = hidden(tiny, tokens, 2)[context.long(), position.long()]
+    torch.testing.assert_close(harvested.held_out("evaluation", 10**6).x, there)
+
+
+def test_several_modules_in_one_pass(tiny, run_cli, tmp_path):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps({"source": tiny.section()}))
+    modules = ("transformer.h.0", "transformer.h.2.mlp")
+    assert run_cli("harvest", config, "--out", tmp_path / "acts", "--modules", *modules).code == 0
+    for module in modules:
+        alone = open_source(tiny, module=module).held_out("evaluation", 10**6).x
+        torch.testing.assert_close(sae.open_store(tmp_path / "acts" / module).held_out("evaluation", 10**6).x, alone)
+    again = run_cli("harvest", config, "--out", tmp_path / "acts", "--modules", *modules, "--resume")
+    assert again.code == 0
+    assert "complete" in again.err or not again.err
+    run_cli(
+        "harvest", config, "--out", tmp_path / "acts", "--modules", *modules, "--resume", "--source.n_tokens", 99
+    ).assert_refused("n_tokens was 6000, now 99")
+
+
+# What the model loses
+
+
+def train_config(tiny, tmp_path, **more):
+    return sae.TrainConfig(
+        source=tiny.section(**more),
+        sae={"kind": "topk", "d_sae": 24, "k": 4},
+        train={"n_samples": 4096, "batch_size": 128, "warmup_steps": 5},
+        evaluation={"n_samples": 150},
+        out=tmp_path / "run",
+    )
+
+
+def test_training_ends_with_what_the_model_loses(tiny, tmp_path):
+    result = sae.train(train_config(tiny, tmp_path), report=False)
+    source = open_source(tiny)
+    n_contexts = int((source.contexts.n_rows[source.order["evaluation"]].cumsum(0) < 150).sum()) + 1
+    tokens = source.contexts.tokens[source.order["evaluation"][:n_contexts]]
+    judge = sae.metrics.Spliced(tiny.network(), "transformer.h.1", result.sae)
+    judge.update(tokens.long(), source.contexts.kept(tokens))
+    for name, value in judge.compute().items():
+        assert result.metrics[f"metrics/{name}"] == pytest.approx(value, rel=1e-4), name
+    assert result.metrics["metrics/kl"] > 0
+    assert sae.evaluate_run(tmp_path / "run").metrics == result.metrics
+
+
+def test_a_store_knows_its_model(tiny, run_cli, tmp_path):
+    config = train_config(tiny, tmp_path)
+    live = sae.train(config, report=False)
+    expected = open_source(tiny).downstream(live.sae, 150)
+    harvest_model(config.source, tmp_path / "acts")
+    config = config.model_copy(
+        update={"source": sae.StoreSourceConfig(path=tmp_path / "acts"), "out": tmp_path / "stored"}
+    )
+    stored = sae.train(config, report=False)
+    assert "metrics/kl" not in stored.metrics
+    live.sae.save(tmp_path / "stored")
+    assert run_cli("eval", tmp_path / "stored", "--downstream").code == 0
+    found = json.loads((tmp_path / "stored" / "result.json").read_text())
+    for name, value in expected.items():
+        assert found[f"metrics/{name}"] == pytest.approx(value, rel=1e-4), name
+    run_cli("eval", tmp_path / "stored")
+    assert json.loads((tmp_path / "stored" / "result.json").read_text())["metrics/kl"] == found["metrics/kl"]
+    plain = tmp_path / "plain"
+    np.save(tmp_path / "acts.npy", np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32))
+    array = {"kind": "array", "path": tmp_path / "acts.npy"}
+    sae.train(sae.TrainConfig(source=array, sae={"kind": "topk", "d_sae": 8, "k": 2}, out=plain), report=False)
+    run_cli("eval", plain, "--downstream").assert_refused("sae harvest", "sae.metrics.Spliced")
+
+
+@pytest.mark.parametrize("by_way_of", ["model", "store"])
+def test_other_libraries_are_told_which_network(tiny, run_cli, tmp_path, by_way_of):
+    config = train_config(tiny, tmp_path)
+    if by_way_of == "store":
+        harvest_model(config.source, tmp_path / "acts")
+        config = config.model_copy(update={"source": sae.StoreSourceConfig(path=tmp_path / "acts")})
+    sae.train(config, report=False)
+    assert run_cli("convert", tmp_path / "run", "--metadata", "{model_name: gpt2}").code == 0
+    said = json.loads((tmp_path / "run-saelens" / "cfg.json").read_text())["metadata"]
+    assert said.items() >= {"model_name": "gpt2", "hook_name": "transformer.h.1", "context_size": 12}.items()
+    assert run_cli("convert", tmp_path / "run", "--to", "dictionary_learning").code == 0
+    trainer = json.loads((tmp_path / "run-dictionary_learning" / "config.json").read_text())["trainer"]
+    assert (trainer["lm_name"], trainer["submodule_name"]) == (tiny.model, "transformer.h.1")
+
+
+def test_the_loss_is_measured_in_parts_that_fit(tiny, tmp_path, monkeypatch):
+    model = sae.train(train_config(tiny, tmp_path), report=False).sae
+    source = open_source(tiny)
+    whole = source.downstream(model, 10**6)
+    monkeypatch.setattr("sae.networks.losses.PREDICTIONS", 3 * 12 * 290)
+    assert source.downstream(model, 10**6) == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_transcoder_replaces_what_comes_out(tiny):
+    module = "transformer.h.1.mlp"
+    source = open_source(tiny, module=module, reads="input", target=module)
+    lost = source.downstream(tiny.network().transformer.h[1].mlp, 10**6)  # the module itself: nothing is lost
+    assert lost["kl"] < 1e-6
+    assert lost["ce_spliced"] == pytest.approx(lost["ce_clean"], abs=1e-4)
+    assert open_source(tiny, reads="input").downstream(lambda x: x, 100) == {}
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ({"module": "transformer.h.9"}, ["no module 'transformer.h.9'", "transformer.h.0"]),
+        ({"module": "lm_head.x"}, ["no module"]),
+        ({"model": "/nowhere/at/all"}, ["source.model /nowhere/at/all", "cannot be loaded"]),
+        ({"texts": "none-*.jsonl"}, ["no file matches source.texts 'none-*.jsonl'"]),
+        ({"texts": None}, ["reads texts or tokens, got neither"]),
+        ({"column": "body"}, ["no column 'body'", "text, n"]),
+        ({"column": "n"}, ["n of row 0 is no text"]),
+        ({"context_length": N_POSITIONS + 1}, [f"too long for a model of {N_POSITIONS} positions"]),
+        ({"context_length": 4000, "n_tokens": 10**6}, ["too long"]),
+        ({"skip": 12}, ["skip must lie below context_length=12, got 12"]),
+        ({"n_tokens": 60}, ["5 contexts leave no rows for evaluation"]),
+        ({"device": "tpu"}, ["source.device"]),
+        ({"n_tokns": 1}, ["unknown key 'n_tokns' for kind 'model'; did you mean 'n_tokens'?"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_one_line(tiny, run_cli, tmp_path, more, parts):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps({"source": tiny.section(**more), "sae": {"kind": "topk", "d_sae": 8, "k": 2}}))
+    run_cli("train", config, "--out", tmp_path / "run").assert_refused(*parts)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_odd_tokens_are_told(tiny, tmp_path):
+    for array, part in [
+        (np.zeros((30, 9)), "float64"),
+        (np.full((30, 9), 290), "tokens 290 to 290 do not fit a model that knows 0 to 289"),
+        (np.full((30, 9), -1), "do not fit"),
+        (np.zeros(30, dtype=int), r"\[30\] of int64"),
+    ]:
+        np.save(tmp_path / "tokens.npy", array)
+        with pytest.raises(UsageError, match=part):
+            open_source(tiny, texts=None, tokens=tmp_path / "tokens.npy")
+
+
+def test_harvests_read_the_source_alone(tiny, run_cli, tmp_path):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(json.dumps({"source": tiny.section()}))
+    out = ("--out", tmp_path / "acts")
+    run_cli("harvest", config, *out, "--sae.k", 3).assert_refused("unknown flag '--sae.k'", "--source.n_tokens")
+    run_cli("harvest", config, *out, "--source.kind", "toy").assert_refused("kind 'toy' has no network to harvest")
+    config.write_text(json.dumps({"sorce": tiny.section()}))
+    run_cli("harvest", config, *out).assert_refused("unknown key 'sorce'; did you mean 'source'?")
+    config.write_text("{}")
+    run_cli("harvest", config, *out).assert_refused("source is required")
+
+
+def test_contexts_count_their_rows():
+    tokens = torch.randint(0, 5, (9000, 6), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    contexts = Contexts(tokens, torch.tensor([1, 3], dtype=torch.int32), skip=2)
+    expected = [sum(token not in (1, 3) for token in row[2:]) for row in tokens.tolist()]
+    assert contexts.n_rows.tolist() == expected
+    assert EVERY == 20
