@@ -22,6 +22,7 @@ BESIDE = ("_chance", "_chance_sd", "_truth")
 HEADLINES = (
     "metrics/fvu",
     "metrics/l0",
+    "metrics/ce_recovered",
     "sparsity/dead_features",
     "recovery/mmcs",
     "recovery/mcc",

@@ -110,7 +110,7 @@ class SharedSource(Source):
 
     def __init__(self, source: Source) -> None:
         self.source, self.truth = source, source.truth
-        self.d_in, self.d_out = source.d_in, source.d_out
+        self.d_in, self.d_out, self.stays = source.d_in, source.d_out, source.stays
         self._held_out: Callable[[Purpose, int], HeldOut] = cache(source.held_out)
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:

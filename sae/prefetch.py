@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae.arrays import Pairs, Rows
-from sae.sources import ArraySource, Batch, IterableSource, PairSource, Source
+from sae.sources import ArraySource, Batch, PairSource, Source
 
 logger = logging.getLogger("sae")
 
@@ -56,12 +56,12 @@ def batches(source: Source, batch_size: int, seed: int, start: int, device: torc
 def _drawn(source: Source, drawn: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches, in pinned memory where they are the host's: gathering their rows and copying them may take the host
     longer than a step takes the device, so that a thread does both. Iterables of one's own stay on the thread they are
-    on, and what lies on the device needs no help."""
+    on, as do networks, which would compute while a step is recorded; and what lies on the device needs no help."""
     rows = source.rows if isinstance(source, PairSource) else source
     if isinstance(rows, ArraySource) and isinstance(_first(rows.rows), Resident):
         yield from drawn
         return
-    if isinstance(rows, IterableSource):
+    if source.stays:
         yield from map(_pinned, drawn)
         return
     with ThreadPoolExecutor(1, "batches", torch.cuda.set_device, (device,)) as pool:

@@ -52,6 +52,8 @@ class Source(ABC):
     """Width of the targets; None: the activations themselves are to be reconstructed."""
     truth: Float[Tensor, "n_features d_out"] | None = None
     """Directions of the true features in what is to be reconstructed, when known."""
+    stays: bool = False
+    """Batches are drawn on the thread that trains, never ahead on another one."""
 
     @abstractmethod
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
@@ -190,6 +192,7 @@ class PairSource(Source):
 
     def __init__(self, rows: Source, d_in: int, truth: Float[Tensor, "n_features d_out"] | None = None) -> None:
         self.rows, self.d_in, self.d_out, self.truth = rows, d_in, rows.d_in - d_in, truth
+        self.stays = rows.stays
         if truth is not None and truth.shape[1] != self.d_out:
             raise UsageError(
                 f"true features have d_in={truth.shape[1]}, targets have d_out={self.d_out}; give directions "
@@ -220,6 +223,7 @@ class IterableSource(Source):
     """
 
     N_HELD_OUT = 8192
+    stays = True
 
     def __init__(self, batches: Iterable[Tensor | np.ndarray]) -> None:
         self.iterable = batches

@@ -123,7 +123,7 @@ def test_a_run_is_not_measured_while_it_is_overwritten(tmp_path, monkeypatch):
     sae.train(config(tmp_path / "run"), report=False)
     with held(tmp_path / "run"), pytest.raises(UsageError, match=HELD):
         sae.evaluate_run(tmp_path / "run")
-    measure, tried = run.evaluate, []
+    measure, tried = run.evaluate_on, []
 
     def intrude(*given):
         with pytest.raises(UsageError, match=HELD):
@@ -131,7 +131,7 @@ def test_a_run_is_not_measured_while_it_is_overwritten(tmp_path, monkeypatch):
         tried.append(given)
         return measure(*given)
 
-    monkeypatch.setattr(run, "evaluate", intrude)
+    monkeypatch.setattr(run, "evaluate_on", intrude)
     sae.evaluate_run(tmp_path / "run")
     assert tried
 

@@ -105,11 +105,11 @@ def test_an_evaluation_that_is_interrupted_costs_no_step(tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    original = run.evaluate
-    monkeypatch.setattr(run, "evaluate", interrupted)
+    original = run.evaluate_on
+    monkeypatch.setattr(run, "evaluate_on", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sae.train(parts, report=False)
-    monkeypatch.setattr(run, "evaluate", original)
+    monkeypatch.setattr(run, "evaluate_on", original)
 
     def no_step(*_: object) -> None:
         raise AssertionError("all steps were done")
@@ -270,9 +270,9 @@ def test_moments_are_given_up_before_the_evaluation(tmp_path, monkeypatch):
         alive.extend(trainer() for trainer in trainers)
         return measure(*given)
 
-    measure = run.evaluate
+    measure = run.evaluate_on
     monkeypatch.setattr(run, "start", start)
-    monkeypatch.setattr(run, "evaluate", evaluate)
+    monkeypatch.setattr(run, "evaluate_on", evaluate)
     gc.disable()
     try:
         sae.train(config(tmp_path / "run"), report=False)
@@ -330,7 +330,7 @@ def test_a_short_run_that_is_stopped_while_it_is_measured_resumes_there(tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae.run.evaluate", stopped)
+        patch.setattr("sae.run.evaluate_on", stopped)
         with pytest.raises(KeyboardInterrupt):
             sae.train(config(tmp_path / "run"), report=False)
     (saved,) = (tmp_path / "run/checkpoints").iterdir()

@@ -139,7 +139,10 @@ def write_stores(
         for path in paths.values():
             require_out(path, resume, overwrite)
             stack.enter_context(held(path))
-        writers = {site: StoreWriter(path, origins[site], dtype, tokens, overwrite) for site, path in paths.items()}
+        writers = {
+            site: stack.enter_context(StoreWriter(path, origins[site], dtype, tokens, overwrite))
+            for site, path in paths.items()
+        }
         start = min(writer.n_batches for writer in writers.values())
         if on_rows is not None and start:
             on_rows(min(writer.division.n_inputs for writer in writers.values()))

@@ -148,6 +148,8 @@ class ModelSource(Source):
     Every twentieth context is held out for calibration and every twentieth for evaluation, up to 50,000 rows each.
     """
 
+    stays = True
+
     def __init__(self, config: ModelSourceConfig, model: LanguageModel, contexts: Contexts) -> None:
         model.require(contexts)
         self.config, self.model, self.contexts = config, model, contexts

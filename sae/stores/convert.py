@@ -42,11 +42,11 @@ def write_store(path: Path, out: Path, dtype: DtypeName | None, key: str | None,
         if is_store(path):
             _recast(Store(path), out, dtype)
             return
-        writer = StoreWriter(out, {"converted_from": str(path)}, dtype, anew=True)
-        for acts in _cached(path, key) if (path / SAELENS).is_file() else _arrays(path, key):
-            n_each = acts.shape[1] if acts.ndim == 3 else 1
-            writer.append({"acts": acts.reshape(-1, acts.shape[-1])}, [n_each] * len(acts))
-        writer.finish()
+        with StoreWriter(out, {"converted_from": str(path)}, dtype, anew=True) as writer:
+            for acts in _cached(path, key) if (path / SAELENS).is_file() else _arrays(path, key):
+                n_each = acts.shape[1] if acts.ndim == 3 else 1
+                writer.append({"acts": acts.reshape(-1, acts.shape[-1])}, [n_each] * len(acts))
+            writer.finish()
 
 
 def _arrays(path: Path, key: str | None) -> Iterator[Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from sae.errors import UsageError
 from sae.stores.files import MANIFEST, SPLITS, TOKENS, DtypeName, Manifest, Shard, Split, read_manifest
 from toymodels.files import save_tensors, sha256, write_text
+
+logger = logging.getLogger("sae")
 
 SHARD_BYTES = 2**28
 # Of twenty inputs one is held out for calibration and one for evaluation, up to so many rows each.
@@ -48,7 +52,8 @@ class StoreWriter:
 
     Where the folder holds the beginning of a store from the same origin, it goes on behind it: `n_batches` says how
     many batches it has. Rows are in the order in which they came, whatever the stops in between. With `anew` a store
-    that is there is discarded, once there are rows to take its place.
+    that is there is discarded, once there are rows to take its place. Where it is left, no shard is half-written; what
+    waits is given up, unless `flush` or `finish` came before.
     """
 
     def __init__(
@@ -66,8 +71,17 @@ class StoreWriter:
         self.division = Division()
         self.n_batches = self.n_waiting_bytes = 0
         self.waiting: dict[Split, list[Columns]] = {split: [] for split in SPLITS}
+        # A shard is hashed and written while the network computes the next one.
+        self.pool, self.under_way = ThreadPoolExecutor(1, "shards"), Future[None]()
+        self.under_way.set_result(None)
         if (path / MANIFEST).exists() and not anew:
             self._go_on(read_manifest(path))
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=True)
 
     def _go_on(self, was: Manifest) -> None:
         require_same_origin(self.path, was.origin, self.origin)
@@ -95,7 +109,7 @@ class StoreWriter:
             self._wait(split, kept, own)
         self.n_batches += 1
         if self.n_waiting_bytes >= SHARD_BYTES:
-            self.flush()
+            self._hand_over()
 
     def _begin(self) -> None:
         discard_store(self.path)
@@ -117,15 +131,24 @@ class StoreWriter:
         return checked(tensor, self.dtype, f"{name} of batch {self.n_batches}")
 
     def flush(self) -> None:
-        """Writes what waits as a shard."""
+        """Writes what waits as a shard, and returns when it is there."""
+        self._hand_over()
+        self.under_way.result()
+
+    def _hand_over(self) -> None:
+        """What waits becomes a shard, in a while."""
+        waiting, self.waiting, self.n_waiting_bytes = self.waiting, {split: [] for split in SPLITS}, 0
+        self.under_way.result()  # one at a time: its error is told, and memory is bounded
+        if any(waiting.values()):
+            self.under_way = self.pool.submit(self._write, waiting, self.division.n_inputs, self.n_batches)
+
+    def _write(self, waiting: Mapping[Split, Sequence[Columns]], n_inputs: int, n_batches: int) -> None:
         tensors = {
             f"{split}/{name}": torch.cat([part[name] for part in parts])
-            for split, parts in self.waiting.items()
-            if sum(len(part["acts"]) for part in parts)
+            for split, parts in waiting.items()
+            if parts
             for name in parts[0]
         }
-        if not tensors:
-            return
         file = f"shard-{len(self.shards):05d}.safetensors"
         partial = self.path / f"{file}.partial"
         try:
@@ -137,8 +160,7 @@ class StoreWriter:
             partial.unlink(missing_ok=True)
             raise
         self.shards.append(shard)
-        self.waiting, self.n_waiting_bytes = {split: [] for split in SPLITS}, 0
-        self._write_manifest(complete=False)
+        self._write_manifest(n_inputs, n_batches, complete=False)
 
     def finish(self) -> None:
         """The last shard, and that it was the last.
@@ -154,17 +176,17 @@ class StoreWriter:
                 f"{self.division.n_inputs} inputs leave no rows for {' and '.join(empty)}, as every {EVERY // 2}th is "
                 f"held out; give at least {EVERY}, or pass the activations to sae.train as a tensor"
             )
-        self._write_manifest(complete=True)
+        self._write_manifest(self.division.n_inputs, self.n_batches, complete=True)
 
-    def _write_manifest(self, complete: bool) -> None:
+    def _write_manifest(self, n_inputs: int, n_batches: int, complete: bool) -> None:
         assert self.dtype is not None
         manifest = Manifest(
             d_in=self.widths["acts"],
             d_out=self.widths.get("target"),
             dtype=self.dtype,
             complete=complete,
-            n_inputs=self.division.n_inputs,
-            n_batches=self.n_batches,
+            n_inputs=n_inputs,
+            n_batches=n_batches,
             shards=tuple(self.shards),
             origin=self.origin,
         )
@@ -218,8 +240,10 @@ def _name(dtype: torch.dtype) -> DtypeName:
         torch.float32: "float32",
         torch.float16: "float16",
         torch.bfloat16: "bfloat16",
-        torch.float64: "float32",
     }
+    if dtype == torch.float64:
+        logger.info("activations are float64, and are kept as float32")
+        return "float32"
     if dtype not in names:
         raise UsageError(f"activations must be floating point, got {dtype}; read another module")
     return names[dtype]
