@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sae.commands import COMMANDS, Bench, Convert, Demo, Eval, Harvest, Report, Store, Sweep, Train
+from sae.commands import COMMANDS, Bench, Convert, Demo, Eval, Harvest, Latents, Report, Store, Sweep, Train
 from sae.errors import Interrupted, UsageError
 from toymodels.errors import nearest
 from toymodels.one_line import require_command, understood
@@ -28,11 +28,12 @@ Command = (
     | Annotated[Harvest, subcommand("harvest", prefix_name=False)]
     | Annotated[Store, subcommand("store", prefix_name=False)]
     | Annotated[Eval, subcommand("eval", prefix_name=False)]
+    | Annotated[Latents, subcommand("latents", prefix_name=False)]
     | Annotated[Report, subcommand("report", prefix_name=False)]
     | Annotated[Convert, subcommand("convert", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
 )
-AnyCommand: TypeAlias = Demo | Train | Sweep | Harvest | Store | Eval | Report | Convert | Bench
+AnyCommand: TypeAlias = Demo | Train | Sweep | Harvest | Store | Eval | Latents | Report | Convert | Bench
 REGISTRY = ConstructorRegistry()
 # Flags of commands that read a file, beside those that set a value of it.
 OF_BOTH = ("--out", "--resume", "--no-resume", "--overwrite", "--no-overwrite", "--help")

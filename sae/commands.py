@@ -255,6 +255,31 @@ class Eval(WithPlugins):
 
 
 @dataclass
+class Latents(WithPlugins):
+    """Show the texts in which latents fire most: RUN_DIR/latents.html, of a run on a language model's activations."""
+
+    run_dir: Positional[Path]
+    which: tuple[int, ...] = ()
+    """Latents to show, by number; default a selection from the most frequent to the rarest."""
+    n_latents: int = 100
+    """How many such a selection has."""
+    n_examples: int = 8
+    """Texts for each."""
+    n_rows: int = 200_000
+    """Tokens that are looked at: the first that the run was trained on."""
+
+    def run(self) -> None:
+        from sae.latents import describe  # noqa: PLC0415
+
+        self.load_plugins()
+        for name in ("n_latents", "n_examples", "n_rows"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        page = describe(self.run_dir, self.which, self.n_latents, self.n_examples, self.n_rows)
+        print(f"wrote {page}; of all latents: latents.safetensors beside it")
+
+
+@dataclass
 class Report(WithPlugins):
     """Write one self-contained page: report.html of a run or sweep, or comparison.html of several runs."""
 
@@ -354,6 +379,7 @@ COMMANDS = {
     "harvest": Harvest,
     "store": Store,
     "eval": Eval,
+    "latents": Latents,
     "report": Report,
     "convert": Convert,
     "bench": Bench,

@@ -27,6 +27,8 @@ STATUS = "status.json"
 """Of a member of a sweep that was given up: why."""
 DIAGNOSIS = ("features.csv", "diagnosis.json")
 """Written by `sae eval --diagnose`."""
+LATENTS = ("latents.html", "latents.json", "latents.safetensors")
+"""Written by `sae latents`."""
 # What a run writes into its directory, and --overwrite deletes: last what it is known by, should that be cut short.
 OWN = (
     RESULT,
@@ -40,6 +42,7 @@ OWN = (
     STATUS,
     BASELINES,
     *DIAGNOSIS,
+    *LATENTS,
     "classes.json",
     "wandb",
     CONFIG,

@@ -92,6 +92,7 @@ LAYERS = {
         "networks",
         "report",
         "run",
+        "latents",
         "unfinished",
         "baselines",
         "digits",

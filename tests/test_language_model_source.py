@@ -221,7 +221,15 @@ def test_a_store_knows_its_model(tiny, run_cli, tmp_path):
     plain = tmp_path / "plain"
     np.save(tmp_path / "acts.npy", np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32))
     array = {"kind": "array", "path": tmp_path / "acts.npy"}
-    sae.train(sae.TrainConfig(source=array, sae={"kind": "topk", "d_sae": 8, "k": 2}, out=plain), report=False)
+    sae.train(
+        sae.TrainConfig(
+            source=array,
+            sae={"kind": "topk", "d_sae": 8, "k": 2},
+            train={"n_samples": 512, "batch_size": 64},
+            out=plain,
+        ),
+        report=False,
+    )
     run_cli("eval", plain, "--downstream").assert_refused("sae harvest", "sae.metrics.Spliced")
 
 

@@ -24,6 +24,7 @@ from sae.networks.losses import losses
 from sae.networks.reader import Reads, Site
 from sae.networks.texts import Contexts, contexts_of, open_tokens, special_tokens, texts
 from sae.sources import PairSource, Reconstruct, Source
+from sae.stores.files import SPLITS, Split
 from sae.stores.writer import Division
 from toymodels.streams import generator
 
@@ -156,9 +157,8 @@ class ModelSource(Source):
         self.sites = [config.site, *config.targets.values()]
         order = order_of(contexts)
         splits = Division().next(contexts.n_rows[order].tolist())
-        self.order = {
-            split: order[torch.tensor([one == split for one in splits])]
-            for split in ("training", "calibration", "evaluation")
+        self.order: dict[Split, Tensor] = {
+            split: order[torch.tensor([one == split for one in splits])] for split in SPLITS
         }
         empty = [split for split, own in self.order.items() if not int(contexts.n_rows[own].sum())]
         if empty:
@@ -190,17 +190,17 @@ class ModelSource(Source):
         return rebatch(pieces(), batch_size)
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
-        return HeldOut(self._window(self._first(purpose, n))[:n].float().cpu())
+        return HeldOut(self.window(self.first(purpose, n))[:n].float().cpu())
 
     def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
         """The model's loss with the SAE spliced in (`sae.metrics.Spliced`)."""
-        own = self._first("evaluation", n)
+        own = self.first("evaluation", n)
         tokens = self.contexts.tokens[own]
         return losses(self.model, self.sites, sae, tokens, self.contexts.kept(tokens))
 
-    def _first(self, purpose: Purpose, n: int) -> Tensor:
-        """As many of the contexts held out for a purpose as have n rows, or all."""
-        own = self.order[purpose]
+    def first(self, split: Split, n: int) -> Tensor:
+        """As many of the contexts of a split as have n rows, or all."""
+        own = self.order[split]
         return own[: int((self.contexts.n_rows[own].cumsum(0) < n).sum()) + 1]
 
     def _epoch(self, seed: int, epoch: int, skip: int, batch_size: int) -> Iterator[Tensor]:
@@ -214,14 +214,14 @@ class ModelSource(Source):
             if skip >= n:
                 skip -= n
                 continue
-            rows = self._window(window)
+            rows = self.window(window)
             within = torch.randperm(n, generator=generator(seed, "epoch", epoch, "window", number))
             for piece in within[skip:].to(rows.device).split(batch_size):
                 yield rows[piece].float()
             del rows  # before the next window is computed
             skip = 0
 
-    def _window(self, which: Tensor) -> Float[Tensor, "rows d_in"]:
+    def window(self, which: Tensor) -> Float[Tensor, "rows d_in"]:
         """The rows of some contexts, where the model is.
 
         Raises:

@@ -1,0 +1,101 @@
+"""`sae latents`: the texts in which latents fire most, as a page and as files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.config import parse_config
+from sae.config_text import read_yaml
+from sae.directory import CONFIG, LATENTS
+from sae.errors import UsageError
+from sae.latents.examples import NOWHERE, Examples, codes_at, find_examples
+from sae.latents.passages import Texts, open_texts
+from sae.locks import held
+from sae.model import load
+from sae.networks.language_model import load_tokenizer
+from sae.report.latents import write_page
+from toymodels.files import save_tensors, write_text
+
+PAGE, SHOWN, TENSORS = LATENTS
+# Tokens around the one for which a latent fires most.
+BEFORE, BEHIND = 20, 8
+
+
+def describe(
+    out: Path, which: Sequence[int] = (), n_latents: int = 100, n_examples: int = 8, n_rows: int = 200_000
+) -> Path:
+    """Writes into a run's directory where its latents fire most, and a page that shows some of them; returns the page.
+
+    `which` names latents to show; else n_latents of those that fire are, from the most frequent to the rarest at equal
+    distances in rank. Looked at are the first n_rows rows that the run was trained on.
+
+    Raises:
+        UsageError: the run's activations are not those of a language model, or there are no such latents.
+    """
+    sae = load(out)
+    config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
+    wrong = [latent for latent in which if not 0 <= latent < sae.d_sae]
+    if wrong:
+        raise UsageError(f"latents are numbered 0 to {sae.d_sae - 1}, got {', '.join(map(str, wrong))}")
+    with held(out):
+        texts = open_texts(config.source, n_rows)
+        examples = find_examples(sae, texts.passages(), n_examples)
+        chosen = list(dict.fromkeys(which)) or evenly(examples.frequency, n_latents)
+        wanted = [
+            (int(context), latent) for latent in chosen for context in examples.context[latent] if context != NOWHERE
+        ]
+        lines = codes_at(sae, texts.passages(), wanted, texts.tokens.shape[1])
+        words = word_of(texts)
+        shown = {
+            "n_rows": examples.n_rows,
+            "n_firing": int((examples.frequency > 0).sum()),
+            "d_sae": sae.d_sae,
+            "chosen": bool(which),
+            "latents": [_described(latent, examples, lines, texts.tokens, words) for latent in chosen],
+        }
+        tensors = {name: getattr(examples, name) for name in ("frequency", "value", "context", "position")}
+        save_tensors(out / TENSORS, tensors)
+        write_text(out / SHOWN, json.dumps(shown, ensure_ascii=False, indent=1) + "\n")
+        return write_page(out / SHOWN, out / PAGE)
+
+
+def evenly(frequency: Tensor, n: int) -> list[int]:
+    """n of the latents that fire, in order of frequency, at equal distances in rank."""
+    alive = frequency.argsort(descending=True, stable=True)[: int((frequency > 0).sum())]
+    return alive[torch.linspace(0, len(alive) - 1, min(n, len(alive))).round().long()].tolist()
+
+
+def word_of(texts: Texts) -> Callable[[int], str]:
+    """What a token says; its number where no tokenizer is known."""
+    if texts.tokenizer is None:
+        return lambda token: f" {token}"
+    tokenizer = load_tokenizer(texts.tokenizer, texts.revision)
+    return cache(lambda token: tokenizer.decode([token]))
+
+
+def _described(
+    latent: int, examples: Examples, lines: dict[tuple[int, int], Tensor], tokens: Tensor, words: Callable[[int], str]
+) -> dict[str, Any]:
+    """One latent, in words that JSON knows."""
+    found = []
+    for context, position in zip(examples.context[latent].tolist(), examples.position[latent].tolist(), strict=True):
+        if context == NOWHERE:
+            break
+        window = slice(max(position - BEFORE, 0), position + BEHIND + 1)
+        found.append(
+            {
+                "context": context,
+                "position": position,
+                "tokens": [words(token) for token in tokens[context, window].tolist()],
+                "values": [float(f"{value:.4g}") for value in lines[context, latent][window].tolist()],
+                "peak": position - window.start,
+            }
+        )
+    return {"latent": latent, "frequency": float(examples.frequency[latent]), "examples": found}

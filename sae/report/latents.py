@@ -1,0 +1,85 @@
+"""The page that shows what latents fire for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toymodels.files import write_text
+from toymodels.pages import Html, join, page, tag
+
+# How many shades a token's background has.
+N_SHADES = 9
+# What would break a line or cannot be seen, and what stands for it.
+SHOWN_AS = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
+
+
+def write_page(data: Path, target: Path) -> Path:
+    """Draws what `sae latents` found, and returns where the page is."""
+    found = json.loads(data.read_text(encoding="utf-8"))
+    write_text(target, page(f"What {len(found['latents'])} latents fire for", contents(found)))
+    return target
+
+
+def contents(found: Mapping[str, Any]) -> Html:
+    """Every latent of the file, in its order."""
+    latents, n_rows = found["latents"], found["n_rows"]
+    how = (
+        "Those that were asked for"
+        if found["chosen"]
+        else "From the most frequent to the rarest, at equal distances in rank"
+    )
+    lines = (
+        f"{how}. For each the contexts, out of {n_rows:,} tokens, in which it fires most, around the token where it "
+        "does (underlined). The darker a token, the more the latent fires there; the darkest is its largest code "
+        "anywhere. ⏎ is the end of a line."
+    )
+    firing = f"{found['n_firing']:,} of {found['d_sae']:,} latents fire for at least one of these tokens."
+    header = tag(
+        "header",
+        tag("h1", "What latents fire for"),
+        tag("p", firing, class_="verdict"),
+        tag("p", lines, class_="reading"),
+    )
+    return join([header, *(card(latent) for latent in latents)])
+
+
+def card(latent: Mapping[str, Any]) -> Html:
+    """One latent."""
+    examples = latent["examples"]
+    title = tag("h3", f"Latent {latent['latent']}", id=f"latent-{latent['latent']}")
+    if not examples:
+        return tag("section", title, tag("p", "It fires for none of these tokens.", class_="reading"), class_="latent")
+    largest = max(max(example["values"]) for example in examples)
+    often = f"fires for {_share(latent['frequency'])} of the tokens, up to {largest:.3g}; most on "
+    peaks = Counter(_visible(example["tokens"][example["peak"]]).replace(" ", "·") for example in examples)
+    counted = [[tag("code", word), f" ×{n}" if n > 1 else ""] for word, n in peaks.most_common(4)]
+    parts = [part for number, pair in enumerate(counted) for part in ([", "] if number else []) + pair]
+    lines = [snippet(example["tokens"], example["values"], example["peak"], largest) for example in examples]
+    return tag(
+        "section", title, tag("p", often, *parts, class_="reading"), tag("div", *lines, class_="texts"), class_="latent"
+    )
+
+
+def snippet(tokens: Sequence[str], values: Sequence[float], peak: int, largest: float) -> Html:
+    """Tokens in a row, each as dark as the latent fires there."""
+    marked = []
+    for place, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        shade = round(N_SHADES * value / largest)
+        classes = " ".join(([f"s{shade}"] if shade else []) + (["peak"] if place == peak else []))
+        marked.append(tag("span", _visible(token), class_=classes) if classes else _visible(token))
+    # The token of its largest code is in one column in all texts, as in a concordance.
+    before, behind = tag("span", *marked[:peak]), tag("span", *marked[peak:])
+    return tag("div", tag("div", before), tag("div", behind))
+
+
+def _visible(token: str) -> str:
+    return token.translate(SHOWN_AS)
+
+
+def _share(frequency: float) -> str:
+    """A percentage with two digits that count."""
+    return f"{100 * frequency:.2g} %"
