@@ -17,7 +17,7 @@ from sae.errors import UsageError
 from sae.networks.harvest import harvest_model
 from sae.networks.texts import Contexts, contexts_of, texts
 from sae.stores import Store
-from sae.stores.writer import EVERY
+from sae.stores.writer import EVERY, StoreWriter
 
 
 def open_source(tiny, **more):
@@ -173,6 +173,31 @@ def test_several_modules_in_one_pass(tiny, run_cli, tmp_path):
     run_cli(
         "harvest", config, "--out", tmp_path / "acts", "--modules", *modules, "--resume", "--source.n_tokens", 99
     ).assert_refused("n_tokens was 6000, now 99")
+
+
+def test_stores_that_are_at_different_batches_end_alike(tiny, tmp_path, monkeypatch):
+    """A kill between the shards of two stores leaves one ahead."""
+    monkeypatch.setattr("sae.stores.writer.SHARD_BYTES", 30_000)  # a shard every other batch of contexts
+    config, modules = SourceConfig.of_kind(tiny.section()), ("transformer.h.0", "transformer.h.2")
+    harvest_model(config, tmp_path / "whole", modules)
+    append, calls = StoreWriter.append, []
+
+    def killed(writer, *given):
+        calls.append(writer.path)
+        if len(calls) == 2 * 4:
+            raise MemoryError
+        append(writer, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "append", killed)
+        with pytest.raises(MemoryError):
+            harvest_model(config, tmp_path / "parts", modules)
+    begun = [Store(tmp_path / "parts" / module).manifest.n_batches for module in modules]
+    assert begun[0] > begun[1] > 0
+    harvest_model(config, tmp_path / "parts", modules, resume=True)
+    for module in modules:
+        whole, parts = (Store(tmp_path / name / module).rows("training") for name in ("whole", "parts"))
+        assert torch.equal(whole.read(0, len(whole)), parts.read(0, len(parts)))
 
 
 # What the model loses
