@@ -58,11 +58,13 @@ class Rows:
 
     def read(self, start: int, stop: int) -> Float[Tensor, "rows d_in"]:
         """Consecutive rows, checked, in the dtype they are stored in."""
-        pieces = [
-            part[max(start - first, 0) : max(stop - first, 0)]
-            for part, first in zip(self.parts, self.starts, strict=False)
-        ]
-        rows = torch.cat([piece for piece in pieces if len(piece)])
+        pieces: list[Tensor] = []
+        number = bisect_right(self.starts, start) - 1
+        while number < len(self.parts) and (not pieces or self.starts[number] < stop):
+            first = self.starts[number]
+            pieces.append(self.parts[number][max(start - first, 0) : max(stop - first, 0)])
+            number += 1
+        rows = torch.cat(pieces)
         self._check_finite(rows, start)
         return rows
 

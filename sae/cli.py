@@ -153,7 +153,10 @@ def main() -> None:
         # On a CPU torch has no class of its own for this.
         if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
-        print("sae: error: memory does not suffice; lower train.batch_size or sae.d_sae", file=sys.stderr)
+        print(
+            "sae: error: memory does not suffice; lower train.batch_size or sae.d_sae",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except Interrupted as stopped:
         print(f"sae: {stopped.message}", file=sys.stderr)

@@ -197,7 +197,11 @@ class Store:
         from sae.stores.show import print_info, summary, verify  # noqa: PLC0415
 
         if self.action == "convert":
-            out = self.out or self.path.with_name(f"{self.path.resolve().stem}-store")
+            if self.out is None and not self.path.exists():
+                raise UsageError(f"several files, or none, are at {self.path}; say where the store is to be with --out")
+            whole = self.path.resolve()  # "." has no name of its own
+            name = whole.stem if whole.is_file() else whole.name
+            out = self.out or self.path.parent / f"{name}-store"
             write_store(self.path, out, self.dtype, self.key, self.overwrite)
             print(summary(out))
             return
@@ -223,6 +227,8 @@ class Eval(WithPlugins):
     the report. Up to some minutes."""
     downstream: bool = False
     """Also what the language model loses that a store was harvested from; it is loaded."""
+    device: str = "cpu"
+    """Where that model computes, a torch device."""
 
     def run(self) -> None:
         from sae.console import print_metrics  # noqa: PLC0415
@@ -242,11 +248,14 @@ class Eval(WithPlugins):
             from sae.baselines.show import print_beside  # noqa: PLC0415
 
             evaluation, rows = beside_run(
-                self.run_dir, self.diagnose, lambda name: logger.info("fitting %s", name), self.downstream
+                self.run_dir,
+                self.diagnose,
+                lambda name: logger.info("fitting %s", name),
+                self.device if self.downstream else None,
             )
             print_beside(self.run_dir, evaluation, rows)
         else:
-            evaluation = evaluate_run(self.run_dir, self.diagnose, self.downstream)
+            evaluation = evaluate_run(self.run_dir, self.diagnose, self.device if self.downstream else None)
             print_metrics(evaluation.metrics)
         if self.diagnose:
             from sae.diagnosis.show import print_diagnosis  # noqa: PLC0415

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
-from types import FrameType
 
 import torch
 from filelock import FileLock
@@ -29,14 +25,12 @@ from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.log import RunLog
 from sae.members import Members
 from sae.sources import Batch, Reconstruct, Source
+from sae.stopping import CONTINUE, Stop
 from sae.trainer import Trainer
 
 logger = logging.getLogger("sae")
 
-CONTINUE = "continue with --resume, in Python resume=True"
 OnLine = Callable[[int, Mapping[str, float]], None]
-Stop = Callable[[], int]
-"""The number of the signal that asked to stop, or 0."""
 
 
 class Diverged(UsageError):
@@ -177,7 +171,8 @@ class Ensemble:
         due = [run for run in self.runs if run.n_steps_done == number]
         failed: dict[Run, Exception | None] = {}
         for device in dict.fromkeys(run.config.train.device for run in due):
-            on = [part.to(torch.device(device), non_blocking=True) for part in parts]
+            # From a device to the host nothing would wait until the rows are there.
+            on = [part.to(device, non_blocking=torch.device(device).type == "cuda") for part in parts]
             there = [run for run in due if run.config.train.device == device]
             for run, error in zip(there, members.step([run.trainer for run in there], *on), strict=True):
                 try:
@@ -212,22 +207,3 @@ def _source_ended(run: Run) -> UsageError | None:
         return UsageError(f"the source ended before its first batch of {run.config.train.batch_size} rows")
     logger.warning("the source ended after %d of %d steps", run.n_steps_done, run.config.n_steps)
     return None
-
-
-@contextmanager
-def stop_requested() -> Iterator[Stop]:
-    """SIGINT and SIGTERM are noted, and looked at between steps, so that what is saved is whole."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: noted[0] if noted else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

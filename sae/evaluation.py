@@ -5,6 +5,7 @@ SAEs and baselines are measured by the same function: it needs a dictionary, a w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -22,6 +23,8 @@ from sae.metrics.dictionary_recovery import coverage
 from sae.model import SAE
 from sae.sources import Source
 from toymodels.features import FeatureBatch
+
+logger = logging.getLogger("sae")
 
 CHUNK_ROWS = 4096
 # Pre-latents that exist together, at most: an evaluation should need less memory than the training before it.
@@ -111,9 +114,17 @@ def evaluate(
 
 
 def evaluate_on(source: Source, sae: SAE, n_samples: int) -> Evaluation:
-    """`evaluate` on a source's held-out rows, and what the network that they are of loses, where it is at hand."""
+    """`evaluate` on a source's held-out rows, and what the network that they are of loses, where it is at hand.
+
+    Where that cannot be measured a line says why: a trained SAE is worth keeping all the same.
+    """
     evaluation = evaluate(sae, source.held_out_stream("evaluation", n_samples), source.truth)
-    return Evaluation(evaluation.metrics | _group("metrics", source.downstream(sae, n_samples)), evaluation.tables)
+    try:
+        lost = source.downstream(sae, n_samples)
+    except UsageError as error:
+        logger.warning("what the model loses was not measured: %s", error)
+        return evaluation
+    return Evaluation(evaluation.metrics | _group("metrics", lost), evaluation.tables)
 
 
 def _reconstruct(

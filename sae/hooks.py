@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -39,6 +40,22 @@ def output_tensor(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         return first_tensor(output.values())
     return first_tensor(output) if isinstance(output, tuple | list) else first_tensor([output])
+
+
+def with_tensor(output: Any, new: Tensor) -> Any:
+    """The same output with another tensor in the place of the one that `output_tensor` reads."""
+    if isinstance(output, Mapping):
+        place = next(name for name, value in output.items() if isinstance(value, Tensor))
+        changed: Any = copy.copy(output)
+        changed[place] = new
+        return changed
+    if not isinstance(output, tuple | list):
+        return new
+    place = next(number for number, value in enumerate(output) if isinstance(value, Tensor))
+    whole = [*output[:place], new, *output[place + 1 :]]
+    if isinstance(output, list):
+        return whole
+    return type(output)(*whole) if hasattr(output, "_fields") else tuple(whole)
 
 
 def require_eval(model: nn.Module) -> None:

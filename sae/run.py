@@ -27,7 +27,7 @@ from sae.directory import (
     claim_out,
     require_same_run,
 )
-from sae.ensemble import Ensemble, OnLine, Run, stop_requested
+from sae.ensemble import Ensemble, OnLine, Run
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate_on
 from sae.heavy_tails import Ball, share_of_heaviest
@@ -36,9 +36,11 @@ from sae.kernels import require_device, require_kernels, resolve_device
 from sae.locks import held, hold
 from sae.log import RunLog, require_wandb
 from sae.model import SAE, load
-from sae.networks.downstream import losses_of_store
+from sae.networks.downstream import losses_of_store, require_network
 from sae.sources import HeldOut, Source, as_source
 from sae.sparsifiers.base import Sparsifier
+from sae.stopping import stop_requested
+from sae.stores import StoreSourceConfig
 from sae.trainer import Trainer
 from toymodels.files import save_tensors, write_text
 from toymodels.streams import generator
@@ -312,11 +314,12 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 
-def evaluate_run(out: Path, diagnose: bool = False, downstream: bool = False) -> Evaluation:
+def evaluate_run(out: Path, diagnose: bool = False, downstream: str | None = None) -> Evaluation:
     """Measures a finished run again, on its own source's held-out activations, and writes the result.
 
-    With `diagnose` also where its F1 went, and which features it misses and why; with `downstream` what the language
-    model loses that the activations of a store are of. Without, what was found before stays.
+    With `diagnose` also where its F1 went, and which features it misses and why; with `downstream`, the device that it
+    computes on, what the language model loses that the activations of a store are of. Without, what was found before
+    stays.
 
     Raises:
         UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
@@ -337,16 +340,18 @@ def open_again(out: Path) -> tuple[SAE, TrainConfig, Source]:
 
 
 def measure_again(
-    out: Path, sae: SAE, config: TrainConfig, source: Source, diagnose: bool = False, downstream: bool = False
+    out: Path, sae: SAE, config: TrainConfig, source: Source, diagnose: bool = False, downstream: str | None = None
 ) -> Evaluation:
     """Every metric, written into the run's directory; see `evaluate_run`."""
     n_samples = config.evaluation.n_samples
     if diagnose:
         require_truth(source)
+    if downstream is not None:
+        require_network(config.source)
     with held(out):
         evaluation = evaluate_on(source, sae, n_samples)
-        if downstream and "metrics/ce_clean" not in evaluation.metrics:
-            lost = losses_of_store(config.source, sae, n_samples)
+        if downstream is not None and isinstance(config.source, StoreSourceConfig):
+            lost = losses_of_store(config.source, sae, n_samples, downstream)
             named = {f"metrics/{name}": value for name, value in lost.items()}
             evaluation = Evaluation(evaluation.metrics | named, evaluation.tables)
         return _written(out, sae, source, evaluation, n_samples, diagnose)

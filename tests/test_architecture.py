@@ -53,6 +53,7 @@ LAYERS = {
     ],
     "sae": [
         "errors",
+        "stopping",
         "codes",
         "config_text",
         "console",

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import sae
 from sae.errors import UsageError
@@ -191,6 +192,36 @@ def test_named_outputs_and_modules_that_work_in_place():
     whole = Spliced(Reads(), "blocks.0", half, transcodes=True)
     whole.update(TOKENS)
     assert whole.compute() == pytest.approx(judge(transcodes=True), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda hidden: ["mask", hidden], lambda output: output[1]),
+        (lambda hidden: ("mask", hidden), lambda output: output[1]),
+        (lambda hidden: {"mask": None, "hidden": hidden}, lambda output: output["hidden"]),
+        (lambda hidden: BaseModelOutput(hidden), lambda output: output.last_hidden_state),
+    ],
+    ids=["list", "tuple", "mapping", "transformers"],
+)
+def test_whatever_a_module_puts_out_its_first_tensor_is_replaced(wrap, unwrap):
+    class Wrapped(Block):
+        def forward(self, x: Tensor) -> object:
+            return wrap(super().forward(x)[0])
+
+    class Unwraps(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks[0] = Wrapped().eval()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            middle = unwrap(self.blocks[0](x))
+            return (x + middle + self.blocks[1](middle)[0]) @ self.unembed
+
+    whole = Spliced(Unwraps(), "blocks.0", half)
+    whole.update(TOKENS)
+    assert whole.compute() == pytest.approx(judge(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,25 @@ def test_runs_no_further_than_it_must():
     assert network.last.calls == 1
 
 
+class Repeated(nn.Module):
+    """Runs one module twice, and works in place on what it put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.then = nn.Linear(4, 4), nn.Identity()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.again(self.again(x).relu_()).relu_())
+
+
+def test_of_a_module_that_runs_twice_the_first_time_counts():
+    network, x = Repeated(), torch.randn(5, 4, generator=generator(0, "test"))
+    first = network.again(x)
+    for sites in ([Site("again")], [Site("again"), Site("then")]):
+        same(Reader(network, sites)(x)[Site("again")], first)
+
+
 def test_hooks_are_gone_afterwards():
     network, x = Network(), batches(1)[0]
     expected = network(x)
@@ -191,11 +210,64 @@ def test_a_stop_changes_nothing(tmp_path, monkeypatch, how):
         same(rows_of(tmp_path / "stopped", split), rows_of(tmp_path / "whole", split))
 
 
+def test_an_old_store_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    sae.harvest(Network(), "pair", batches(), tmp_path)
+    before = rows_of(tmp_path)
+    for bad in ([*batches(2), batches(1)[0] / 0], batches(1)):  # a batch later on; too few
+        with pytest.raises(UsageError):
+            sae.harvest(Network(), "first", bad, tmp_path, overwrite=True)
+        same(rows_of(tmp_path), before)
+    monkeypatch.setattr("sae.stores.writer.SHARD_BYTES", 4000)
+    sae.harvest(Network(), "first", batches(), tmp_path, overwrite=True)
+    assert len(list(tmp_path.glob("shard-*"))) == len(Store(tmp_path).manifest.shards) == 5
+    sae.harvest(Network(), "pair", batches(3), tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00000.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["shard-00007.safetensors", "tokens.safetensors"])
+def test_files_of_others_are_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UsageError, match=f"holds {name} of something else"):
+            sae.harvest(Network(), "pair", batches(), tmp_path, **how)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_inputs_must_be_the_same_and_as_many(tmp_path):
+    with pytest.raises(Interrupted):
+        sae.harvest(Network(), "pair", stopped_after(batches(), 10, "signal"), tmp_path)
+    with pytest.raises(UsageError, match="the inputs end after 3 batches, and 11 had been read"):
+        sae.harvest(Network(), "pair", batches(3), tmp_path, resume=True)
+    with pytest.raises(UsageError, match="inputs are batches, got one tensor"):
+        sae.harvest(Network(), "pair", batches(1)[0], tmp_path / "tensor")
+
+
+class Windows(nn.Module):
+    """Puts the parts of an image where images were, as windowed attention does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, 2, 4)
+
+
+def test_parts_of_an_input_are_not_taken_for_inputs(tmp_path):
+    images = [torch.randn(5, 8, 4) for _ in range(10)]
+    with pytest.raises(UsageError, match=r"\[20, 2, 4\] .* must be \[5 inputs, ..., d\].*rows="):
+        sae.harvest(Windows().eval(), "", images, tmp_path)
+    source = sae.harvest(Windows().eval(), "", images, tmp_path, rows=lambda acts: acts.reshape(5, 8, 4))
+    same(source.held_out("calibration", 10**6).x, torch.cat([images[0][0], images[4][0], images[8][0]]))
+
+
+def test_a_module_can_be_its_own_target(tmp_path):
+    source = sae.harvest(Network(), "pair", batches(), tmp_path, target="pair")
+    held = source.held_out("evaluation", 50)
+    same(held.x, held.target)
+
+
 def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path):
     sae.harvest(Network(), "pair", batches(), tmp_path)
     with pytest.raises(UsageError, match="module was 'pair', now 'first'"):
         sae.harvest(Network(), "first", batches(), tmp_path, resume=True)
-    with pytest.raises(UsageError, match="begun in float32, now float16"):
+    with pytest.raises(UsageError, match="dtype was 'float32', now 'float16'"):
         sae.harvest(Network(), "pair", batches(), tmp_path, resume=True, dtype="float16")
     with pytest.raises(UsageError, match="NaN"):
         sae.harvest(Network(), "first", [x / 0 for x in batches()], tmp_path, overwrite=True)

@@ -99,7 +99,7 @@ def test_files_that_are_gone_or_cut_short_are_told(store, run_cli):
 
 
 def test_one_changed_bit_is_found(store, run_cli):
-    assert "3 shards are as they were written" in run_cli("store", "verify", store).out
+    assert "3 files are as they were written" in run_cli("store", "verify", store).out
     shard = store / "shard-00002.safetensors"
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
@@ -122,6 +122,24 @@ def test_manifests_that_cannot_be_understood_are_told(store, run_cli, change, pa
     manifest = store / "store.json"
     manifest.write_text(change(json.dumps(json.loads(manifest.read_text()))))
     run_cli("store", "info", store).assert_refused("store.json", part)
+
+
+def test_tokens_are_checked_too(store, tmp_path, run_cli):
+    (tmp_path / "texts").mkdir()
+    with StoreWriter(tmp_path / "texts", {}, None, tokens=torch.arange(60, dtype=torch.int32).view(20, 3)) as writer:
+        writer.append({"acts": torch.ones(20, 3)}, [1] * 20)
+        writer.finish()
+    texts = tmp_path / "texts" / "tokens.safetensors"
+    assert Store(tmp_path / "texts").tokens().tolist() == torch.arange(60).view(20, 3).tolist()
+    assert "2 files" in run_cli("store", "verify", tmp_path / "texts").out
+    content = bytearray(texts.read_bytes())
+    content[-3] ^= 1
+    texts.write_bytes(content)
+    run_cli("store", "verify", tmp_path / "texts").assert_refused("tokens.safetensors: its checksum is")
+    texts.unlink()
+    run_cli("store", "info", tmp_path / "texts").assert_refused("tokens.safetensors is missing")
+    with pytest.raises(UsageError, match="has no texts"):
+        Store(store).tokens()
 
 
 def test_what_is_no_store_is_told(store, tmp_path, run_cli):
@@ -176,7 +194,22 @@ def test_arrays_become_stores(tmp_path, run_cli, caplog):
     run_cli("store", "convert", tmp_path / "bad.npy", *bad).assert_refused("NaN or infinity")
     np.save(tmp_path / "bad.npy", np.zeros((3, 4), dtype=int))
     run_cli("store", "convert", tmp_path / "bad.npy", *bad).assert_refused("[3, 4] of torch.int64")
+    np.save(tmp_path / "bad.npy", np.zeros((3, 0, 4)))
+    run_cli("store", "convert", tmp_path / "bad.npy", *bad).assert_refused("[3, 0, 4]")
     assert run_cli("store", "verify", tmp_path / "rows").code == 0  # what was there is there
+    save_file({"a": x.half()}, tmp_path / "mixed-0.safetensors")
+    save_file({"a": x}, tmp_path / "mixed-1.safetensors")
+    mixed = tmp_path / "mixed-*.safetensors"
+    run_cli("store", "convert", mixed, "--out", tmp_path / "mixed").assert_refused("torch.float32, but", "float16")
+    run_cli("store", "convert", mixed).assert_refused("--out")
+
+
+def test_a_store_is_named_after_what_it_is_from(tmp_path, run_cli, monkeypatch):
+    (tmp_path / "pythia-1.4b").mkdir()
+    monkeypatch.chdir(tmp_path / "pythia-1.4b")
+    run_cli("store", "convert", ".").assert_refused("no file matches")
+    (tmp_path / "pythia-1.4b" / "store.json").write_text("{}")
+    run_cli("store", "convert", ".").assert_refused("store.json is damaged")
 
 
 def test_stores_change_their_dtype(store, tmp_path, run_cli):
@@ -186,6 +219,18 @@ def test_stores_change_their_dtype(store, tmp_path, run_cli):
     assert Store(tmp_path / "store-store").column("training", "context").dtype == torch.int32
     assert run_cli("store", "verify", tmp_path / "store-store").code == 0
     run_cli("store", "convert", store, "--out", store, "--overwrite").assert_refused("read and written at once")
+    large = tmp_path / "large"
+    large.mkdir()
+    with StoreWriter(large, {}, None) as writer:
+        for scale in (1, 1e6):  # a shard each: the second does not fit
+            writer.append({"acts": scale * torch.ones(40, D)}, [1] * 40)
+            writer.flush()
+        writer.finish()
+    onto = ("--out", tmp_path / "store-store", "--overwrite", "--dtype", "float16")
+    run_cli("store", "convert", large, *onto).assert_refused("shard-00001.safetensors", "acts is up to 1e+06")
+    assert run_cli("store", "verify", tmp_path / "store-store").code == 0
+    assert run_cli("store", "convert", large, *onto[:3]).code == 0
+    assert Store(tmp_path / "store-store").manifest.n_rows("training") == 72
 
 
 def test_what_saelens_cached_becomes_a_store(tmp_path, run_cli):
@@ -203,4 +248,11 @@ def test_what_saelens_cached_becomes_a_store(tmp_path, run_cli):
     assert run_cli("store", "convert", tmp_path / "cached", "--out", tmp_path / "ours").code == 0
     number = torch.arange(N) % 20
     assert torch.equal(rows_of(tmp_path / "ours"), x[(number != 0) & (number != 10)].flatten(0, 1))
+    half = cached.cast_column(hook, datasets.Array2D(shape=(LENGTH, D), dtype="float16"))
+    half.save_to_disk(tmp_path / "half")
+    assert run_cli("store", "convert", tmp_path / "half", "--out", tmp_path / "half-store").code == 0
+    assert Store(tmp_path / "half-store").manifest.dtype == "float16"
+    (tmp_path / "half" / "state.json").unlink()
+    run_cli("store", "convert", tmp_path / "half", "--out", tmp_path / "none").assert_refused("cannot be read")
+    assert not (tmp_path / "none").exists()
     run_cli("store", "convert", tmp_path / "cached", "--key", "blocks.2", "--overwrite").assert_refused(hook, "--key")

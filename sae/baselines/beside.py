@@ -16,7 +16,7 @@ from toymodels.files import write_text
 
 
 def beside_run(
-    out: Path, diagnose: bool = False, on_row: Callable[[str], None] | None = None, downstream: bool = False
+    out: Path, diagnose: bool = False, on_row: Callable[[str], None] | None = None, downstream: str | None = None
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Measures a run again, and every baseline that its source has all for: at as many latents, of which as many fire.
 

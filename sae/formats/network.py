@@ -24,16 +24,16 @@ def network_metadata(run: Path, format: str) -> dict[str, Any]:
         return {"lm_name": model, "submodule_name": module}
     if format != "saelens":
         return {}
-    said = {
-        "model_name": model,
-        "model_class_name": "AutoModelForCausalLM",
-        "context_size": origin["context_length"],
-        "prepend_bos": origin["bos"],
-        "dataset_path": origin["texts"],
-    }
+    said = {"model_name": model, "model_class_name": "AutoModelForCausalLM"}
+    if origin["texts"] is not None:
+        said |= {
+            "context_size": origin["context_length"],
+            "prepend_bos": origin["bos"],
+            "dataset_path": origin["texts"],
+        }
     if origin["reads"] == "output" and origin["target"] is None:
         said["hook_name"] = module
-    return {name: value for name, value in said.items() if value is not None}
+    return said
 
 
 def _origin(run: Path) -> Mapping[str, Any] | None:

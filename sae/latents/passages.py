@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.arrays import Pairs
@@ -17,7 +16,6 @@ from sae.errors import UsageError
 from sae.networks.source import ModelSource, ModelSourceConfig
 from sae.sources import PairSource
 from sae.stores import Store, StoreSourceConfig
-from sae.stores.files import TOKENS
 
 ROWS_AT_ONCE = 4096
 
@@ -50,10 +48,8 @@ class StoreTexts(Texts):
 
     def __init__(self, store: Store, n_rows: int) -> None:
         origin = store.manifest.origin
-        if origin.get("kind") != "model":
-            raise UsageError(f"{store.path} has no texts: it is not of a language model; see sae.harvest")
+        self.tokens = store.tokens()
         self.store, self.tokenizer, self.revision = store, _tokenizer(origin), origin.get("revision")
-        self.tokens = load_file(store.path / TOKENS)["tokens"]
         self.context = store.column("training", "context")[:n_rows].long()
         self.position = store.column("training", "position")[:n_rows].long()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae.hooks import first_tensor, module_named, require_eval
+from sae.hooks import first_tensor, module_named, output_tensor, require_eval, with_tensor
 from toymodels.errors import UsageError
 
 Edit = Callable[[Tensor], Tensor]
@@ -29,8 +29,9 @@ class Spliced:
 
     `model` maps tokens [batch, position] to logits [batch, position, vocabulary], or to an object with such `logits`,
     as the models of `transformers` do. `module`, one of its modules or the name of one, puts out the activations
-    [batch, position, d], alone or first in a tuple; the reconstruction takes their place. `sae` maps rows [n, d] to
-    rows [n, d]: an `SAE`, or anything else. A transcoder reads what goes into the module, and replaces what comes out.
+    [batch, position, d], alone or first in a tuple or a mapping; the reconstruction takes their place. `sae` maps rows
+    [n, d] to rows [n, d]: an `SAE`, or anything else. A transcoder reads what goes into the module, and replaces what
+    comes out.
 
     Sources: Bricken et al. 2023 (the loss recovered), Rajamanoharan et al. 2024, Gao et al. 2024 (the KL divergence).
 
@@ -123,14 +124,13 @@ class Spliced:
         def replace(_: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
             nonlocal calls
             calls += 1
-            old = output[0] if isinstance(output, tuple) else output
-            after, new = rows(old), old.clone()
+            old = output_tensor(output)
+            after = rows(old)
+            assert old is not None
+            new = old.clone()
             given_rows = after if before is None else before
             new[chosen.to(old.device)] = 0 if edit is None else _rows_for(edit, given_rows, old)
-            if not isinstance(output, tuple):
-                return new
-            whole = (new, *output[1:])
-            return type(output)(*whole) if hasattr(output, "_fields") else whole
+            return with_tensor(output, new)
 
         hooks = [self.module.register_forward_hook(replace)]
         if self.transcodes:

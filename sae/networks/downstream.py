@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
 
 from sae.config import SourceConfig
 from sae.errors import UsageError
@@ -11,27 +10,36 @@ from sae.networks.losses import losses
 from sae.networks.source import ModelSourceConfig
 from sae.sources import Reconstruct
 from sae.stores import Store, StoreSourceConfig
-from sae.stores.files import TOKENS
 
 
-def losses_of_store(source: SourceConfig | None, sae: Reconstruct, n: int) -> dict[str, float]:
+def require_network(source: SourceConfig | None) -> None:
+    """Refuses activations of which the language model is not known.
+
+    Raises:
+        UsageError: they are not from one, nor from a store that one was harvested into.
+    """
+    if isinstance(source, ModelSourceConfig):
+        return  # it measures by itself, where it can
+    if not isinstance(source, StoreSourceConfig) or Store(source.path).manifest.origin.get("kind") != "model":
+        raise UsageError(
+            "what a model loses is measured for activations of a language model, source.kind model or a store that "
+            "`sae harvest` wrote; in Python there is sae.metrics.Spliced"
+        )
+
+
+def losses_of_store(source: StoreSourceConfig, sae: Reconstruct, n: int, device: str) -> dict[str, float]:
     """`losses` on the contexts of the first n rows that a store holds out for evaluation. Its model is loaded.
 
     Raises:
-        UsageError: the activations are not from such a store.
+        UsageError: the model cannot be loaded, or does not have what the store is of.
     """
-    store = Store(source.path) if isinstance(source, StoreSourceConfig) else None
-    if store is None or store.manifest.origin.get("kind") != "model":
-        raise UsageError(
-            "what a model loses is measured for activations that `sae harvest` wrote (and by itself where source.kind "
-            "is model); in Python there is sae.metrics.Spliced"
-        )
+    store = Store(source.path)
     fields = {name: value for name, value in store.manifest.origin.items() if name in ModelSourceConfig.model_fields}
-    config = ModelSourceConfig.model_validate(fields)
+    config = ModelSourceConfig.model_validate(fields | {"device": device})
     context, position = (store.column("evaluation", name).long() for name in ("context", "position"))
     own = torch.isin(context, context[:n])
     which, row = context[own].unique(return_inverse=True)
-    tokens = load_file(store.path / TOKENS)["tokens"][which]
+    tokens = store.tokens()[which]
     kept = torch.zeros_like(tokens, dtype=torch.bool)
     kept[row, position[own]] = True
-    return losses(config.load(), [config.site, *config.targets.values()], sae, tokens, kept)
+    return losses(config.load(), config.sites, sae, tokens, kept)

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sae.ensemble import stop_requested
 from sae.errors import Interrupted, UsageError
 from sae.locks import held
 from sae.networks.pieces import Arrange, Piece, pieces_of
 from sae.networks.reader import Reader, Reads, Site
-from sae.networks.source import ModelSourceConfig, order_of
+from sae.networks.source import ModelSourceConfig, divided, order_of
 from sae.sources import PairSource
+from sae.stopping import CONTINUE, stop_requested
 from sae.stores.files import MANIFEST, DtypeName
 from sae.stores.source import StoreSource, open_store
 from sae.stores.writer import StoreWriter, is_complete
@@ -53,13 +53,12 @@ def harvest(
         UsageError: the network has no such module, its activations are not finite, or `out` holds a store already.
         Interrupted: a signal came; what had been read was written first.
     """
-    site = Site(module, reads)
-    targets = {} if target is None else {site: Site(target)}
-    reader = Reader(model, [site, *targets.values()])
+    site, target_site = Site(module, reads), None if target is None else Site(target)
+    reader = Reader(model, [site] if target_site is None else [site, target_site])
     origin = {"network": type(model).__name__, "module": module, "reads": reads, "target": target}
 
     def pieces(start: int) -> Iterator[Piece]:
-        return pieces_of(reader, inputs, start, targets, rows)
+        return pieces_of(reader, inputs, start, site, target_site, rows)
 
     path = Path(out)
     write_stores({site: path}, pieces, {site: origin}, dtype, resume=resume, overwrite=overwrite)
@@ -89,16 +88,18 @@ def harvest_model(
     paths = {one.site: out / one.module if modules else out for one in wanted}
     for path in paths.values():
         require_out(path, resume, overwrite)
-    if resume and all(is_complete(paths[one.site], one.fields) for one in wanted):
+    if resume and all(is_complete(paths[one.site], one.fields, dtype) for one in wanted):
         logger.info("%s is complete; nothing to resume", out)
         return list(paths.values())
-    contexts = config.read()
     model = config.load()
+    model.require_sites([*paths, *config.sites[1:]])
+    contexts = config.read()
     model.require(contexts)
     order = order_of(contexts)
+    divided(contexts, order)
 
     def pieces(start: int) -> Iterator[Piece]:
-        return model.pieces([*paths, *config.targets.values()], config.targets, contexts, order, start)
+        return model.pieces(list(paths), config.target_site, contexts, order, start)
 
     write_stores(
         paths,
@@ -156,8 +157,6 @@ def write_stores(
             if stop():
                 for writer in writers.values():
                     writer.flush()
-                raise Interrupted(
-                    f"stopped after batch {number + 1}; go on with --resume, in Python resume=True", stop()
-                )
+                raise Interrupted(f"stopped after batch {number + 1}; {CONTINUE}", stop())
         for writer in writers.values():
             writer.finish()

@@ -14,6 +14,7 @@ from sae.errors import UsageError
 from sae.networks.pieces import Piece, columns_of
 from sae.networks.reader import Reader, Site
 from sae.networks.texts import Contexts
+from sae.stores.writer import Columns
 
 logger = logging.getLogger("sae")
 
@@ -33,6 +34,14 @@ class LanguageModel:
     def vocabulary(self) -> int:
         """Number of tokens that it knows."""
         return self.model.get_input_embeddings().weight.shape[0]
+
+    def require_sites(self, sites: Sequence[Site]) -> None:
+        """Refuses names of modules that it has not.
+
+        Raises:
+            UsageError: there are such.
+        """
+        Reader(self.model, sites)
 
     def require(self, contexts: Contexts) -> None:
         """Refuses contexts that it cannot read.
@@ -67,19 +76,21 @@ class LanguageModel:
 
     def pieces(
         self,
-        sites: Sequence[Site],
-        targets: dict[Site, Site],
+        where: Sequence[Site],
+        target: Site | None,
         contexts: Contexts,
         order: Int[Tensor, " n"],
         start: int = 0,
     ) -> Iterator[Piece]:
-        """All rows of some contexts, batch by batch from number `start` on, with where each row is from."""
+        """All rows of some contexts, batch by batch from number `start` on, with the context and position of each."""
+        sites = [*where, *([] if target is None else [target])]
         for part in order.split(self.contexts_at_once)[start:]:
             tokens = contexts.tokens[part]
             kept = contexts.kept(tokens)
             place = {"context": part[kept.nonzero()[:, 0]], "position": kept.nonzero()[:, 1]}
-            columns = columns_of(self.rows(sites, tokens, kept), targets)
-            yield Piece({site: {**own, **place} for site, own in columns.items()}, kept.sum(dim=1).tolist())
+            rows = self.rows(sites, tokens, kept)
+            columns: dict[Site, Columns] = {site: {**columns_of(rows, site, target), **place} for site in where}
+            yield Piece(columns, kept.sum(dim=1).tolist())
 
 
 def load_language_model(
@@ -92,10 +103,19 @@ def load_language_model(
     """
     transformers = _transformers()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        model = model.eval().requires_grad_(False).to(device)
     except Exception as error:  # whatever the library raises for a missing file, a network or a setting
         raise _cannot_load(name, error) from error
-    return LanguageModel(model.eval().requires_grad_(False).to(device), at_once)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"source.model {name} lacks {len(missing)} weights, which would be random: {', '.join(missing[:3])}; give "
+            "a whole causal language model"
+        )
+    return LanguageModel(model, at_once)
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
@@ -105,7 +125,7 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
         UsageError: it cannot be loaded.
     """
     try:
-        return _transformers().AutoTokenizer.from_pretrained(name, revision=revision)
+        return _transformers().AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except UsageError:
         raise
     except Exception as error:  # as above
@@ -114,6 +134,8 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
 
 def _cannot_load(name: str, error: Exception) -> UsageError:
     reason = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in reason:
+        reason = "it comes with code of its own, which is not run"
     rule = "give a folder that transformers saved, or the id of a causal language model on the Hub"
     return UsageError(f"source.model {name} cannot be loaded: {reason[:300]}; {rule}")
 
@@ -124,4 +146,6 @@ def _transformers() -> Any:
     except ImportError as error:
         raise UsageError("reading a language model needs transformers; pip install 'sae[harvest]'") from error
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return transformers

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from sae.errors import UsageError
+from sae.hooks import first_tensor
 from sae.networks.reader import Reader, Site
 from sae.stores.writer import Columns
 
@@ -24,35 +25,55 @@ class Piece(NamedTuple):
 
 
 def pieces_of(
-    reader: Reader, inputs: Iterable[Any], start: int, targets: dict[Site, Site], arrange: Arrange | None
+    reader: Reader, inputs: Iterable[Any], start: int, where: Site, target: Site | None, arrange: Arrange | None
 ) -> Iterator[Piece]:
-    """Of any network on any inputs, from batch `start` on; `targets` names the target of a site that has one."""
-    for number, batch in enumerate(islice(inputs, start, None), start):
-        found = {site: _arranged(acts, arrange, f"batch {number} at {site}") for site, acts in reader(batch).items()}
+    """Of any network on any inputs, from batch `start` on: what is `where`, and at its target if it has one.
+
+    Raises:
+        UsageError: the inputs end before batch `start`, or activations are not [inputs, ..., d].
+    """
+    if isinstance(inputs, Tensor):
+        raise UsageError("inputs are batches, got one tensor; pass a list of them, as inputs.split(32)")
+    batches = iter(inputs)
+    n_skipped = sum(1 for _ in islice(batches, start))
+    if n_skipped < start:
+        raise UsageError(f"the inputs end after {n_skipped} batches, and {start} had been read; give the same inputs")
+    for number, batch in enumerate(batches, start):
+        n_inputs = n_inputs_of(batch)
+        found = {
+            site: _arranged(acts, n_inputs, arrange, f"batch {number} at {site}")
+            for site, acts in reader(batch).items()
+        }
         shapes = {tuple(acts.shape[:-1]) for acts in found.values()}
         if len(shapes) > 1:
             raise UsageError(
-                f"batch {number} has activations of different axes: {sorted(shapes)}; read one site a time"
+                f"batch {number} has a target of other axes: {sorted(shapes)}; give rows= that aligns them"
             )
-        n_inputs, *others = shapes.pop()
-        rows_each = 1
+        (n_rows, *others), rows_each = shapes.pop(), 1
         for n in others:
             rows_each *= n
         rows = {site: acts.reshape(-1, acts.shape[-1]) for site, acts in found.items()}
-        yield Piece(columns_of(rows, targets), [rows_each] * n_inputs)
+        yield Piece({where: columns_of(rows, where, target)}, [rows_each] * n_rows)
 
 
-def columns_of(rows: dict[Site, Tensor], targets: dict[Site, Site]) -> dict[Site, Columns]:
-    """The activations of each site that is no other's target, and that one's beside them."""
-    own = [site for site in rows if site not in targets.values()]
-    return {site: {"acts": rows[site]} | ({"target": rows[targets[site]]} if site in targets else {}) for site in own}
+def columns_of(rows: Mapping[Site, Tensor], where: Site, target: Site | None) -> Columns:
+    """The activations of a site, and its target's beside them."""
+    return {"acts": rows[where]} | ({} if target is None else {"target": rows[target]})
 
 
-def _arranged(acts: Tensor, arrange: Arrange | None, name: str) -> Tensor:
+def n_inputs_of(batch: Any) -> int | None:
+    """How many inputs a batch has, where its first tensor tells."""
+    one = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+    first = first_tensor(one.values() if isinstance(one, Mapping) else [one])
+    return None if first is None or not first.ndim else len(first)
+
+
+def _arranged(acts: Tensor, n_inputs: int | None, arrange: Arrange | None, name: str) -> Tensor:
     rows = acts if arrange is None else arrange(acts)
-    if rows.ndim < 2 or not rows.is_floating_point() or len(rows) != len(acts):
+    if rows.ndim < 2 or not rows.is_floating_point() or (n_inputs is not None and len(rows) != n_inputs):
+        of_inputs = "inputs" if n_inputs is None else f"{n_inputs} inputs"
         raise UsageError(
-            f"{name} is {list(rows.shape)} of {rows.dtype}, and must be [inputs, ..., d] in floating point; give "
-            "rows=, a function that arranges it"
+            f"{name} is {list(rows.shape)} of {rows.dtype}, and must be [{of_inputs}, ..., d] in floating point; "
+            "give rows=, a function that arranges it"
         )
     return rows

@@ -21,8 +21,9 @@ class _Plan(Section):
     @field_validator("source", mode="before")
     @classmethod
     def _of_a_network(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("kind", "model") != "model" and value["kind"] in SourceConfig.kinds:
-            raise ValueError(f"kind {value['kind']!r} has no network to harvest; it must be model")
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "model" and kind in SourceConfig.kinds:
+            raise ValueError(f"kind {kind!r} has no network to harvest; it must be model")
         return SourceConfig.of_kind(value)
 
 

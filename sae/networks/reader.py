@@ -35,7 +35,7 @@ class Reader:
     """What is at some sites of a network, for a batch; the network runs no further than the last of them.
 
     A batch that is a tensor is the network's argument, a mapping its keyword arguments. Of a tuple or a list, as a
-    loader of images and labels gives it, the first entry counts.
+    loader of images and labels gives it, the first entry counts; so does the first time that a module runs.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
@@ -78,6 +78,8 @@ class Reader:
     @contextmanager
     def _hooked(self, found: dict[Site, Tensor]) -> Iterator[None]:
         def keep(site: Site, value: Tensor | None) -> None:
+            if site in found:
+                return
             if value is None:
                 raise UsageError(f"{site} holds no tensor; name another module")
             # A copy where the network may go on in place.

@@ -24,6 +24,7 @@ from sae.networks.losses import losses
 from sae.networks.reader import Reads, Site
 from sae.networks.texts import Contexts, contexts_of, open_tokens, special_tokens, texts
 from sae.sources import PairSource, Reconstruct, Source
+from sae.stopping import stop_if_asked
 from sae.stores.files import SPLITS, Split
 from sae.stores.writer import Division
 from toymodels.streams import generator
@@ -81,7 +82,7 @@ class ModelSourceConfig(SourceConfig):
         if (self.texts is None) == (self.tokens is None):
             given = "neither" if self.texts is None else "both"
             raise ValueError(f"a model reads texts or tokens, got {given}; give one of them")
-        if self.skip >= self.context_length:
+        if self.tokens is None and self.skip >= self.context_length:
             raise ValueError(f"skip must lie below context_length={self.context_length}, got {self.skip}; lower it")
         return self
 
@@ -90,9 +91,13 @@ class ModelSourceConfig(SourceConfig):
         return Site(self.module, self.reads)
 
     @property
-    def targets(self) -> dict[Site, Site]:
-        """The target of the site, where it has one."""
-        return {} if self.target is None else {self.site: Site(self.target)}
+    def target_site(self) -> Site | None:
+        return None if self.target is None else Site(self.target)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where the SAE reads, and behind it where its target is, if it has one."""
+        return [self.site] if self.target is None else [self.site, Site(self.target)]
 
     def load(self) -> LanguageModel:
         require_device(self.device, "source.device")
@@ -131,14 +136,27 @@ class ModelSourceConfig(SourceConfig):
         return self.fields | {"tokens_sha256": hashlib.sha256(contexts.tokens.numpy().tobytes()).hexdigest()}
 
     def open(self) -> ModelSource | PairSource:
-        contexts = self.read()
-        source = ModelSource(self, self.load(), contexts)
+        model = self.load()
+        model.require_sites(self.sites)
+        source = ModelSource(self, model, self.read())
         return source if self.target is None else PairSource(source, source.widths[0])
 
 
 def order_of(contexts: Contexts) -> Tensor:
     """Contexts in random order: texts that stand beside each other in a file resemble each other."""
     return torch.randperm(len(contexts.tokens), generator=generator(0, "contexts"))
+
+
+def divided(contexts: Contexts, order: Tensor) -> list[Split]:
+    """The split of each context, in that order.
+
+    Raises:
+        UsageError: one has no rows.
+    """
+    division = Division()
+    splits = division.next(contexts.n_rows[order].tolist())
+    division.require_rows("raise source.n_tokens, give more texts, or lower source.context_length")
+    return splits
 
 
 class ModelSource(Source):
@@ -154,18 +172,12 @@ class ModelSource(Source):
     def __init__(self, config: ModelSourceConfig, model: LanguageModel, contexts: Contexts) -> None:
         model.require(contexts)
         self.config, self.model, self.contexts = config, model, contexts
-        self.sites = [config.site, *config.targets.values()]
+        self.sites = config.sites
         order = order_of(contexts)
-        splits = Division().next(contexts.n_rows[order].tolist())
+        splits = divided(contexts, order)
         self.order: dict[Split, Tensor] = {
             split: order[torch.tensor([one == split for one in splits])] for split in SPLITS
         }
-        empty = [split for split, own in self.order.items() if not int(contexts.n_rows[own].sum())]
-        if empty:
-            raise UsageError(
-                f"{len(order)} contexts leave no rows for {' and '.join(empty)}; give 20 or more: longer texts, or a "
-                "lower source.context_length"
-            )
         first = self._rows(order[:1])
         self.widths = [first[site].shape[1] for site in self.sites]
         self.d_in, self.dtype = sum(self.widths), first[self.sites[0]].dtype
@@ -231,6 +243,7 @@ class ModelSource(Source):
         rows = torch.empty(n, self.d_in, dtype=self.dtype, device=self.model.device)
         filled = 0
         for part in which.split(self.model.contexts_at_once):
+            stop_if_asked("the model was reading")
             found = self._rows(part)
             beside = (
                 torch.cat([found[site] for site in self.sites], dim=1) if len(self.sites) > 1 else found[self.sites[0]]
@@ -238,9 +251,8 @@ class ModelSource(Source):
             rows[filled : filled + len(beside)] = beside
             filled += len(beside)
         if not bool(rows.isfinite().all()):
-            raise UsageError(
-                f"{self.config.site} of {self.config.model} holds NaN or infinity; set source.dtype float32"
-            )
+            remedy = "look at the model" if rows.dtype == torch.float32 else "set source.dtype float32"
+            raise UsageError(f"{self.config.site} of {self.config.model} holds NaN or infinity; {remedy}")
         return rows
 
     def _rows(self, which: Tensor) -> dict[Site, Tensor]:

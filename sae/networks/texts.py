@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,36 +54,51 @@ def texts(path: str, subset: str | None, split: str, column: str) -> Iterator[st
         UsageError: there are none such, or they have no such column.
     """
     datasets = _datasets()
+    folder = Path(path)
+    if folder.is_dir() and any(folder.glob("*.txt")):
+        raise UsageError(
+            f"source.texts {path!r} is a folder of .txt files; give '{folder / '*.txt'}', a text for each file"
+        )
     files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
-    suffixes = {Path(name).suffix for name in files}
-    if not files and (Path(path).suffix in READERS or glob.has_magic(path)):
+    suffixes = sorted({Path(name).suffix for name in files})
+    if not files and (folder.suffix in READERS or glob.has_magic(path)):
         raise UsageError(f"no file matches source.texts {path!r}; give {', '.join(READERS)} files, or a Hub dataset")
-    if len(suffixes) > 1 or not suffixes <= set(READERS):
-        raise UsageError(
-            f"source.texts {path!r} are {', '.join(sorted(suffixes))} files; give one of {', '.join(READERS)}"
-        )
-    try:
+    if len(suffixes) > 1 or not set(suffixes) <= set(READERS):
+        kinds = ", ".join(suffix or "without suffix" for suffix in suffixes)
+        raise UsageError(f"source.texts {path!r}: files are {kinds}; give those of one kind, {', '.join(READERS)}")
+    empty = [name for name in files if not Path(name).stat().st_size]
+    if empty:
+        raise UsageError(f"source.texts: {empty[0]} is empty (0 bytes); remove it")
+
+    def rows() -> Iterator[dict[str, Any]]:
         if not files:
-            found = datasets.load_dataset(path, subset, split=split, streaming=True)
-        else:
-            reader = READERS[suffixes.pop()]
-            whole: dict[str, Any] = {"sample_by": "document"} if reader == "text" else {}
-            found = datasets.load_dataset(reader, data_files=files, split="train", streaming=True, **whole)
-        rows = iter(found)
-        first = next(rows, None)
-    except Exception as error:  # whatever the library raises for a missing file, a network or a setting
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"source.texts {path!r} cannot be read: {reason}") from error
-    if first is None:
-        raise UsageError(f"source.texts {path!r} holds no text")
-    if column not in first:
-        raise UsageError(
-            f"source.texts {path!r} has no column {column!r}; set source.column, one of {', '.join(first)}"
+            return iter(datasets.load_dataset(path, subset, split=split, streaming=True))
+        whole: dict[str, Any] = {"sample_by": "document"} if suffixes == [".txt"] else {}
+        return iter(
+            datasets.load_dataset(READERS[suffixes[0]], data_files=files, split="train", streaming=True, **whole)
         )
-    for number, row in enumerate(chain([first], rows)):
+
+    n_read = 0
+    for n_read, row in enumerate(_told(rows, f"source.texts {path!r}"), 1):
+        if column not in row:
+            known = ", ".join(row)
+            raise UsageError(f"source.texts {path!r} has no column {column!r}; set source.column, one of {known}")
         if not isinstance(row[column], str):
-            raise UsageError(f"source.texts {path!r}: {column} of row {number} is no text, but {row[column]!r}")
+            raise UsageError(f"source.texts {path!r}: {column} of row {n_read - 1} is no text, but {row[column]!r}")
         yield row[column]
+    if not n_read:
+        raise UsageError(f"source.texts {path!r} holds no text; give other files")
+
+
+def _told(rows: Callable[[], Iterator[dict[str, Any]]], name: str) -> Iterator[dict[str, Any]]:
+    """The rows; whatever the library raises for a missing file, a network or a setting is one line."""
+    try:
+        yield from rows()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"{name} cannot be read: {reason[:300]}; give files that can, or a dataset on the Hub"
+        ) from error
 
 
 def contexts_of(given: Iterator[str], tokenizer: Any, length: int, n_tokens: int, bos: bool) -> Int[Tensor, "n length"]:
@@ -147,4 +162,5 @@ def _datasets() -> Any:
     except ImportError as error:
         raise UsageError("reading texts needs datasets; pip install 'sae[harvest]', or give source.tokens") from error
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     return datasets

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Int
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -56,6 +57,8 @@ class Manifest(Section):
     n_batches: int
     """How many batches of inputs have been read."""
     shards: tuple[Shard, ...]
+    tokens_sha256: str | None = None
+    """Of the file of tokens, where there is one."""
     origin: dict[str, Any]
     """Where the rows are from, as far as it can be told."""
 
@@ -76,6 +79,8 @@ class Store:
         self.manifest = read_manifest(self.path)
         for shard in self.manifest.shards:
             self._check_size(shard)
+        if self.manifest.tokens_sha256 is not None and not (self.path / TOKENS).is_file():
+            raise UsageError(f"{self.path / TOKENS} is missing; copy the store again, or harvest it again")
         self.files = {shard.file: _mapped(self.path / shard.file) for shard in self.manifest.shards}
 
     def rows(self, split: Split) -> Rows | Pairs:
@@ -95,11 +100,24 @@ class Store:
         parts = [tensors[f"{split}/{name}"] for tensors in self._with_rows(split).values()]
         return torch.cat(parts)
 
-    def verify(self) -> Iterator[tuple[Shard, str | None]]:
-        """Reads every shard, and yields it with what is wrong, or None."""
-        for shard in self.manifest.shards:
-            found = sha256(self.path / shard.file)
-            yield shard, None if found == shard.sha256 else f"its checksum is {found}, written was {shard.sha256}"
+    def tokens(self) -> Int[Tensor, "n_contexts length"]:
+        """What the language model read that the rows are of.
+
+        Raises:
+            UsageError: they are of none, or the file is gone or damaged.
+        """
+        if self.manifest.tokens_sha256 is None:
+            raise UsageError(f"{self.path} has no texts: its rows are not of a language model")
+        return _mapped(self.path / TOKENS)["tokens"]
+
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """Reads every file, and yields its name with what is wrong, or None."""
+        written = {shard.file: shard.sha256 for shard in self.manifest.shards}
+        if self.manifest.tokens_sha256 is not None:
+            written[TOKENS] = self.manifest.tokens_sha256
+        for file, checksum in written.items():
+            found = sha256(self.path / file)
+            yield file, None if found == checksum else f"its checksum is {found}, written was {checksum}"
 
     def _table(self, split: Split, name: str) -> Rows:
         files = self._with_rows(split)

@@ -49,9 +49,10 @@ def verify(path: Path) -> None:
         UsageError: one differs.
     """
     store = Store(path)
-    wrong = [f"{shard.file}: {fault}" for shard, fault in store.verify() if fault is not None]
+    found = dict(store.verify())
+    wrong = [f"{file}: {fault}" for file, fault in found.items() if fault is not None]
     if wrong:
         raise UsageError(f"{path} is damaged: {'; '.join(wrong)}; copy the store again, or harvest it again")
-    print(f"{path}: {len(store.manifest.shards)} shards are as they were written")
+    print(f"{path}: {len(found)} files are as they were written")
     if not store.manifest.complete:
         print("it was not written to its end: `sae harvest` goes on with --resume")

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,27 @@ class Division:
             splits.append(split)
         return splits
 
+    def require_rows(self, remedy: str) -> None:
+        """Refuses inputs of which a split has no rows.
+
+        Raises:
+            UsageError: it has none.
+        """
+        empty = [split for split in SPLITS if not self.n_rows[split]]
+        if empty:
+            raise UsageError(
+                f"{self.n_inputs} inputs leave no rows for {' or '.join(empty)}, as every {EVERY // 2}th is held out; "
+                f"{remedy}"
+            )
+
 
 class StoreWriter:
     """Takes rows and writes them in shards of about SHARD_BYTES; the manifest follows every shard.
 
     Where the folder holds the beginning of a store from the same origin, it goes on behind it: `n_batches` says how
     many batches it has. Rows are in the order in which they came, whatever the stops in between. With `anew` a store
-    that is there is discarded, once there are rows to take its place. Where it is left, no shard is half-written; what
-    waits is given up, unless `flush` or `finish` came before.
+    that is there is discarded when the first shard of the new one is written. Where it is left, no shard is
+    half-written; what waits is given up, unless `flush` or `finish` came before.
     """
 
     def __init__(
@@ -67,6 +81,7 @@ class StoreWriter:
         self.path, self.origin, self.tokens = path, dict(origin), tokens
         self.dtype: DtypeName | None = dtype
         self.widths: dict[str, int] = {}
+        self.tokens_sha256: str | None = None
         self.shards: list[Shard] = []
         self.division = Division()
         self.n_batches = self.n_waiting_bytes = 0
@@ -74,6 +89,7 @@ class StoreWriter:
         # A shard is hashed and written while the network computes the next one.
         self.pool, self.under_way = ThreadPoolExecutor(1, "shards"), Future[None]()
         self.under_way.set_result(None)
+        require_own(path)
         if (path / MANIFEST).exists() and not anew:
             self._go_on(read_manifest(path))
 
@@ -85,9 +101,9 @@ class StoreWriter:
 
     def _go_on(self, was: Manifest) -> None:
         require_same_origin(self.path, was.origin, self.origin)
-        if self.dtype not in (None, was.dtype):
-            raise UsageError(f"{self.path} was begun in {was.dtype}, now {self.dtype}; use the same, or another --out")
+        require_same_origin(self.path, {"dtype": was.dtype}, {"dtype": self.dtype or was.dtype})
         self.dtype, self.shards, self.n_batches = was.dtype, list(was.shards), was.n_batches
+        self.tokens_sha256 = was.tokens_sha256
         self.widths = {"acts": was.d_in} | ({} if was.d_out is None else {"target": was.d_out})
         self.division = Division(was.n_inputs, {split: was.n_rows(split) for split in SPLITS})
 
@@ -97,12 +113,10 @@ class StoreWriter:
         Raises:
             UsageError: they are not finite, in the store's dtype either, or of another width than those before.
         """
-        acts = columns["acts"]
         if self.dtype is None:
-            self.dtype = _name(acts.dtype)
+            floating = [tensor.dtype for tensor in columns.values() if tensor.is_floating_point()]
+            self.dtype = _name(reduce(torch.promote_types, floating, columns["acts"].dtype))
         kept = {name: self._checked(name, tensor) for name, tensor in columns.items()}
-        if self.n_batches == 0:
-            self._begin()
         splits = self.division.next(rows_per_input)
         for split in dict.fromkeys(splits):
             own = torch.repeat_interleave(torch.tensor([one == split for one in splits]), torch.tensor(rows_per_input))
@@ -112,9 +126,12 @@ class StoreWriter:
             self._hand_over()
 
     def _begin(self) -> None:
+        """The manifest comes first: it says whose the files beside it are."""
         discard_store(self.path)
         if self.tokens is not None:
             save_tensors(self.path / TOKENS, {"tokens": self.tokens})
+            self.tokens_sha256 = sha256(self.path / TOKENS)
+        self._write_manifest(0, 0, complete=False)
 
     def _wait(self, split: Split, columns: Columns, own: Bool[Tensor, " rows"]) -> None:
         part = {name: tensor[own] for name, tensor in columns.items()}
@@ -149,6 +166,8 @@ class StoreWriter:
             if parts
             for name in parts[0]
         }
+        if not self.shards:
+            self._begin()
         file = f"shard-{len(self.shards):05d}.safetensors"
         partial = self.path / f"{file}.partial"
         try:
@@ -166,16 +185,10 @@ class StoreWriter:
         """The last shard, and that it was the last.
 
         Raises:
-            UsageError: there is nothing to hold out; what there is stays.
+            UsageError: there is nothing to hold out.
         """
+        self.division.require_rows(f"give at least {EVERY}, or pass the activations to sae.train as a tensor")
         self.flush()
-        n = self.division.n_rows
-        empty = [split for split in SPLITS if not n[split]]
-        if empty:
-            raise UsageError(
-                f"{self.division.n_inputs} inputs leave no rows for {' and '.join(empty)}, as every {EVERY // 2}th is "
-                f"held out; give at least {EVERY}, or pass the activations to sae.train as a tensor"
-            )
         self._write_manifest(self.division.n_inputs, self.n_batches, complete=True)
 
     def _write_manifest(self, n_inputs: int, n_batches: int, complete: bool) -> None:
@@ -188,12 +201,13 @@ class StoreWriter:
             n_inputs=n_inputs,
             n_batches=n_batches,
             shards=tuple(self.shards),
+            tokens_sha256=self.tokens_sha256,
             origin=self.origin,
         )
         write_text(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
-def is_complete(path: Path, fields: Mapping[str, Any]) -> bool:
+def is_complete(path: Path, fields: Mapping[str, Any], dtype: DtypeName | None) -> bool:
     """Whether a folder holds a whole store.
 
     Raises:
@@ -202,6 +216,7 @@ def is_complete(path: Path, fields: Mapping[str, Any]) -> bool:
     if not (path / MANIFEST).exists() or not (was := read_manifest(path)).complete:
         return False
     require_same_origin(path, {key: was.origin.get(key) for key in fields}, fields)
+    require_same_origin(path, {"dtype": was.dtype}, {"dtype": dtype or was.dtype})
     return True
 
 
@@ -226,13 +241,27 @@ def checked(tensor: Tensor, dtype: DtypeName, name: str) -> Tensor:
     if not bool(tensor.isfinite().all()):
         raise UsageError(f"{name} holds NaN or infinity; look at the inputs")
     largest = float(tensor.abs().max())
-    raise UsageError(f"{name} is up to {largest:.3g}, more than {dtype} can hold; use bfloat16 or float32 (--dtype)")
+    remedy = "use --dtype bfloat16 or float32" if dtype == "float16" else "scale them down"
+    raise UsageError(f"{name} is up to {largest:.3g}, more than {dtype} can hold; {remedy}")
 
 
 def discard_store(path: Path) -> None:
     """Deletes a store's files, and nothing else: last the manifest, which tells what they are."""
-    for file in [*path.glob("shard-*.safetensors"), *path.glob("shard-*.partial"), path / TOKENS, path / MANIFEST]:
-        file.unlink(missing_ok=True)
+    if (path / MANIFEST).exists():
+        for file in [*path.glob("shard-*.safetensors"), *path.glob("shard-*.partial"), path / TOKENS, path / MANIFEST]:
+            file.unlink(missing_ok=True)
+
+
+def require_own(path: Path) -> None:
+    """Refuses a folder with files that a store would replace, and that are of no store.
+
+    Raises:
+        UsageError: there are such.
+    """
+    if not (path / MANIFEST).exists():
+        foreign = sorted(file.name for file in [*path.glob("shard-*.safetensors"), *path.glob(TOKENS)])
+        if foreign:
+            raise UsageError(f"{path} holds {foreign[0]} of something else; give another --out")
 
 
 def _name(dtype: torch.dtype) -> DtypeName:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sae.directory import STATUS
-from sae.ensemble import Diverged, Ensemble, Run, SharedSource, Stop
+from sae.ensemble import Diverged, Ensemble, Run, SharedSource
 from sae.errors import Interrupted, UsageError
 from sae.run import as_it_begins, conclude, open_run
 from sae.sources import Source
+from sae.stopping import Stop
 from sae.sweep.plan import Member, SweepSection
 from sae.sweep.rules import Line, Stopped, read_lines, verdict
 from toymodels.files import write_text

@@ -9,8 +9,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from sae.ensemble import Stop, stop_requested
 from sae.errors import UsageError
+from sae.stopping import Stop, stop_requested
 from sae.sweep.group import Ended, Group, Logged, Tell, opener
 
 

@@ -19,13 +19,13 @@ from sae.directory import (
     discard,
     require_same_run,
 )
-from sae.ensemble import Stop, stop_requested
 from sae.errors import UsageError
 from sae.kernels import require_device
 from sae.locks import LOCK, cannot_write, held, require_free
 from sae.log import require_wandb
 from sae.report.data import SWEEP
 from sae.run import as_it_begins, write_report_if_installed
+from sae.stopping import Stop, stop_requested
 from sae.sweep.group import Ended, Group, Logged, OpenSource, Tell, opener
 from sae.sweep.machines import connect, on_machines, require_ray
 from sae.sweep.plan import Member, Plan

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from sae.ensemble import Stop, stop_requested
+from sae.stopping import Stop, stop_requested
 from sae.sweep.group import Ended, Group, Tell, opener
 from toymodels.processes import child_environment, n_cores
 
