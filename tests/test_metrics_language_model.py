@@ -200,7 +200,7 @@ def test_named_outputs_and_modules_that_work_in_place():
         (lambda hidden: ["mask", hidden], lambda output: output[1]),
         (lambda hidden: ("mask", hidden), lambda output: output[1]),
         (lambda hidden: {"mask": None, "hidden": hidden}, lambda output: output["hidden"]),
-        (lambda hidden: BaseModelOutput(hidden), lambda output: output.last_hidden_state),
+        (BaseModelOutput, lambda output: output.last_hidden_state),
     ],
     ids=["list", "tuple", "mapping", "transformers"],
 )
