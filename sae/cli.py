@@ -18,6 +18,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from sae.commands import COMMANDS, Bench, Convert, Demo, Eval, Harvest, Latents, Report, Store, Sweep, Train
 from sae.errors import Interrupted, UsageError
+from sae.leaderboard_command import Leaderboard
 from toymodels.errors import nearest
 from toymodels.one_line import require_command, understood
 
@@ -25,6 +26,7 @@ Command = (
     Annotated[Demo, subcommand("demo", prefix_name=False)]
     | Annotated[Train, subcommand("train", prefix_name=False)]
     | Annotated[Sweep, subcommand("sweep", prefix_name=False)]
+    | Annotated[Leaderboard, subcommand("leaderboard", prefix_name=False)]
     | Annotated[Harvest, subcommand("harvest", prefix_name=False)]
     | Annotated[Store, subcommand("store", prefix_name=False)]
     | Annotated[Eval, subcommand("eval", prefix_name=False)]
@@ -33,13 +35,15 @@ Command = (
     | Annotated[Convert, subcommand("convert", prefix_name=False)]
     | Annotated[Bench, subcommand("bench", prefix_name=False)]
 )
-AnyCommand: TypeAlias = Demo | Train | Sweep | Harvest | Store | Eval | Latents | Report | Convert | Bench
+AnyCommand: TypeAlias = Demo | Train | Sweep | Leaderboard | Harvest | Store | Eval | Latents | Report | Convert | Bench
+ALL_COMMANDS = {**COMMANDS, "leaderboard": Leaderboard}
 REGISTRY = ConstructorRegistry()
 # Flags of commands that read a file, beside those that set a value of it.
 OF_BOTH = ("--out", "--resume", "--no-resume", "--overwrite", "--no-overwrite", "--help")
 OF_COMMANDS = {
     "train": (*OF_BOTH, "--plugin"),
     "sweep": (*OF_BOTH, "--plugin"),
+    "leaderboard": (*OF_BOTH, "--plugin", "--add", "--recipe"),
     "harvest": (*OF_BOTH, "--modules", "--dtype"),
 }
 
@@ -72,7 +76,7 @@ def parse(words: Sequence[str]) -> AnyCommand:
         UsageError: they ask for none.
         SystemExit: they ask for help, which is printed.
     """
-    require_command("sae", words, COMMANDS)
+    require_command("sae", words, ALL_COMMANDS)
     overrides, rest = _split_overrides(words) if words[0] in OF_COMMANDS else ([], list(words))
     if any(not word or (word.startswith("--") and word.partition("=")[1:] == ("=", "")) for word in rest):
         raise UsageError(f"a word of `sae {shlex.join(words)}` is empty; is a shell variable unset?")
@@ -88,10 +92,10 @@ def parse(words: Sequence[str]) -> AnyCommand:
         )
         return found
 
-    command, unknown = understood(read, "sae", words, COMMANDS)
+    command, unknown = understood(read, "sae", words, ALL_COMMANDS)
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
-    if isinstance(command, Train | Sweep | Harvest):
+    if isinstance(command, Train | Sweep | Leaderboard | Harvest):
         command.overrides = tuple(overrides)
     return command
 
@@ -110,7 +114,12 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     sections += ["--sweep"] if words[0] == "sweep" else []
     if words[0] == "harvest":
         sections = ["--source"]
-    example = "--source.n_tokens 1_000_000" if words[0] == "harvest" else "--sae.k 3"
+    if words[0] == "leaderboard":
+        from sae.leaderboard.recipe import Recipe  # noqa: PLC0415
+
+        sections = [f"--{name}" for name in Recipe.model_fields]
+    examples = {"harvest": "--source.n_tokens 1_000_000", "leaderboard": "--train.n_samples 1_000_000"}
+    example = examples.get(words[0], "--sae.k 3")
     overrides, rest, queue = [], [], list(words)
     while queue:
         word = queue.pop(0)

@@ -33,6 +33,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return mapping
 
 
+def config_path(name: str) -> Path:
+    """A recipe of `configs/`: beside the packages in a checkout, inside this one when installed from a wheel."""
+    package = Path(__file__).parent
+    return next(path for path in (package.parent / "configs" / name, package / "configs" / name) if path.is_file())
+
+
 def flags(words: Sequence[str]) -> dict[str, Any]:
     """Dotted names and their values from the words `--name value` and `--name=value`."""
     values: dict[str, Any] = {}

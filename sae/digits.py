@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sae.baselines import require_sklearn
 from sae.config import load_config
+from sae.config_text import config_path
 from sae.console import print_table, progress
 from sae.directory import check_out
 from sae.errors import UsageError
@@ -184,9 +185,3 @@ def show(table: dict[str, list[dict[str, float]]], metrics: dict[str, float]) ->
         f"SAE: L0 {metrics['metrics/l0']:.1f}, FVU {metrics['metrics/fvu']:.3f}, "
         f"{metrics['sparsity/dead_features']:.0f} dead latents",
     )
-
-
-def config_path(name: str) -> Path:
-    """A recipe of `configs/`: beside the packages in a checkout, inside this one when installed from a wheel."""
-    package = Path(__file__).parent
-    return next(path for path in (package.parent / "configs" / name, package / "configs" / name) if path.is_file())

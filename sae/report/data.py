@@ -32,6 +32,7 @@ CONFIG, LINES, RESULT, TABLES, WEIGHTS = FILES = (
 SUMMARY = "summary.json"
 BASELINES = "baselines.json"
 SWEEP = "sweep.json"
+LEADERBOARD = "leaderboard.json"
 CLASSES = "classes.json"
 FEATURES, DIAGNOSIS = "features.csv", "diagnosis.json"
 # A feature is found when its own latent has a cosine above this.

@@ -53,19 +53,27 @@ class Outcome:
         return [row for row in self.rows if row["status"] != "done"]
 
 
-def run_sweep(plan: Plan, *, resume: bool = False, overwrite: bool = False, on_event: OnEvent | None = None) -> Outcome:
+def run_sweep(
+    plan: Plan,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: OnEvent | None = None,
+    open_source: OpenSource | None = None,
+) -> Outcome:
     """Trains every member into its own directory, and writes sweep.json and report.html beside them.
 
     A member that diverges, is stopped by a rule or fails does not stop the others. `on_event` hears of each logged
     line and each end. With `resume` members that ended are left as they are, and others go on from their checkpoints.
+    `open_source` gives sources to members that this process trains, where they are open already.
 
     Raises:
         UsageError: the sweep cannot begin; nothing was trained or written.
     """
-    _check(plan, resume, overwrite)
+    check_sweep(plan, resume, overwrite)
     table = {member.name: _row(member, _ended_before(plan, member, resume)) for member in plan.members}
     left = [member for member in plan.members if table[member.name]["status"] == UNFINISHED]
-    open_source = opener()
+    open_source = open_source or opener()
     if plan.section.n_jobs == 1 and not plan.section.ray:
         for member in left:
             open_source(member)  # bad data are told before an earlier sweep is given up
@@ -111,7 +119,7 @@ def _train(plan: Plan, groups: list[Group], open_source: OpenSource, tell: Tell,
     elif plan.section.n_jobs > 1:
         in_processes(groups, plan.section.n_jobs, tell, stop)
     else:
-        with _quiet():
+        with quiet():
             for group in groups:
                 if stop():
                     for member in group.members:
@@ -135,8 +143,12 @@ def _parts(plan: Plan, members: list[Member]) -> Iterator[tuple[Member, ...]]:
             yield tuple(same[len(same) * number // n_parts : len(same) * (number + 1) // n_parts])
 
 
-def _check(plan: Plan, resume: bool, overwrite: bool) -> None:
-    """What can be told before anything runs."""
+def check_sweep(plan: Plan, resume: bool, overwrite: bool) -> None:
+    """What can be told before anything runs.
+
+    Raises:
+        UsageError: the sweep cannot begin.
+    """
     out = plan.out
     for member in plan.members:
         try:
@@ -239,7 +251,7 @@ def _write(plan: Plan, table: dict[str, dict[str, Any]]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What each of many runs would say of itself is left out; warnings are told."""
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -1,0 +1,67 @@
+"""What the command line shows of a leaderboard: what is under way, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import isfinite
+
+from sae.console import one_bar, print_table
+from sae.leaderboard.run import Outcome
+from sae.metrics.seeds import Interval
+from sae.report.standings import Leaderboard, Standing
+from sae.report.tables import Score
+
+# Shorter than on a page, and as many digits as tell methods apart.
+NAMES = {"recovery/coverage_0.9": "cov", "seconds": "s", "details/samples_per_second": "k/s"}
+FORMS = {"metrics/fvu": ".3f", "metrics/dead": ".0%", "seconds": ".0f", "details/samples_per_second": ".0f"}
+
+
+@contextmanager
+def stage_bar(stage: str, n: int) -> Iterator[Callable[[], object]]:
+    """A bar of n parts."""
+    with one_bar(stage, n) as bar:
+        bar.unit = "part"
+        yield bar.update
+
+
+def print_standings(board: Leaderboard) -> None:
+    """The table: mean over seeds, below it half of the 95 % interval."""
+    columns = board.columns
+    rows = []
+    for each in board.standings:
+        rank = "" if each.rank is None else f"{each.rank}{' =' if each.level and each.rank > 1 else '  '}"
+        rows.append([each.method, rank, *(_cell(each, score) for score in columns)])
+    world, n = board.about["world"], board.n_seeds
+    spread = (
+        f"Mean over {n} seeds ± half of the 95 % interval; without ±: one run." if n > 1 else "One seed: no interval."
+    )
+    print_table(
+        board.title,
+        ["", "rank", *(NAMES.get(score.key, score.name) for score in columns)],
+        rows,
+        f"{world['n_features']:,} features in {world['d_in']:,} dimensions; L0 {board.about['l0']:g}, "
+        f"{board.about['n_samples']:,} samples.\n{spread}\nRanked by MCC, then F1. =: its interval overlaps that of "
+        "the first. oracle*: the true features, without a rank.\ncov: share of features with a cosine > .9. purity, "
+        "dim.: mean over latents.\ns: to train or fit on one core; k/s: thousand samples a second.",
+    )
+
+
+def last_line(outcome: Outcome) -> str:
+    """Who is missing."""
+    left = outcome.missing
+    named = ", ".join(f"{row['method']} seed {row['seed']} ({row['status']})" for row in left[:5])
+    named += ", ..." if len(left) > 5 else ""
+    remedy = "; continue with --resume" if outcome.signal_number else ""
+    return f"{len(left)} of {len(left) + len(outcome.rows)} are not done: {named}{remedy}"
+
+
+def _cell(standing: Standing, score: Score) -> str:
+    """`.998` over `±.001`, or a mean alone, or a dash."""
+    found: Interval | None = standing.scores.get(score.key)
+    if found is None:
+        return "–"
+    form = FORMS.get(score.key, score.form)
+    scale = 1e-3 if score.key == "details/samples_per_second" else 1.0
+    half = f"\n±{scale * found.half:{form}}" if isfinite(found.half) else ""
+    return f"{scale * found.mean:{form}}{half}".replace("±0.", "±.")
