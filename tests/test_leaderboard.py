@@ -75,6 +75,13 @@ def rows(out: Path) -> dict[tuple[str, int], dict]:
     return {(row["method"], row["seed"]): {k: v for k, v in row.items() if k not in TIMES} for row in found}
 
 
+def assert_same(ours: dict, theirs: dict) -> None:
+    """Sums of metrics may be taken by another number of threads."""
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key] == (pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value), key
+
+
 def missing(out: Path) -> dict[tuple[str, int], str]:
     found = json.loads((out / "leaderboard.json").read_text())["missing"]
     return {(row["method"], row["seed"]): row["status"] for row in found}
@@ -313,7 +320,7 @@ def test_a_leaderboard_that_was_stopped_twice_ends_with_the_same_bits(board, fil
     ended = run_leaderboard(read(files), out, resume=True)
     assert (ended.signal_number, ended.missing) == (0, [])
     for key, row in rows(board).items():
-        assert rows(out)[key] == pytest.approx(row, rel=1e-9, abs=1e-12)
+        assert_same(rows(out)[key], row)
     for name in ("topk-seed1", "relu-seed0"):
         ours, theirs = (load_file(where / "saes" / name / "sae.safetensors") for where in (out, board))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -419,9 +426,12 @@ def test_the_page_ranks_draws_and_says_how_it_was_measured(board):
     means = [trace for trace in dots["data"] if "error_x" in trace and trace["xaxis"] == "x"]
     drawn = {method: x for trace in means for method, x in zip(trace["customdata"], trace["x"], strict=True)}
     assert drawn == pytest.approx({each.method: each.scores["recovery/mcc"].mean for each in standings}, abs=1e-4)
-    assert dots["layout"]["yaxis"]["ticktext"][0] == "TopK" if first.method == "topk" else True
-    assert [sum(len(trace["x"]) for trace in figure["data"]) for figure in (error, cost)] == [4, 4]
-    assert "Intel" in page.text or "hardware" in page.text
+    assert len(dots["layout"]["yaxis"]["ticktext"]) == len(standings)
+    assert [sum(len(trace["x"]) for trace in figure["data"]) for figure in (error, cost)] == [
+        4,
+        3,
+    ]  # oracles cost nothing
+    assert f"torch {torch.__version__}" in page.text
     assert "kind: topk" in page.text
     assert sae.report.write_report([board]) == board / "report.html"
     with pytest.raises(UsageError, match="is a leaderboard, which has a page of its own"):

@@ -9,12 +9,12 @@ from math import isfinite
 from sae.console import one_bar, print_table
 from sae.leaderboard.run import Outcome
 from sae.metrics.seeds import Interval
-from sae.report.standings import Leaderboard, Standing
-from sae.report.tables import Score
+from sae.report.standings import SCALES, SECONDS, SPEED, Leaderboard, Standing
+from sae.report.tables import DEAD, Score
 
 # Shorter than on a page, and as many digits as tell methods apart.
-NAMES = {"recovery/coverage_0.9": "cov", "seconds": "s", "details/samples_per_second": "k/s"}
-FORMS = {"metrics/fvu": ".3f", "metrics/dead": ".0%", "seconds": ".0f", "details/samples_per_second": ".0f"}
+NAMES = {"recovery/coverage_0.9": "cov", SECONDS: "s", SPEED: "k/s"}
+FORMS = {DEAD: ".0%", SECONDS: ".0f"}
 
 
 @contextmanager
@@ -62,6 +62,6 @@ def _cell(standing: Standing, score: Score) -> str:
     if found is None:
         return "–"
     form = FORMS.get(score.key, score.form)
-    scale = 1e-3 if score.key == "details/samples_per_second" else 1.0
+    scale = SCALES.get(score.key, 1.0)
     half = f"\n±{scale * found.half:{form}}" if isfinite(found.half) else ""
     return f"{scale * found.mean:{form}}{half}".replace("±0.", "±.")

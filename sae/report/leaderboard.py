@@ -9,13 +9,12 @@ from sae.report import leaderboard_figures as figures
 from sae.report.html import plot
 from sae.report.keys import SHAPES
 from sae.report.leaderboard_figures import FAMILIES, name_of
-from sae.report.standings import F1, PURITY, SECONDS, Leaderboard, Standing
+from sae.report.standings import F1, PURITY, SCALES, SECONDS, Leaderboard, Standing
 from sae.report.tables import FVU, MCC, Score, join_words, number, seed_table
 from toymodels.pages import Html, folded, grid, join, section, table, tag
 
-# Less error than this is none: on a logarithmic axis PCA would stand many decades from all others.
-NO_ERROR = 1e-3
-LEAST_SECONDS = 0.1
+# Of the figures: where an error is 0, as PCA's, it would stand very far from all others.
+DECADES_OF_ERROR, DECADES_OF_SECONDS = 2.3, 1.2
 
 
 def leaderboard_contents(board: Leaderboard) -> Html:
@@ -112,7 +111,7 @@ def _table(board: Leaderboard) -> Html:
     return section(
         "Standings",
         reading,
-        table(header, rows, "Standings"),
+        tag("div", table(header, rows, "Standings"), class_="standings"),
         folded("What the columns are", meanings),
         folded("Every metric", inner),
     )
@@ -122,16 +121,15 @@ def _trades(board: Leaderboard) -> Html:
     by_key = {score.key: score for score in board.columns}
     pictures = []
     if F1 in by_key and FVU in by_key:
-        error = figures.trade(board.standings, by_key[FVU], by_key[F1], NO_ERROR)
+        error = figures.trade(board.standings, by_key[FVU], by_key[F1], DECADES_OF_ERROR)
         pictures.append(plot(error, "F1 against FVU: up and to the left is better", "F1 against FVU", shape="trade"))
-    if SECONDS in by_key:
+    if board.ranked:
         cost = by_key[SECONDS]._replace(name="seconds on one core")
-        seconds = figures.trade(board.standings, cost, by_key[MCC], LEAST_SECONDS)
-        pictures.append(
-            plot(seconds, "MCC against time: up and to the left is better", "MCC against time", shape="trade")
-        )
+        seconds = figures.trade(board.ranked, cost, by_key[MCC], DECADES_OF_SECONDS)
+        title = "MCC against time: up and to the left is better"
+        pictures.append(plot(seconds, title, "MCC against time", shape="trade"))
     reading = "An error says little of whether the features were found, and time buys less than a good method does."
-    note = f"Errors below {NO_ERROR:g} and times below {LEAST_SECONDS:g} s stand at the left end."
+    note = "Errors and times that are smaller than an axis shows stand at its left end."
     return section("What it costs", reading, _key(board), grid(*pictures, columns=2), tag("p", note, class_="note"))
 
 
@@ -201,7 +199,8 @@ def _cell(standing: Standing, score: Score) -> Html:
     found = standing.scores.get(score.key)
     if found is None:
         return Html("–")
-    return number(found.mean, score.form, found.half if isfinite(found.half) else None)
+    scale = SCALES.get(score.key, 1.0)
+    return number(scale * found.mean, score.form, scale * found.half if isfinite(found.half) else None)
 
 
 def _said(standing: Standing, key: str) -> str:

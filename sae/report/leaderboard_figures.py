@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae.report.figures import _axis, _figure, _positive_axis, _short
+from sae.report.figures import _axis, _figure, _short
 from sae.report.html import Figure
 from sae.report.standings import Standing
 from sae.report.tables import MCC, Score, method_name
@@ -24,7 +24,7 @@ ROW_PIXELS, FRAME_PIXELS = 25, 64
 GAP = 0.025
 # What a label takes of a small figure, in shares of its width (a letter) and of its height (a line); how far off it
 # stands.
-LETTER, LINE, OFF = 0.0135, 0.05, 0.018
+LETTER, LINE, OFF = 0.0125, 0.038, 0.016
 
 
 class Place(NamedTuple):
@@ -48,9 +48,19 @@ PLACES = (
 )
 
 
+# Names that a label has room for, where those of other tables are long.
+SHORT = {
+    "random": "random",
+    "data_points": "data points",
+    "oracle": "oracle",
+    "oracle_k": "oracle, k at most",
+    "oracle_pursuit": "oracle, pursuit",
+}
+
+
 def name_of(standing: Standing) -> str:
     """What a reader calls a method."""
-    return method_name(standing.method)
+    return SHORT.get(standing.method, method_name(standing.method))
 
 
 def rows_of_dots(standings: Sequence[Standing], scores: Sequence[Score]) -> Figure:
@@ -101,20 +111,19 @@ def rows_of_dots(standings: Sequence[Standing], scores: Sequence[Score]) -> Figu
     return _figure(traces, **layout)
 
 
-def trade(standings: Sequence[Standing], across: Score, up: Score, least: float) -> Figure:
-    """Two scores against each other, a labelled point a method. What lies below `least` on the horizontal, logarithmic
-    axis stands at its left end."""
+def trade(standings: Sequence[Standing], across: Score, up: Score, decades: float) -> Figure:
+    """Two scores against each other, a labelled point a method. The horizontal axis is logarithmic, so many decades from
+    its largest value down; what lies below these stands at its left end."""
     shown = [each for each in standings if across.key in each.scores and up.key in each.scores]
-    x = np.array([max(each.scores[across.key].mean, least) for each in shown])
+    values = np.array([each.scores[across.key].mean for each in shown])
+    x = values.clip(min=max(float(values.max()), 1e-9) / 10**decades)
     y = np.array([each.scores[up.key].mean for each in shown])
-    axis = _positive_axis([{"y": x.tolist()}])
-    log = axis.get("type") == "log"
-    at = np.log10(x) if log else x
-    span = max(float(at.max() - at.min()), 1e-9)
-    low, high = float(at.min()) - 0.06 * span, float(at.max()) + 0.06 * span
-    axis = {key: value for key, value in axis.items() if key != "rangemode"} | {"range": [low, high]}
+    frames = [_frame(np.log10(x), 0.07), _frame(y, 0.07)]
     labels = [name_of(each) for each in shown]
-    places = _placed((at - low) / (high - low), (y + 0.06) / 1.14, labels)
+    at_x, at_y = ((at - low) / (high - low) for at, (low, high) in zip((np.log10(x), y), frames, strict=True))
+    places = _placed(at_x, at_y, labels)
+    ticks = [step * 10.0**power for power in range(-9, 7) for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if frames[0][0] <= np.log10(tick) <= frames[0][1]]
     traces = []
     for family, (_, colour, marker) in FAMILIES.items():
         own = [i for i, each in enumerate(shown) if each.family == family]
@@ -133,7 +142,15 @@ def trade(standings: Sequence[Standing], across: Score, up: Score, least: float)
                 "cliponaxis": False,
             }
         )
-    return _figure(traces, xaxis=_axis(across.name, **axis), yaxis=_axis(up.name, range=[-0.06, 1.08]))
+    axis = {"type": "log", "range": frames[0], "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return _figure(traces, xaxis=_axis(across.name, **axis), yaxis=_axis(up.name, range=frames[1]))
+
+
+def _frame(values: np.ndarray, margin: float) -> list[float]:
+    """From the least to the largest, and a share of that more on both sides."""
+    low, high = float(values.min()), float(values.max())
+    more = margin * (high - low) or margin
+    return [low - more, high + more]
 
 
 def _seeds(own: Sequence[tuple[int, Standing]], score: Score, number: str) -> dict[str, Any]:

@@ -24,12 +24,14 @@ COLUMNS = (
     Score(F1, "F1", ".3f", "agreement on when a feature fires, mean over features"),
     Score(PURITY, "purity", ".3f", "share of what a latent tells that is about its best feature; 1 is monosemantic"),
     Score("dimensionality/feature_dimensionality", "dim.", ".3f", "dimensions that a latent has to itself, mean"),
-    Score(FVU, "FVU", ".4f", "share of the variance that the reconstruction misses"),
+    Score(FVU, "FVU", ".3f", "share of the variance that the reconstruction misses"),
     Score(L0, "L0", ".2f", "latents that fire for one activation, mean"),
     Score(DEAD, "dead", ".1%", "share of latents that never fire"),
     Score(SECONDS, "seconds", ".1f", "to train or fit on one core"),
-    Score(SPEED, "samples / s", ",.0f", "activations that training takes in a second, on one core"),
+    Score(SPEED, "thousand / s", ".0f", "activations that training takes in a second, on one core, in thousands"),
 )
+SCALES = {SPEED: 1e-3}
+"""What a column multiplies its values by."""
 
 
 @dataclass(frozen=True, eq=False)
