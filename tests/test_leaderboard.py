@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from scipy import stats
-from test_docs import EXAMPLE
-from test_report import Page
+from test_docs import DOCS, EXAMPLE
+from test_report import CHROMIUM, Page
 
 import sae
 from sae import SAEConfig, baselines
@@ -102,6 +103,12 @@ def test_the_recipe_that_comes_along_leaves_nobody_out():
     assert (recipe.seeds, recipe.train.data_seed) == (3, 0)
 
 
+def test_every_field_of_a_recipe_has_its_row():
+    page = (DOCS / "leaderboard.md").read_text()
+    rows = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
+    assert [name for name in ("world", *Recipe.model_fields) if f"`{name}`" not in rows] == []
+
+
 def test_l0_in_an_entry_is_the_number_of_features_that_fire(files):
     sae.load_plugin(EXAMPLE)
     added = ("{kind: batchtopk, k: l0}", "{kind: jumprelu, l0: l0, initial_l0: 4}", "{kind: groupmax, n_groups: l0}")
@@ -147,20 +154,26 @@ def test_a_world_is_a_description_a_folder_or_the_source_of_a_configuration(file
     }
 
 
-def test_directions_alone_are_enough_where_an_l0_is_given(files, tmp_path, caplog):
+def test_directions_alone_are_enough_where_an_l0_is_given(run_cli, files, tmp_path, caplog):
     stream = torch.Generator().manual_seed(0)
     truth = torch.nn.functional.normalize(torch.randn(12, 5, generator=stream), dim=1)
     np.save(tmp_path / "truth.npy", truth.numpy())
-    np.save(tmp_path / "acts.npy", (torch.rand(4000, 12, generator=stream).clamp_min(0.8) @ truth).numpy())
+    acts = (torch.rand(4000, 12, generator=stream) - 0.8).relu()
+    np.save(tmp_path / "acts.npy", (acts @ truth).numpy())
     source = {"kind": "array", "path": str(tmp_path / "acts.npy"), "truth": str(tmp_path / "truth.npy")}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"source": source}))
-    with pytest.raises(UsageError, match="not when they fire, nor therefore its L0; give one by --l0"):
-        definite(read(files, world=tmp_path / "mine.yaml"))
+    words = ["leaderboard", tmp_path / "mine.yaml", "--recipe", files / "recipe.yaml", "--out", tmp_path / "out"]
+    run_cli(*words).assert_refused("not when they fire, nor therefore its L0; give one by --l0")
     with caplog.at_level("INFO", "sae"):
-        found = definite(read(files, "--l0", "2.4", world=tmp_path / "mine.yaml"))
-    assert found.recipe.baselines == ["random"]
+        assert run_cli(*words, "--l0", "2.4", "--seeds", "1").code == 0
     assert "which these need: oracle; they are left out" in caplog.text
-    assert (found.k, found.l0_truth, found.d_sae) == (2, None, 12)
+    found = rows(tmp_path / "out")
+    assert list(found) == [("topk", 0), ("relu", 0), ("random", 0)]
+    assert [found["topk", 0]["sae.k"], found["relu", 0]["sae.l0"]] == [2, 2.4]
+    assert not any("recovery/f1" in row for row in found.values())
+    page = Page(tmp_path / "out/report.html")
+    assert "12 true features in 5 dimensions, of which it is not known when they fire." in page.text
+    assert len(page.figures) == 2  # without F1 there is no figure of it against the error
 
 
 @pytest.mark.parametrize(
@@ -338,6 +351,10 @@ def test_resume_trains_what_is_new_and_leaves_the_rest(run_cli, files, tmp_path)
     assert [row["method"] for row in after["rows"]] == ["topk", "relu", "batchtopk", "random"]
     assert after["rows"][-1] == before["rows"][-1]
     assert (out / "saes/topk-seed0/sae.safetensors").stat().st_mtime_ns == weights
+    # All take their turns again beside the new one; where nothing is new, nobody does.
+    assert [row[TIMES[1]] for row in after["rows"][:2]] != [row[TIMES[1]] for row in before["rows"][:2]]
+    assert run_cli(*given, "--resume").code == 0
+    assert json.loads((out / "leaderboard.json").read_text())["rows"] == after["rows"]
     assert {key[0]: row for key, row in rows(out).items() if key[0] == "relu"} == {
         "relu": {k: v for k, v in before["rows"][1].items() if k not in TIMES}
     }
@@ -436,3 +453,15 @@ def test_the_page_ranks_draws_and_says_how_it_was_measured(board):
     assert sae.report.write_report([board]) == board / "report.html"
     with pytest.raises(UsageError, match="is a leaderboard, which has a page of its own"):
         sae.report.write_report([board, board / "saes/topk-seed0"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_draws_every_figure(board, tmp_path):
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=9000"
+    done = subprocess.run(
+        [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path}", "--dump-dom", (board / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert done.stdout.count('class="plot-container plotly') == 3

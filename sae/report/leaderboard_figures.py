@@ -112,8 +112,8 @@ def rows_of_dots(standings: Sequence[Standing], scores: Sequence[Score]) -> Figu
 
 
 def trade(standings: Sequence[Standing], across: Score, up: Score, decades: float) -> Figure:
-    """Two scores against each other, a labelled point a method. The horizontal axis is logarithmic, so many decades from
-    its largest value down; what lies below these stands at its left end."""
+    """Two scores against each other, a labelled point a method. The horizontal axis is logarithmic, so many decades
+    from its largest value down; what lies below these stands at its left end."""
     shown = [each for each in standings if across.key in each.scores and up.key in each.scores]
     values = np.array([each.scores[across.key].mean for each in shown])
     x = values.clip(min=max(float(values.max()), 1e-9) / 10**decades)
