@@ -283,6 +283,7 @@ def test_the_recipe_it_leaves_is_the_whole_of_it(board):
     again = definite(read_recipe(board / "recipe.yaml"))
     assert again.recipe.to_yaml() == (board / "recipe.yaml").read_text()
     assert [entry.sae.kind for entry in again.entries] == ["topk", "relu"]
+    assert "l0: l0" not in (board / "recipe.yaml").read_text()
 
 
 def test_a_kind_of_ones_own_takes_part(run_cli, files, tmp_path):
