@@ -99,12 +99,23 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a file or a pipe has no width to keep to
+    console = _console()
     console.print(table)
     if caption:
         console.print(caption, style="dim", highlight=False)
+
+
+def _console() -> Console:
+    """On stdout; a file or a pipe has no width to keep to."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def fits(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether there is room for such a table: two more characters a column than its longest line."""
+    columns = zip(header, *rows, strict=True)
+    widths = [max(len(line) for cell in column for line in cell.splitlines() or [""]) + 2 for column in columns]
+    return sum(widths) + 1 <= _console().width
 
 
 def print_methods(title: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:

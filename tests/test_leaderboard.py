@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from scipy import stats
 from test_docs import DOCS, EXAMPLE
 from test_report import CHROMIUM, Page
 
 import sae
-from sae import SAEConfig, baselines
+from sae import SAEConfig, baselines, console
 from sae.config_text import config_path
 from sae.errors import UsageError
 from sae.leaderboard import Recipe, read_recipe, run_leaderboard
 from sae.leaderboard.recipe import definite
 from sae.leaderboard.run import sweep_of
+from sae.leaderboard.show import print_standings
 from sae.locks import held
 from sae.report.standings import read_leaderboard, stand
 from sae.sweep.group import Ended, Logged
@@ -421,6 +423,16 @@ def test_equal_methods_share_a_rank_and_one_seed_tells_nothing_apart():
     found = stand([row("a", 0, 0.9), row("b", 0, 0.9001), row("c", 0, 0.2)])
     assert [(each.rank, each.level) for each in found] == [(1, False), (1, False), (3, False)]
     assert found[0].scores["recovery/mcc"].half == inf
+
+
+def test_a_narrow_terminal_gets_whole_columns_and_is_told_of_the_others(board, monkeypatch, capsys):
+    for width, spared in ((200, None), (60, "dim., k/s, dead")):
+        monkeypatch.setattr(console, "_console", lambda width=width: Console(width=width))
+        print_standings(read_leaderboard(board))
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        assert ("There is no room here" in shown) == (spared is not None)
+        assert spared is None or f"There is no room here for {spared}" in shown
 
 
 # Its page

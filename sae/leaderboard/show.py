@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
 
-from sae.console import one_bar, print_table
+from sae.console import fits, one_bar, print_table
 from sae.leaderboard.run import Outcome
 from sae.metrics.seeds import Interval
 from sae.report.standings import SCALES, SECONDS, SPEED, Leaderboard, Standing
-from sae.report.tables import DEAD, Score
+from sae.report.tables import DEAD, L0, Score
 
 # Shorter than on a page, and as many digits as tell methods apart.
 NAMES = {"recovery/coverage_0.9": "cov", SECONDS: "s", SPEED: "k/s"}
+# Left out where a terminal is narrow, the first of them first.
+SPARED = ("dimensionality/feature_dimensionality", SPEED, DEAD, L0, "recovery/coverage_0.9")
 FORMS = {DEAD: ".0%", SECONDS: ".0f"}
 
 
@@ -26,25 +28,34 @@ def stage_bar(stage: str, n: int) -> Iterator[Callable[[], object]]:
 
 
 def print_standings(board: Leaderboard) -> None:
-    """The table: mean over seeds, below it half of the 95 % interval."""
-    columns = board.columns
+    """The table: mean over seeds, below it half of the 95 % interval; of its columns those that there is room for."""
+    columns, spared = board.columns, []
+    header, rows = _cells(board, columns)
+    for key in SPARED:
+        if fits(header, rows):
+            break
+        spared += [NAMES.get(score.key, score.name) for score in columns if score.key == key]
+        columns = [score for score in columns if score.key != key]
+        header, rows = _cells(board, columns)
+    world, n = board.about["world"], board.n_seeds
+    words = [
+        f"{world['n_features']:,} features in {world['d_in']:,} dimensions; L0 {board.about['l0']:g}, "
+        f"{board.about['n_samples']:,} samples.",
+        f"Mean over {n} seeds ± half of the 95 % interval; without ±: one run." if n > 1 else "One seed: no interval.",
+        "Ranked by MCC, then F1. =: its interval overlaps that of the first.",
+        "oracle*: the true features, without a rank. cov: share of features with a cosine > .9.",
+        "s: to train or fit on one core; k/s: thousand samples a second. purity, dim.: mean over latents.",
+        *([f"There is no room here for {', '.join(spared)}; report.html has them."] if spared else []),
+    ]
+    print_table(board.title, header, rows, "\n".join(words))
+
+
+def _cells(board: Leaderboard, columns: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for each in board.standings:
         rank = "" if each.rank is None else f"{each.rank}{' =' if each.level and each.rank > 1 else '  '}"
         rows.append([each.method, rank, *(_cell(each, score) for score in columns)])
-    world, n = board.about["world"], board.n_seeds
-    spread = (
-        f"Mean over {n} seeds ± half of the 95 % interval; without ±: one run." if n > 1 else "One seed: no interval."
-    )
-    print_table(
-        board.title,
-        ["", "rank", *(NAMES.get(score.key, score.name) for score in columns)],
-        rows,
-        f"{world['n_features']:,} features in {world['d_in']:,} dimensions; L0 {board.about['l0']:g}, "
-        f"{board.about['n_samples']:,} samples.\n{spread}\nRanked by MCC, then F1. =: its interval overlaps that of "
-        "the first. oracle*: the true features, without a rank.\ncov: share of features with a cosine > .9. purity, "
-        "dim.: mean over latents.\ns: to train or fit on one core; k/s: thousand samples a second.",
-    )
+    return ["", "rank", *(NAMES.get(score.key, score.name) for score in columns)], rows
 
 
 def last_line(outcome: Outcome) -> str:
