@@ -45,7 +45,7 @@ def _headline(board: Leaderboard) -> Html:
             (each for each in board.ranked if F1 in each.scores), key=lambda each: each.scores[F1].mean, default=None
         )
         if best is not None and best is not first:
-            verdict.append(f" The best codes are those of {name_of(best)}: F1 {_said(best, F1)}.")
+            verdict.append(f" The highest F1 is that of {name_of(best)}: {_said(best, F1)}.")
     heading = tag("h1", board.title)
     return tag(
         "header", heading, tag("p", said, class_="reading"), tag("p", *verdict, class_="verdict"), _missing(board)
@@ -128,7 +128,7 @@ def _trades(board: Leaderboard) -> Html:
         seconds = figures.trade(board.ranked, cost, by_key[MCC], DECADES_OF_SECONDS)
         title = "MCC against time: up and to the left is better"
         pictures.append(plot(seconds, title, "MCC against time", shape="trade"))
-    reading = "An error says little of whether the features were found, and time buys less than a good method does."
+    reading = "A low error does not say that the features were found; nor does a long time."
     note = "Errors and times that are smaller than an axis shows stand at its left end."
     return section("What it costs", reading, _key(board), grid(*pictures, columns=2), tag("p", note, class_="note"))
 
