@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from sae import plugins
 from sae.baselines import measured, prepare
 from sae.config import SourceConfig
-from sae.ensemble import Stop
 from sae.errors import Interrupted
 from sae.leaderboard.recipe import Definite
 from sae.sources import Source
+from sae.stopping import Stop
 from toymodels.processes import one_thread_each
 
 

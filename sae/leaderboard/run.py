@@ -16,7 +16,7 @@ from sae.bench.machine import machine
 from sae.config import parse_config
 from sae.config_text import read_yaml
 from sae.directory import CONFIG, REPORT, _differences
-from sae.ensemble import SharedSource, Stop, stop_requested
+from sae.ensemble import SharedSource
 from sae.errors import Interrupted, UsageError
 from sae.kernels import resolve_device
 from sae.leaderboard.baselines import Fit, fit_all, fits
@@ -25,6 +25,7 @@ from sae.leaderboard.speed import samples_per_second
 from sae.locks import cannot_write, held, require_free
 from sae.report.data import LEADERBOARD, SWEEP
 from sae.run import write_report_if_installed
+from sae.stopping import Stop, stop_requested
 from sae.sweep.plan import Member, Plan, SweepSection
 from sae.sweep.run import OnEvent, check_sweep, quiet, run_sweep
 from toymodels.files import write_text
