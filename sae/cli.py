@@ -10,33 +10,21 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sae.commands import COMMANDS, Bench, Convert, Demo, Eval, Harvest, Latents, Report, Store, Sweep, Train
+from sae.commands import COMMANDS, Runs, SetsFields
 from sae.errors import Interrupted, UsageError
-from sae.leaderboard_command import Leaderboard
 from toymodels.errors import nearest
 from toymodels.one_line import require_command, understood
 
-Command = (
-    Annotated[Demo, subcommand("demo", prefix_name=False)]
-    | Annotated[Train, subcommand("train", prefix_name=False)]
-    | Annotated[Sweep, subcommand("sweep", prefix_name=False)]
-    | Annotated[Leaderboard, subcommand("leaderboard", prefix_name=False)]
-    | Annotated[Harvest, subcommand("harvest", prefix_name=False)]
-    | Annotated[Store, subcommand("store", prefix_name=False)]
-    | Annotated[Eval, subcommand("eval", prefix_name=False)]
-    | Annotated[Latents, subcommand("latents", prefix_name=False)]
-    | Annotated[Report, subcommand("report", prefix_name=False)]
-    | Annotated[Convert, subcommand("convert", prefix_name=False)]
-    | Annotated[Bench, subcommand("bench", prefix_name=False)]
-)
-AnyCommand: TypeAlias = Demo | Train | Sweep | Leaderboard | Harvest | Store | Eval | Latents | Report | Convert | Bench
-ALL_COMMANDS = {**COMMANDS, "leaderboard": Leaderboard}
+ANNOTATED = [Annotated[command, subcommand(name, prefix_name=False)] for name, command in COMMANDS.items()]
+Command: Any = reduce(or_, ANNOTATED)
 REGISTRY = ConstructorRegistry()
 # Flags of commands that read a file, beside those that set a value of it.
 OF_BOTH = ("--out", "--resume", "--no-resume", "--overwrite", "--no-overwrite", "--help")
@@ -69,19 +57,19 @@ def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
     )
 
 
-def parse(words: Sequence[str]) -> AnyCommand:
+def parse(words: Sequence[str]) -> Runs:
     """The command that the words ask for.
 
     Raises:
         UsageError: they ask for none.
         SystemExit: they ask for help, which is printed.
     """
-    require_command("sae", words, ALL_COMMANDS)
+    require_command("sae", words, COMMANDS)
     overrides, rest = _split_overrides(words) if words[0] in OF_COMMANDS else ([], list(words))
     if any(not word or (word.startswith("--") and word.partition("=")[1:] == ("=", "")) for word in rest):
         raise UsageError(f"a word of `sae {shlex.join(words)}` is empty; is a shell variable unset?")
 
-    def read() -> tuple[AnyCommand, list[str]]:
+    def read() -> tuple[Runs, list[str]]:
         found: tuple[Any, list[str]] = tyro.cli(
             OmitArgPrefixes[Command],  # type: ignore[misc]
             prog="sae",
@@ -92,10 +80,10 @@ def parse(words: Sequence[str]) -> AnyCommand:
         )
         return found
 
-    command, unknown = understood(read, "sae", words, ALL_COMMANDS)
+    command, unknown = understood(read, "sae", words, COMMANDS)
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]!r}; see `sae {type(command).__name__.lower()} --help`")
-    if isinstance(command, Train | Sweep | Leaderboard | Harvest):
+    if isinstance(command, SetsFields):
         command.overrides = tuple(overrides)
     return command
 

@@ -103,7 +103,6 @@ LAYERS = {
         "leaderboard",
         "sae",
         "commands",
-        "leaderboard_command",
         "cli",
         "__main__",
     ],

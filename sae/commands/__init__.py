@@ -1,0 +1,23 @@
+"""The commands: what each is asked for, and whom it calls. What is slow to import is imported when it runs."""
+
+from sae.commands.activations import Harvest, Store
+from sae.commands.base import Runs, SetsFields
+from sae.commands.bench import Bench
+from sae.commands.looking import Convert, Eval, Latents, Report
+from sae.commands.training import Demo, Leaderboard, Sweep, Train
+
+COMMANDS: dict[str, type[Runs]] = {
+    "demo": Demo,
+    "train": Train,
+    "sweep": Sweep,
+    "leaderboard": Leaderboard,
+    "harvest": Harvest,
+    "store": Store,
+    "eval": Eval,
+    "latents": Latents,
+    "report": Report,
+    "convert": Convert,
+    "bench": Bench,
+}
+
+__all__ = ["COMMANDS", "Runs", "SetsFields"]

@@ -1,0 +1,133 @@
+"""Commands that look at what was trained."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from sae.commands.base import WithPlugins
+from sae.errors import UsageError
+
+logger = logging.getLogger("sae")
+
+
+@dataclass
+class Eval(WithPlugins):
+    """Measure a trained SAE again: every metric that applies, and recovery when the truth is known.
+
+    Of a run that is not finished, its newest checkpoint is measured, and nothing is written.
+    """
+
+    run_dir: Positional[Path]
+    baselines: bool = False
+    """Other methods on the same activations too, at as many latents; takes seconds to minutes for each."""
+    diagnose: bool = False
+    """Also where its F1 went, and which true features it misses and why: features.csv, diagnosis.json, and sections of
+    the report. Up to some minutes."""
+    downstream: bool = False
+    """Also what the language model loses that a store was harvested from; it is loaded."""
+    device: str = "cpu"
+    """Where that model computes, a torch device."""
+
+    def run(self) -> None:
+        from sae.console import print_metrics  # noqa: PLC0415
+        from sae.run import evaluate_run  # noqa: PLC0415
+        from sae.unfinished import evaluate_checkpoint, is_unfinished  # noqa: PLC0415
+
+        self.load_plugins()
+        if is_unfinished(self.run_dir):
+            if self.baselines or self.diagnose or self.downstream:
+                raise UsageError(f"{self.run_dir} is not finished; train it to the end, with --resume, for that")
+            evaluation, step, n_steps = evaluate_checkpoint(self.run_dir)
+            print_metrics(evaluation.metrics)
+            print(f"\n{self.run_dir} after step {step} of {n_steps}; nothing was written")
+            return
+        if self.baselines:
+            from sae.baselines.beside import beside_run  # noqa: PLC0415
+            from sae.baselines.show import print_beside  # noqa: PLC0415
+
+            evaluation, rows = beside_run(
+                self.run_dir,
+                self.diagnose,
+                lambda name: logger.info("fitting %s", name),
+                self.device if self.downstream else None,
+            )
+            print_beside(self.run_dir, evaluation, rows)
+        else:
+            evaluation = evaluate_run(self.run_dir, self.diagnose, self.device if self.downstream else None)
+            print_metrics(evaluation.metrics)
+        if self.diagnose:
+            from sae.diagnosis.show import print_diagnosis  # noqa: PLC0415
+
+            print_diagnosis(self.run_dir, evaluation.metrics)
+
+
+@dataclass
+class Latents(WithPlugins):
+    """Show the texts in which latents fire most: RUN_DIR/latents.html, of a run on a language model's activations."""
+
+    run_dir: Positional[Path]
+    which: tuple[int, ...] = ()
+    """Latents to show, by number; default a selection from the most frequent to the rarest."""
+    n_latents: int = 100
+    """How many such a selection has."""
+    n_examples: int = 8
+    """Texts for each."""
+    n_rows: int = 200_000
+    """Tokens that are looked at: the first that the run was trained on."""
+
+    def run(self) -> None:
+        from sae.latents import describe  # noqa: PLC0415
+
+        self.load_plugins()
+        for name in ("n_latents", "n_examples", "n_rows"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        page = describe(self.run_dir, self.which, self.n_latents, self.n_examples, self.n_rows)
+        print(f"wrote {page}; of all latents: latents.safetensors beside it")
+
+
+@dataclass
+class Report(WithPlugins):
+    """Write one self-contained page: report.html of a run or sweep, or comparison.html of several runs."""
+
+    run_dirs: Positional[tuple[Path, ...]]
+    out: Path | None = None
+    """The file to write; default report.html in the directory, or of several comparison.html in the first."""
+
+    def run(self) -> None:
+        from sae.report import write_report  # noqa: PLC0415
+
+        self.load_plugins()
+        if not self.run_dirs:
+            raise UsageError("give at least one run directory, as in `sae report runs/demo`")
+        print(f"wrote {write_report(self.run_dirs, self.out)}")
+
+
+@dataclass
+class Convert(WithPlugins):
+    """Write an SAE in the files of another library, or read one of another library.
+
+    PATH is a run directory, or a folder or file of SAELens, dictionary_learning, sparsify, Gemma Scope or OpenAI, which
+    is recognised by its files. Codes and reconstructions stay the same; what cannot be said there is refused.
+    """
+
+    path: Positional[Path]
+    to: Literal["sae", "saelens", "dictionary_learning", "sparsify"] = "saelens"
+    """Whose files to write; sae: our own, for `sae.load`."""
+    out: Path | None = None
+    """The folder to write; default PATH-FORMAT."""
+    metadata: str = "{}"
+    """What else the files should say, in YAML: '{model_name: gpt2, hook_name: blocks.8.hook_resid_pre}'."""
+    overwrite: bool = False
+    """Replace files in the folder."""
+
+    def run(self) -> None:
+        from sae.formats.convert import convert  # noqa: PLC0415
+
+        self.load_plugins()
+        print(convert(self.path, self.to, self.out, self.metadata, self.overwrite))
