@@ -334,7 +334,8 @@ def open_again(out: Path) -> tuple[SAE, TrainConfig, Source]:
     config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
     if config.source is None:
         raise UsageError(
-            f"{out} was trained on activations passed from Python; use sae.evaluation.evaluate(model, sae.HeldOut(x))"
+            f"{out} was trained on activations passed from Python; give others with --source, in Python "
+            "sae.evaluation.evaluate(model, sae.HeldOut(x))"
         )
     return sae, config, config.source.open()
 

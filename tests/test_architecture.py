@@ -93,6 +93,7 @@ LAYERS = {
         "networks",
         "report",
         "run",
+        "elsewhere",
         "latents",
         "unfinished",
         "baselines",

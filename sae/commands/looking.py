@@ -19,10 +19,15 @@ logger = logging.getLogger("sae")
 class Eval(WithPlugins):
     """Measure a trained SAE again: every metric that applies, and recovery when the truth is known.
 
-    Of a run that is not finished, its newest checkpoint is measured, and nothing is written.
+    Of a run that is not finished, its newest checkpoint is measured, and nothing is written. Nor is it with --source,
+    where RUN_DIR may be an SAE of any library that `sae convert` reads.
     """
 
     run_dir: Positional[Path]
+    source: str | None = None
+    """Other activations than the run's own: '{kind: store, path: acts}', or a YAML file with a section source."""
+    n_samples: int | None = None
+    """With --source: held-out rows that are measured; default 20,000."""
     baselines: bool = False
     """Other methods on the same activations too, at as many latents; takes seconds to minutes for each."""
     diagnose: bool = False
@@ -39,6 +44,9 @@ class Eval(WithPlugins):
         from sae.unfinished import evaluate_checkpoint, is_unfinished  # noqa: PLC0415
 
         self.load_plugins()
+        if self.source is not None or self.n_samples is not None:
+            self._elsewhere()
+            return
         if is_unfinished(self.run_dir):
             if self.baselines or self.diagnose or self.downstream:
                 raise UsageError(f"{self.run_dir} is not finished; train it to the end, with --resume, for that")
@@ -65,12 +73,33 @@ class Eval(WithPlugins):
 
             print_diagnosis(self.run_dir, evaluation.metrics)
 
+    def _elsewhere(self) -> None:
+        from sae.console import print_metrics  # noqa: PLC0415
+        from sae.elsewhere import evaluate_elsewhere  # noqa: PLC0415
+
+        if self.source is None:
+            raise UsageError("--n-samples goes with --source; a run says it by evaluation.n_samples")
+        if self.baselines or self.diagnose or self.downstream:
+            raise UsageError("--baselines, --diagnose and --downstream look at a run's own source; leave --source out")
+        n_samples = 20_000 if self.n_samples is None else self.n_samples
+        if n_samples < 1:
+            raise UsageError(f"--n-samples must be at least 1, got {n_samples}")
+        print_metrics(evaluate_elsewhere(self.run_dir, self.source, n_samples).metrics)
+        print(f"\n{self.run_dir} on other activations; nothing was written")
+
 
 @dataclass
 class Latents(WithPlugins):
-    """Show the texts in which latents fire most: RUN_DIR/latents.html, of a run on a language model's activations."""
+    """Show the texts in which latents fire most: RUN_DIR/latents.html, of a run on a language model's activations.
+
+    With --source RUN_DIR may be an SAE of any library that `sae convert` reads.
+    """
 
     run_dir: Positional[Path]
+    source: str | None = None
+    """Other activations than the run's own: '{kind: store, path: acts}', or a YAML file with a section source."""
+    out: Path | None = None
+    """The folder to write; default RUN_DIR, with --source RUN_DIR-latents."""
     which: tuple[int, ...] = ()
     """Latents to show, by number; default a selection from the most frequent to the rarest."""
     n_latents: int = 100
@@ -81,13 +110,22 @@ class Latents(WithPlugins):
     """Tokens that are looked at: the first that the run was trained on."""
 
     def run(self) -> None:
+        from sae.elsewhere import source_from  # noqa: PLC0415
         from sae.latents import describe  # noqa: PLC0415
 
         self.load_plugins()
         for name in ("n_latents", "n_examples", "n_rows"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        page = describe(self.run_dir, self.which, self.n_latents, self.n_examples, self.n_rows)
+        page = describe(
+            self.run_dir,
+            self.which,
+            self.n_latents,
+            self.n_examples,
+            self.n_rows,
+            source=None if self.source is None else source_from(self.source),
+            out=self.out,
+        )
         print(f"wrote {page}; of all latents: latents.safetensors beside it")
 
 

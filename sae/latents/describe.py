@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.config import parse_config
+from sae import formats
+from sae.config import SourceConfig, parse_config
 from sae.config_text import read_yaml
 from sae.directory import CONFIG, LATENTS
 from sae.errors import UsageError
@@ -29,23 +30,38 @@ BEFORE, BEHIND = 20, 8
 
 
 def describe(
-    out: Path, which: Sequence[int] = (), n_latents: int = 100, n_examples: int = 8, n_rows: int = 200_000
+    path: Path,
+    which: Sequence[int] = (),
+    n_latents: int = 100,
+    n_examples: int = 8,
+    n_rows: int = 200_000,
+    *,
+    source: SourceConfig | None = None,
+    out: Path | None = None,
 ) -> Path:
-    """Writes into a run's directory where its latents fire most, and a page that shows some of them; returns the page.
+    """Writes where latents fire most, and a page that shows some of them, into a run's directory; returns the page.
 
     `which` names latents to show; else n_latents of those that fire are, from the most frequent to the rarest at equal
-    distances in rank. Looked at are the first n_rows rows that the run was trained on.
+    distances in rank. Looked at are the first n_rows rows that the run was trained on. With another `source`, `path`
+    may be an SAE of any library.
 
     Raises:
-        UsageError: the run's activations are not those of a language model, or there are no such latents.
+        UsageError: the activations are not those of a language model, or there are no such latents.
     """
-    sae = load(out)
-    config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
+    if source is None:
+        sae, where = load(path), path / CONFIG
+        texts = open_texts(parse_config(read_yaml(where), where=str(where)).source, n_rows)
+    else:
+        sae, texts = formats.load(path), open_texts(source, n_rows)
+        whole = path.resolve()  # "." has no name of its own
+        out = out or path.parent / f"{whole.stem if path.is_file() else whole.name}-latents"
+    out = path if out is None else out
     wrong = [latent for latent in which if not 0 <= latent < sae.d_sae]
     if wrong:
         raise UsageError(f"latents are numbered 0 to {sae.d_sae - 1}, got {', '.join(map(str, wrong))}")
+    if texts.d_in != sae.d_in:
+        raise UsageError(f"the SAE reads {sae.d_in} dimensions, the activations have {texts.d_in}; give its own")
     with held(out):
-        texts = open_texts(config.source, n_rows)
         examples = find_examples(sae, texts.passages(), n_examples)
         chosen = list(dict.fromkeys(which)) or evenly(examples.frequency, n_latents)
         wanted = [

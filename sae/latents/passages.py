@@ -37,6 +37,8 @@ class Texts(ABC):
     tokenizer: str | None
     """The model whose tokenizer made the tokens; None: it is not known."""
     revision: str | None
+    d_in: int
+    """Width of the activations."""
 
     @abstractmethod
     def passages(self) -> Iterator[Passage]:
@@ -48,7 +50,7 @@ class StoreTexts(Texts):
 
     def __init__(self, store: Store, n_rows: int) -> None:
         origin = store.manifest.origin
-        self.tokens = store.tokens()
+        self.tokens, self.d_in = store.tokens(), store.manifest.d_in
         self.store, self.tokenizer, self.revision = store, _tokenizer(origin), origin.get("revision")
         self.context = store.column("training", "context")[:n_rows].long()
         self.position = store.column("training", "position")[:n_rows].long()
@@ -71,7 +73,7 @@ class ModelTexts(Texts):
     """Of a language model, which computes the rows anew each time."""
 
     def __init__(self, source: ModelSource, n_rows: int) -> None:
-        self.source, self.tokens = source, source.contexts.tokens
+        self.source, self.tokens, self.d_in = source, source.contexts.tokens, source.widths[0]
         self.tokenizer = _tokenizer(source.config.fields)
         self.revision = source.config.revision
         self.order = source.first("training", n_rows)
