@@ -12,41 +12,45 @@ from sae.errors import UsageError
 TOY = {"kind": "toy", "n_features": 12, "d_hidden": 5, "feature_prob": 0.1, "n_steps": 50}
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run on a toy model, and its SAE in the files of another library."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on a toy model, and its SAE in the files of another library, in a folder beside it."""
+    folder = tmp_path_factory.mktemp("elsewhere")
     config = sae.TrainConfig(
         source=TOY,
         sae={"kind": "topk", "d_sae": 12, "k": 2},
         train={"n_samples": 200_000, "batch_size": 256, "lr": 0.01},
         evaluation={"n_samples": 3000},
-        out=tmp_path / "run",
+        out=folder / "run",
     )
     result = sae.train(config, report=False)
-    sae.formats.save(result.sae, tmp_path / "theirs", "saelens")
+    sae.formats.save(result.sae, folder / "theirs", "saelens")
     return result
 
 
 def test_any_sae_is_measured_as_its_own_run_measures_it(run, tmp_path):
     for path in ("run", "theirs"):
-        found = evaluate_elsewhere(tmp_path / path, json.dumps(TOY), 3000).metrics
+        found = evaluate_elsewhere(run.out.parent / path, json.dumps(TOY), 3000).metrics
         assert found == pytest.approx(run.metrics, rel=1e-4, abs=1e-5), path
     assert found["recovery/mcc"] > found["recovery/mcc_chance"]
 
 
 def test_the_source_may_stand_in_a_file(run, tmp_path, run_cli):
-    before = (tmp_path / "run" / "result.json").read_text()
+    before = (run.out / "result.json").read_text()
     (tmp_path / "other.yaml").write_text(json.dumps({"source": TOY | {"seed": 1}}))
-    outcome = run_cli("eval", tmp_path / "theirs", "--source", tmp_path / "other.yaml", "--n-samples", 2000)
+    outcome = run_cli("eval", run.out.parent / "theirs", "--source", tmp_path / "other.yaml", "--n-samples", 2000)
     assert outcome.code == 0, outcome.err
     assert "recovery/mcc" in outcome.out
     assert "nothing was written" in outcome.out
-    assert (tmp_path / "run" / "result.json").read_text() == before
-    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert (run.out / "result.json").read_text() == before
+    assert sorted(path.name for path in (run.out.parent / "theirs").iterdir()) == [
+        "cfg.json",
+        "sae_weights.safetensors",
+    ]
 
 
 def test_what_does_not_fit_is_told(run, tmp_path, run_cli):
-    theirs = tmp_path / "theirs"
+    theirs = run.out.parent / "theirs"
     wide = json.dumps(TOY | {"d_hidden": 6})
     run_cli("eval", theirs, "--source", wide).assert_refused("maps 5 dimensions to 5, the source has 6 and 6")
     run_cli("eval", theirs, "--source", "{kind: tony}").assert_refused("unknown kind 'tony'; did you mean 'toy'?")
