@@ -15,13 +15,14 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
 from sae import formats, metrics
+from sae.again import evaluate_run
 from sae.codes import SparseCodes
 from sae.config import SAEConfig, SourceConfig, TrainConfig, load_config
 from sae.errors import UsageError
 from sae.model import SAE, load
 from sae.networks import ModelSourceConfig, harvest
 from sae.plugins import load_plugin
-from sae.run import Result, evaluate_run, train
+from sae.run import Result, train
 from sae.sources import HeldOut, Source
 from sae.sparsifiers import Sparsifier
 from sae.stores import StoreSourceConfig, open_store

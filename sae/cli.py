@@ -125,7 +125,7 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 # What can befall any file that a command reads or writes.
 DENIED = "give a file or directory that you may read and write"
-FULL = "make room on that disk and run again; `sae train` goes on from its last checkpoint with --resume"
+FULL = "make room on that disk; what has begun, as `sae train` or `sae harvest`, goes on with --resume"
 REMEDIES = {errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED, errno.ENOSPC: FULL, errno.EDQUOT: FULL}
 
 

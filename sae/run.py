@@ -15,10 +15,7 @@ from torch import Tensor
 
 from sae import checkpoint, losses
 from sae.checkpoint import CHECKPOINTS
-from sae.config import TrainConfig, parse_config
-from sae.config_text import read_yaml
-from sae.diagnosis import diagnose_source, require_truth
-from sae.diagnosis.files import save_diagnosis
+from sae.config import TrainConfig
 from sae.directory import (
     CONFIG,
     RESULT,
@@ -33,14 +30,13 @@ from sae.evaluation import Evaluation, chunk_rows, evaluate_on
 from sae.heavy_tails import Ball, share_of_heaviest
 from sae.initialise import cuts
 from sae.kernels import require_device, require_kernels, resolve_device
-from sae.locks import held, hold
+from sae.locks import hold
 from sae.log import RunLog, require_wandb
 from sae.model import SAE, load
-from sae.networks.downstream import losses_of_store, require_network
 from sae.sources import HeldOut, Source, as_source
 from sae.sparsifiers.base import Sparsifier
 from sae.stopping import stop_requested
-from sae.stores import StoreSourceConfig
+from sae.stores import recorded
 from sae.trainer import Trainer
 from toymodels.files import save_tensors, write_text
 from toymodels.streams import generator
@@ -52,8 +48,6 @@ N_CALIBRATION = 65_536
 # Thresholds are fitted on up to four times as many where rows are short, in so many entries. On a toy model an L0 of
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
-# What `sae.metrics.Spliced` measures, under the names of the log.
-DOWNSTREAM = tuple(f"metrics/{name}" for name in ("ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "kl"))
 # Tails are heavy where this share of rows carries more than that share of the variance.
 HEAVIEST, HEAVY = 0.001, 0.1
 
@@ -94,7 +88,8 @@ def train(
         remedy = "pass sae.TrainConfig(...), or sae.load_config(path)"
         raise UsageError(f"a configuration is an sae.TrainConfig, got a {type(config).__name__}; {remedy}")
     if source is not None:
-        config = config.model_copy(update={"source": None})  # what is recorded must be what was trained on
+        # What is recorded must be what was trained on.
+        config = config.model_copy(update={"source": recorded(source)})
     require_wandb(config)
     require_device(config.train.device, "train.device")
     if source is None and config.source is None:
@@ -312,65 +307,6 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     """Final metrics and tables; result.json comes last and whole, since it says that the run is complete."""
     save_tensors(out / TABLES, evaluation.tables)
     write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
-
-
-def evaluate_run(out: Path, diagnose: bool = False, downstream: str | None = None) -> Evaluation:
-    """Measures a finished run again, on its own source's held-out activations, and writes the result.
-
-    With `diagnose` also where its F1 went, and which features it misses and why; with `downstream`, the device that it
-    computes on, what the language model loses that the activations of a store are of. Without, what was found before
-    stays.
-
-    Raises:
-        UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
-            diagnosis is asked for where the true features are not known.
-    """
-    return measure_again(out, *open_again(out), diagnose, downstream)
-
-
-def open_again(out: Path) -> tuple[SAE, TrainConfig, Source]:
-    """A finished run's SAE, configuration and source."""
-    sae = load(out)
-    config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
-    if config.source is None:
-        raise UsageError(
-            f"{out} was trained on activations passed from Python; give others with --source, in Python "
-            "sae.evaluation.evaluate(model, sae.HeldOut(x))"
-        )
-    return sae, config, config.source.open()
-
-
-def measure_again(
-    out: Path, sae: SAE, config: TrainConfig, source: Source, diagnose: bool = False, downstream: str | None = None
-) -> Evaluation:
-    """Every metric, written into the run's directory; see `evaluate_run`."""
-    n_samples = config.evaluation.n_samples
-    if diagnose:
-        require_truth(source)
-    if downstream is not None:
-        require_network(config.source)
-    with held(out):
-        evaluation = evaluate_on(source, sae, n_samples)
-        if downstream is not None and isinstance(config.source, StoreSourceConfig):
-            lost = losses_of_store(config.source, sae, n_samples, downstream)
-            named = {f"metrics/{name}": value for name, value in lost.items()}
-            evaluation = Evaluation(evaluation.metrics | named, evaluation.tables)
-        return _written(out, sae, source, evaluation, n_samples, diagnose)
-
-
-def _written(out: Path, sae: SAE, source: Source, evaluation: Evaluation, n_samples: int, diagnose: bool) -> Evaluation:
-    """With what a diagnosis found, now or before."""
-    before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
-    kept = {name: before[name] for name in DOWNSTREAM if name in before and name not in evaluation.metrics}
-    if diagnose:
-        found = diagnose_source(sae, source, evaluation, n_samples)
-        save_diagnosis(out, found)
-        kept |= found.metrics
-    else:
-        kept |= {name: value for name, value in before.items() if name.startswith("diagnosis/")}
-    evaluation = Evaluation(evaluation.metrics | kept, evaluation.tables)
-    save_evaluation(out, evaluation)
-    return evaluation
 
 
 def require_report() -> None:

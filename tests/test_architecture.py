@@ -93,6 +93,7 @@ LAYERS = {
         "networks",
         "report",
         "run",
+        "again",
         "elsewhere",
         "latents",
         "unfinished",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sae
 from sae import HeldOut, TrainConfig, UsageError
+from sae.again import evaluate_run
 from sae.cli import main
 from sae.codes import SparseCodes
 from sae.diagnosis import Diagnosis, diagnose, diagnose_source
@@ -27,7 +28,6 @@ from sae.diagnosis.reasons import REASONS, attributes, rate
 from sae.diagnosis.structure import CoFiring, Structure, declared_structure, observed_structure, partners
 from sae.evaluation import evaluate
 from sae.metrics import recovery
-from sae.run import evaluate_run
 from toymodels.co_firing import Exclusive, Tree
 from toymodels.features import FeatureBatch, Features
 from toymodels.firing import ConstantFiring, Magnitudes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sae
-from sae import UsageError, locks, run
+from sae import UsageError, again, locks
 from sae.directory import OWN, check_out, discard
 from sae.ensemble import Diverged
 from sae.locks import DEMO_LOCK, LOCK, held, hold
@@ -123,7 +123,7 @@ def test_a_run_is_not_measured_while_it_is_overwritten(tmp_path, monkeypatch):
     sae.train(config(tmp_path / "run"), report=False)
     with held(tmp_path / "run"), pytest.raises(UsageError, match=HELD):
         sae.evaluate_run(tmp_path / "run")
-    measure, tried = run.evaluate_on, []
+    measure, tried = again.evaluate_on, []
 
     def intrude(*given):
         with pytest.raises(UsageError, match=HELD):
@@ -131,7 +131,7 @@ def test_a_run_is_not_measured_while_it_is_overwritten(tmp_path, monkeypatch):
         tried.append(given)
         return measure(*given)
 
-    monkeypatch.setattr(run, "evaluate_on", intrude)
+    monkeypatch.setattr(again, "evaluate_on", intrude)
     sae.evaluate_run(tmp_path / "run")
     assert tried
 

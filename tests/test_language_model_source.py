@@ -342,7 +342,7 @@ def test_a_transcoder_replaces_what_comes_out(tiny):
     [
         ({"module": "transformer.h.9"}, ["no module 'transformer.h.9'", "transformer.h.0"]),
         ({"module": "lm_head.x"}, ["no module"]),
-        ({"model": "/nowhere/at/all"}, ["source.model /nowhere/at/all", "cannot be loaded"]),
+        ({"model": "/nowhere/at/all"}, ["source.model /nowhere/at/all: there is no such folder"]),
         ({"texts": "none-*.jsonl"}, ["no file matches source.texts 'none-*.jsonl'"]),
         ({"texts": None}, ["reads texts or tokens, got neither"]),
         ({"column": "body"}, ["no column 'body'", "text, n"]),

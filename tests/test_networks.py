@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sae
 from sae.errors import Interrupted, UsageError
+from sae.hooks import fingerprint
 from sae.networks.reader import Reader, Site
 from sae.stores import Store
 from sae.stores.writer import EVERY
@@ -146,7 +147,8 @@ def test_a_harvest_holds_whole_inputs_out(tmp_path):
 
 
 def test_a_store_trains_an_sae(tmp_path):
-    sae.harvest(Network(), "pair", batches(), tmp_path / "acts")
+    source = sae.harvest(Network(), "pair", batches(), tmp_path / "acts")
+    assert "acts" in repr(source)
     config = sae.TrainConfig(
         source={"kind": "store", "path": tmp_path / "acts"},
         sae={"kind": "topk", "d_sae": 8, "k": 2},
@@ -155,6 +157,8 @@ def test_a_store_trains_an_sae(tmp_path):
     )
     result = sae.train(config, report=False)
     assert sae.evaluate_run(tmp_path / "run").metrics == result.metrics
+    sae.train(config.model_copy(update={"source": None}), source=source, overwrite=True, report=False)
+    assert sae.evaluate_run(tmp_path / "run").metrics == result.metrics  # the run says which store it was
 
 
 def test_a_target_and_an_arrangement(tmp_path):
@@ -168,6 +172,33 @@ def test_a_target_and_an_arrangement(tmp_path):
         close = torch.testing.assert_close
         close(held.x, first.flatten(1).T)
         close(held.target, conv[1](first[None])[0].flatten(1).T)
+
+
+def test_images_that_nobody_arranged_are_told(tmp_path, caplog):
+    caplog.set_level("INFO", "sae")
+    conv = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(1)).eval()
+    images = [torch.randn(10, 1, 6, 6) for _ in range(6)]
+    sae.harvest(conv, "0", images, tmp_path / "axis")
+    assert "0: [10, 5, 4, 4], rows of width 4; is it another axis? set rows=" in caplog.text
+    sae.harvest(conv, "1", images, tmp_path / "flat")
+    assert "1: [10, 80], rows of width 80\n" in caplog.text
+
+
+def test_other_weights_do_not_go_on(tmp_path):
+    with pytest.raises(Interrupted):
+        sae.harvest(Network(), "pair", stopped_after(batches(), 10, "signal"), tmp_path)
+    other = Network()
+    with torch.no_grad():
+        other.unused.weight[0, 0] += 1
+    with pytest.raises(UsageError, match="begun otherwise: weights was"):
+        sae.harvest(other, "pair", batches(), tmp_path, resume=True)
+    assert fingerprint(Network()) == fingerprint(Network())
+
+
+def test_a_run_is_no_place_for_a_store(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(UsageError, match="holds a run; give another folder"):
+        sae.harvest(Network(), "pair", batches(), tmp_path)
 
 
 def test_dtypes(tmp_path):

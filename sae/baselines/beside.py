@@ -7,16 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sae.again import measure_again, open_again
 from sae.baselines.by_name import applicable, measured, prepare
 from sae.config import TrainConfig
 from sae.directory import BASELINES
 from sae.evaluation import Evaluation
-from sae.run import measure_again, open_again
 from toymodels.files import write_text
 
 
 def beside_run(
-    out: Path, diagnose: bool = False, on_row: Callable[[str], None] | None = None, downstream: str | None = None
+    out: Path,
+    diagnose: bool = False,
+    on_row: Callable[[str], None] | None = None,
+    downstream: bool = False,
+    device: str | None = None,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Measures a run again, and every baseline that its source has all for: at as many latents, of which as many fire.
 
@@ -26,9 +30,9 @@ def beside_run(
     Raises:
         UsageError: the run cannot be measured again, or its source has a target.
     """
-    sae, config, source = open_again(out)
+    sae, config, source = open_again(out, device)
     names = applicable(source, sae)
-    evaluation = measure_again(out, sae, config, source, diagnose, downstream)
+    evaluation = measure_again(out, sae, config, source, diagnose, downstream, device)
     rows: list[dict[str, Any]] = [{"method": config.sae.kind, "seed": config.train.seed, **evaluation.metrics}]
     k = budget(config, evaluation.metrics["metrics/l0"], source.d_in)
     given = prepare(names, source, d_sae=config.sae.d_sae, k=k, seed=config.train.seed, sae=sae)

@@ -35,12 +35,13 @@ class Eval(WithPlugins):
     the report. Up to some minutes."""
     downstream: bool = False
     """Also what the language model loses that a store was harvested from; it is loaded."""
-    device: str = "cpu"
-    """Where that model computes, a torch device."""
+    device: str | None = None
+    """Where the language model of a run or a store computes, a torch device; default where the run had it, or the
+    CPU."""
 
     def run(self) -> None:
+        from sae.again import evaluate_run  # noqa: PLC0415
         from sae.console import print_metrics  # noqa: PLC0415
-        from sae.run import evaluate_run  # noqa: PLC0415
         from sae.unfinished import evaluate_checkpoint, is_unfinished  # noqa: PLC0415
 
         self.load_plugins()
@@ -62,11 +63,12 @@ class Eval(WithPlugins):
                 self.run_dir,
                 self.diagnose,
                 lambda name: logger.info("fitting %s", name),
-                self.device if self.downstream else None,
+                self.downstream,
+                self.device,
             )
             print_beside(self.run_dir, evaluation, rows)
         else:
-            evaluation = evaluate_run(self.run_dir, self.diagnose, self.device if self.downstream else None)
+            evaluation = evaluate_run(self.run_dir, self.diagnose, self.downstream, self.device)
             print_metrics(evaluation.metrics)
         if self.diagnose:
             from sae.diagnosis.show import print_diagnosis  # noqa: PLC0415

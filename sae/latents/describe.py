@@ -50,6 +50,8 @@ def describe(
     """
     if source is None:
         sae, where = load(path), path / CONFIG
+        if not where.exists():
+            raise UsageError(f"{path} is an SAE without a run ({CONFIG}); say for which texts with --source")
         texts = open_texts(parse_config(read_yaml(where), where=str(where)).source, n_rows)
     else:
         sae, texts = formats.load(path), open_texts(source, n_rows)
@@ -70,6 +72,8 @@ def describe(
         lines = codes_at(sae, texts.passages(), wanted, texts.tokens.shape[1])
         words = word_of(texts)
         shown = {
+            "sae": f"{sae.config.kind} of {path}",
+            "activations": texts.name,
             "n_rows": examples.n_rows,
             "n_firing": int((examples.frequency > 0).sum()),
             "d_sae": sae.d_sae,

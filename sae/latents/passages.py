@@ -39,6 +39,8 @@ class Texts(ABC):
     revision: str | None
     d_in: int
     """Width of the activations."""
+    name: str
+    """What they are of, in words."""
 
     @abstractmethod
     def passages(self) -> Iterator[Passage]:
@@ -52,6 +54,7 @@ class StoreTexts(Texts):
         origin = store.manifest.origin
         self.tokens, self.d_in = store.tokens(), store.manifest.d_in
         self.store, self.tokenizer, self.revision = store, _tokenizer(origin), origin.get("revision")
+        self.name = f"{origin['module']} of {origin['model']}"
         self.context = store.column("training", "context")[:n_rows].long()
         self.position = store.column("training", "position")[:n_rows].long()
 
@@ -76,6 +79,7 @@ class ModelTexts(Texts):
         self.source, self.tokens, self.d_in = source, source.contexts.tokens, source.widths[0]
         self.tokenizer = _tokenizer(source.config.fields)
         self.revision = source.config.revision
+        self.name = f"{source.config.module} of {source.config.model}"
         self.order = source.first("training", n_rows)
 
     def passages(self) -> Iterator[Passage]:

@@ -21,6 +21,11 @@ from sae.sources import Source
 from sae.stopping import Stop
 from toymodels.processes import one_thread_each
 
+PROCESS_ENDED = (
+    "its process ended; is there enough memory, and is a script that calls this under `if __name__ == '__main__':`? "
+    "--resume fits it again"
+)
+
 
 class Fit(NamedTuple):
     """A baseline with one seed."""
@@ -66,9 +71,7 @@ def fit_all(board: Definite, left: Sequence[Fit], stop: Stop) -> Iterator[Fitted
                 try:
                     yield Fitted(jobs[job], job.result())
                 except BrokenProcessPool:
-                    yield Fitted(
-                        jobs[job], {}, "its process was killed; is there enough memory? --resume fits it again"
-                    )
+                    yield Fitted(jobs[job], {}, PROCESS_ENDED)
                 except Exception as error:  # one baseline's end is not the end of the others
                     yield Fitted(jobs[job], {}, " ".join(str(error).split()) or type(error).__name__)
             if stop():

@@ -107,7 +107,7 @@ class Definite:
     """A recipe on its world: nothing is left open."""
 
     recipe: Recipe
-    """With numbers for `d_sae` and `l0`, and in the entries for the word l0."""
+    """With numbers for `d_sae` and `l0`; in its entries the word l0 stays a word."""
     source: Source
     entries: tuple[Entry, ...]
     l0_truth: float | None
@@ -197,6 +197,8 @@ def definite(recipe: Recipe) -> Definite:
     for given in recipe.entries:
         options = _filled(given, l0)
         entry = _checked(options, d_sae)
+        if entry.sae.transcodes:
+            raise UsageError(f"entry {entry.name}: a transcoder has no target here, and would be an SAE; leave it out")
         if entry.name in entries:
             if entries[entry.name] == entry:  # the same command again, with --resume
                 logger.info("%s takes part already", entry.name)
@@ -206,7 +208,7 @@ def definite(recipe: Recipe) -> Definite:
                 f"kind: {entry.sae.kind}, ...}}"
             )
         entries[entry.name] = entry
-        plain.append(options)
+        plain.append(given)
     known = applicable(source)
     kept = [name for name in recipe.baselines if name in known]
     if len(kept) < len(recipe.baselines):
@@ -214,6 +216,7 @@ def definite(recipe: Recipe) -> Definite:
         logger.info("the source does not say when its features fire, which these need: %s; they are left out", left_out)
     if not entries and not kept:
         raise UsageError("nobody takes part; give entries or baselines, as configs/leaderboard.yaml does")
+    logger.info("every SAE has %d latents, of which %g are to fire", d_sae, l0)
     update = {"d_sae": d_sae, "l0": l0, "entries": plain, "baselines": kept}
     return Definite(recipe.model_copy(update=update), source, tuple(entries.values()), l0_truth)
 

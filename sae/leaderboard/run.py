@@ -84,6 +84,8 @@ def run_leaderboard(
     board = definite(recipe)
     if resume and (out / RECIPE).is_file():
         _require_same(board, out)
+    elif resume:
+        logger.warning("nothing to resume in %s: the leaderboard begins", out)
     plan = sweep_of(board, out)
     if plan.members:
         check_sweep(plan, resume, overwrite)
@@ -113,6 +115,7 @@ class Table:
         }
         self.fitted: dict[Fit, Row] = {fit: before[fit] for fit in self.fits if fit in before}
         self.reasons: dict[Fit, str] = {}
+        self.earlier = _commands_before(out)
 
     @property
     def rows(self) -> list[Row]:
@@ -145,6 +148,10 @@ class Table:
                 found.append({"method": fit.name, "seed": fit.seed, "status": status, "reason": reason})
         return found
 
+    def commands(self, now: str) -> str:
+        """This one, behind those of earlier attempts, one on each line."""
+        return "\n".join(dict.fromkeys([*self.earlier, now]))
+
     def write(self) -> None:
         """As it stands."""
         recipe, source = self.board.recipe, self.board.source
@@ -164,7 +171,7 @@ class Table:
             "seeds": list(range(recipe.seeds)),
             "n_samples": recipe.train.n_samples,
             "n_evaluation": recipe.evaluation.n_samples,
-            "command": about.pop("command"),
+            "command": self.commands(str(about.pop("command"))),
             "date": about.pop("date"),
             "versions": about.pop("versions"),
             "hardware": about,
@@ -303,6 +310,13 @@ def _require_same(board: Definite, out: Path) -> None:
             f"{out} cannot be resumed: {'; '.join(differing)}; use the same value"
             f"{'s' if len(differing) > 1 else ''}, or another --out"
         )
+
+
+def _commands_before(out: Path) -> list[str]:
+    """Of earlier attempts."""
+    if not (out / LEADERBOARD).is_file():
+        return []
+    return str(json.loads((out / LEADERBOARD).read_text(encoding="utf-8"))["command"]).splitlines()
 
 
 def _rows_before(out: Path) -> dict[tuple[str, int], Row]:

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sae.directory import CONFIG
 from sae.errors import Interrupted, UsageError
+from sae.hooks import fingerprint
 from sae.locks import held
 from sae.networks.pieces import Arrange, Piece, pieces_of
 from sae.networks.reader import Reader, Reads, Site
@@ -56,11 +58,13 @@ def harvest(
     site, target_site = Site(module, reads), None if target is None else Site(target)
     reader = Reader(model, [site] if target_site is None else [site, target_site])
     origin = {"network": type(model).__name__, "module": module, "reads": reads, "target": target}
+    origin["weights"] = fingerprint(model)
 
     def pieces(start: int) -> Iterator[Piece]:
         return pieces_of(reader, inputs, start, site, target_site, rows)
 
     path = Path(out)
+    require_out(path, resume, overwrite)
     write_stores({site: path}, pieces, {site: origin}, dtype, resume=resume, overwrite=overwrite)
     return open_store(path)
 
@@ -95,7 +99,7 @@ def harvest_model(
     model.require_sites([*paths, *config.sites[1:]])
     contexts = config.read()
     model.require(contexts)
-    order = order_of(contexts)
+    order, weights = order_of(contexts), fingerprint(model.model)
     divided(contexts, order)
 
     def pieces(start: int) -> Iterator[Piece]:
@@ -104,7 +108,7 @@ def harvest_model(
     write_stores(
         paths,
         pieces,
-        {one.site: one.origin(contexts) for one in wanted},
+        {one.site: one.origin(contexts) | {"weights": weights} for one in wanted},
         dtype,
         resume=resume,
         overwrite=overwrite,
@@ -120,6 +124,10 @@ def require_out(path: Path, resume: bool, overwrite: bool) -> None:
         raise UsageError("--resume goes on with a store and --overwrite discards it; give one of them")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; give a folder as --out")
+    if (path / CONFIG).exists():
+        raise UsageError(f"{path} holds a run; give another folder as --out")
+    if resume and not (path / MANIFEST).exists():
+        logger.warning("nothing to resume in %s: the harvest begins", path)
     if (path / MANIFEST).exists() and not (resume or overwrite):
         raise UsageError(f"{path} already holds a store; go on with it by --resume, or discard it by --overwrite")
 
@@ -138,7 +146,6 @@ def write_stores(
     """A store for each site, from pieces that begin at any batch."""
     with ExitStack() as stack:
         for path in paths.values():
-            require_out(path, resume, overwrite)
             stack.enter_context(held(path))
         writers = {
             site: stack.enter_context(StoreWriter(path, origins[site], dtype, tokens, overwrite))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,10 @@ class LanguageModel:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         length = contexts.tokens.shape[1]
         if limit is not None and length > limit:
-            raise UsageError(f"contexts of {length} tokens are too long for a model of {limit} positions; cut them")
+            raise UsageError(
+                f"contexts of {length} tokens are too long for a model of {limit} positions; "
+                "lower source.context_length"
+            )
         least, most = int(contexts.tokens.min()), int(contexts.tokens.max())
         if least < 0 or most >= self.vocabulary:
             raise UsageError(f"tokens {least} to {most} do not fit a model that knows 0 to {self.vocabulary - 1}")
@@ -102,6 +106,10 @@ def load_language_model(
         UsageError: it cannot be loaded.
     """
     transformers = _transformers()
+    if not Path(name).exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UsageError(f"source.model {name}: there is no such folder; give one, or an id on the Hub")
+        logger.info("%s is asked for on the Hub", name)
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True

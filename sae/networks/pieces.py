@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.errors import UsageError
-from sae.hooks import first_tensor
+from sae.hooks import first_tensor, module_named
 from sae.networks.reader import Reader, Site
 from sae.stores.writer import Columns
 
+logger = logging.getLogger("sae")
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Arrange = Callable[[Tensor], Tensor]
 """Activations as the network has them -> [inputs, ..., d], the axis of the width last."""
 
@@ -44,6 +48,8 @@ def pieces_of(
             site: _arranged(acts, n_inputs, arrange, f"batch {number} at {site}")
             for site, acts in reader(batch).items()
         }
+        if number == start:
+            _tell(reader, found)
         shapes = {tuple(acts.shape[:-1]) for acts in found.values()}
         if len(shapes) > 1:
             raise UsageError(
@@ -54,6 +60,16 @@ def pieces_of(
             rows_each *= n
         rows = {site: acts.reshape(-1, acts.shape[-1]) for site, acts in found.items()}
         yield Piece({where: columns_of(rows, where, target)}, [rows_each] * n_rows)
+
+
+def _tell(reader: Reader, found: Mapping[Site, Tensor]) -> None:
+    """What is taken for a row: of a convolution the last axis is hardly meant."""
+    for site, acts in found.items():
+        images = isinstance(module_named(reader.model, site.module), CONVOLUTIONS)
+        level, what = (
+            (logging.WARNING, "; is it another axis? set rows=") if images and acts.ndim > 2 else (logging.INFO, "")
+        )
+        logger.log(level, "%s: %s, rows of width %d%s", site, list(acts.shape), acts.shape[-1], what)
 
 
 def columns_of(rows: Mapping[Site, Tensor], where: Site, target: Site | None) -> Columns:

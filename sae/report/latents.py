@@ -20,7 +20,7 @@ SHOWN_AS = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
 def write_page(data: Path, target: Path) -> Path:
     """Draws what `sae latents` found, and returns where the page is."""
     found = json.loads(data.read_text(encoding="utf-8"))
-    write_text(target, page(f"What {len(found['latents'])} latents fire for", contents(found)))
+    write_text(target, page(f"What latents fire for: {found['sae']}", contents(found)))
     return target
 
 
@@ -38,9 +38,11 @@ def contents(found: Mapping[str, Any]) -> Html:
         "anywhere. ⏎ is the end of a line."
     )
     firing = f"{found['n_firing']:,} of {found['d_sae']:,} latents fire for at least one of these tokens."
+    what = f"{found['sae']}, on {found['activations']}. "
     header = tag(
         "header",
         tag("h1", "What latents fire for"),
+        tag("p", what, class_="reading"),
         tag("p", firing, class_="verdict"),
         tag("p", lines, class_="reading"),
     )

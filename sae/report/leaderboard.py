@@ -138,7 +138,7 @@ def _conditions(board: Leaderboard) -> Html:
     hardware, versions = about["hardware"], about["versions"]
     on = hardware["gpu"] or f"{hardware['cpu']}, {hardware['cores']} cores"
     facts: list[tuple[str, Any]] = [
-        ("command", tag("code", about["command"])),
+        ("command", join(tag("div", tag("code", line)) for line in about["command"].splitlines())),
         ("date", about["date"]),
         ("hardware", on),
         ("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)),
@@ -146,8 +146,9 @@ def _conditions(board: Leaderboard) -> Html:
     ]
     rows = [[name, tag("span", value, class_="meaning words")] for name, value in facts]
     equal = (
-        "Equal for all SAEs: the world, its samples and their order, the number of latents, and how many fire for a "
-        "sample, on average. Baselines have as many latents (PCA and ICA a pair of opposite sign for each component, "
+        "Equal for all SAEs: the world, its samples and their order, the number of latents, and how many are asked to "
+        "fire for a sample, on average (the column L0 says how many do). "
+        "Baselines have as many latents (PCA and ICA a pair of opposite sign for each component, "
         f"K-SVD for each atom); those that choose a number for each sample take {about['k']}. Not equal: learning "
         "rates, of which each kind has its own; the way a kind comes to its L0; and what baselines are fitted on, "
         "which is 20,000 samples. Seconds are those of training steps or of the fit, on one core, without the drawing "

@@ -78,17 +78,16 @@ def trained(run: Run) -> str:
 def _origin(run: Run, source: Mapping[str, object]) -> str:
     """The activations, in words."""
     size = "features" if run.truth is None else "{:,} features in {:,} dimensions".format(*run.truth.shape)
-    match source.get("kind"):
-        case "toy":
-            return f"activations of a toy model that keeps {size}"
-        case "world":
-            return f"activations of the world {source.get('path')}, which has {size}"
-        case "array":
-            return f"the activations in {source.get('path')}"
-        case None:
-            return "activations that were passed in from Python"
-        case kind:
-            return f"activations from the source {kind}"
+    kind, path = source.get("kind"), source.get("path")
+    known = {
+        "toy": f"activations of a toy model that keeps {size}",
+        "world": f"activations of the world {path}, which has {size}",
+        "array": f"the activations in {path}",
+        "store": f"the activations in the store {path}",
+        "model": f"activations of {source.get('module')} in {source.get('model')}",
+        None: "activations that were passed in from Python",
+    }
+    return known.get(kind if kind is None else str(kind), f"activations from the source {kind}")
 
 
 def verdict(run: Run) -> Html:

@@ -41,6 +41,13 @@ SCORES = (
     Score(FVU, "FVU", ".4f", "share of the variance that the reconstruction misses"),
     Score(L0, "L0", ".2f", "latents that fire for one activation, on average"),
     Score(DEAD, "dead", ".1%", "share of latents that never fire"),
+    Score(
+        "metrics/ce_recovered",
+        "loss recovered",
+        ".3f",
+        "share of what the model loses with zeros that x_hat brings back",
+    ),
+    Score("metrics/kl", "KL", ".3f", "nats that the model's predictions lose with x_hat in the place of x"),
     Score("seconds", "seconds to fit", ".1f", "time to fit or train"),
 )
 METHODS = {

@@ -26,6 +26,10 @@ class StoreSource(ArraySource):
         self.held: dict[Purpose, Rows | Pairs] = {p: store.rows(p) for p in ("calibration", "evaluation")}
         super().__init__(store.rows("training"), truth)
 
+    def __repr__(self) -> str:
+        manifest = self.store.manifest
+        return f"StoreSource({str(self.store.path)!r}: {manifest.n_rows('training'):,} rows, d_in={manifest.d_in})"
+
     def _divided(self, n_blocks: int) -> tuple[dict[Purpose, Tensor], Tensor]:
         return {}, torch.arange(n_blocks)
 
@@ -59,3 +63,10 @@ def open_store(path: str | Path, truth: Float[Tensor, "n_features d_out"] | None
     if store.manifest.d_out is None:
         return StoreSource(store, truth)
     return PairSource(StoreSource(store), store.manifest.d_in, truth)
+
+
+def recorded(source: object) -> StoreSourceConfig | None:
+    """What a configuration says of a source that was passed to a run: the folder of a store; nothing of any other."""
+    rows = source.rows if isinstance(source, PairSource) else source
+    known = isinstance(source, PairSource | StoreSource) and source.truth is not None
+    return StoreSourceConfig(path=rows.store.path) if isinstance(rows, StoreSource) and not known else None

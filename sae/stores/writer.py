@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae.errors import UsageError
 from sae.stores.files import MANIFEST, SPLITS, TOKENS, DtypeName, Manifest, Shard, Split, read_manifest
+from toymodels.errors import nearest
 from toymodels.files import save_tensors, sha256, write_text
 
 logger = logging.getLogger("sae")
@@ -78,6 +79,8 @@ class StoreWriter:
         tokens: Int[Tensor, "n_contexts length"] | None = None,
         anew: bool = False,
     ) -> None:
+        if dtype is not None and dtype not in get_args(DtypeName):
+            raise UsageError(f"dtype {dtype!r} is none that a store has{nearest(dtype, get_args(DtypeName))}")
         self.path, self.origin, self.tokens = path, dict(origin), tokens
         self.dtype: DtypeName | None = dtype
         self.widths: dict[str, int] = {}
