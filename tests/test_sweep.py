@@ -26,7 +26,7 @@ from sae import checkpoint, cli, plugins
 from sae.errors import UsageError
 from sae.members import Members
 from sae.sources import WorldSource
-from sae.sweep import run_sweep, workers
+from sae.sweep import group, run_sweep, workers
 from sae.sweep.group import Ended, Group
 from sae.sweep.plan import Plan, SweepSection, parse_sweep
 from sae.sweep.rules import verdict
@@ -329,6 +329,20 @@ def test_what_processes_log_is_told_by_their_parent(tmp_path, caplog):
     made = plan(tmp_path, grid={"sae.k": [1, 2]})
     in_processes([Wordy(made.members[:1], made.section, False)], 1, lambda message: None, lambda: 0)
     assert caplog.messages == ["a word from k1"]
+
+
+def test_warnings_say_of_which_member_they_are(tmp_path, monkeypatch, caplog):
+    conclude = group.conclude
+
+    def warns(run, report):
+        logging.getLogger("sae").warning("%d %% is much", 100 * run.config.sae.k)
+        return conclude(run, report)
+
+    monkeypatch.setattr(group, "conclude", warns)
+    run_sweep(plan(tmp_path, grid={"sae.k": [1, 2]}))
+    logging.getLogger("sae").warning("of nobody")
+    said = [message for message in caplog.messages if "much" in message or "nobody" in message]
+    assert said == ["k1: 100 % is much", "k2: 200 % is much", "of nobody"]
 
 
 class Deadly(Group):

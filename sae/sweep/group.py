@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,7 +93,8 @@ class Group:
 
         try:
             begun = as_it_begins(member.config, self.resume)
-            run = open_run(member.config, begun, source, self.resume, on_line)
+            with told_of(member.name):
+                run = open_run(member.config, begun, source, self.resume, on_line)
         except Exception as error:
             end(member.name, "failed", _explain(error))
             return []
@@ -108,7 +110,8 @@ class Group:
         try:
             if error is not None:
                 raise error
-            conclude(run, report=False)
+            with told_of(run.config.out.name):
+                conclude(run, report=False)
         except (Stopped, Diverged) as reason:
             status: Status = "diverged" if isinstance(reason, Diverged) else "stopped"
             words = {"status": status, "reason": str(reason), "step": run.n_steps_done}
@@ -119,6 +122,21 @@ class Group:
         finally:
             run.close()
         return "done", ""
+
+
+@contextmanager
+def told_of(name: str) -> Iterator[None]:
+    """What is logged meanwhile begins with the member that it is of."""
+
+    def add(record: logging.LogRecord) -> bool:
+        record.msg, record.args = f"{name}: {record.getMessage()}", ()
+        return True
+
+    logger.addFilter(add)
+    try:
+        yield
+    finally:
+        logger.removeFilter(add)
 
 
 OpenSource = Callable[[Member], Source]
