@@ -99,6 +99,24 @@ class WorldSource(Source):
         return WorldStream(self.world, self.seed, purpose, n)
 
 
+Epoch: TypeAlias = Callable[[int, int, int, int], Iterator[Tensor]]
+"""The rows of an epoch, given the seed, the epoch's number, how many rows to skip, and the most rows of a piece."""
+
+
+def over_epochs(
+    epoch_of: Epoch, n_rows: int, batch_size: int, seed: int, start: int
+) -> Iterator[Float[Tensor, "batch d_in"]]:
+    """Batches from number `start` on; one that begins in one epoch of n_rows may end in the next."""
+    epoch, skip = divmod(start * batch_size, n_rows)
+
+    def pieces() -> Iterator[Tensor]:
+        yield from epoch_of(seed, epoch, skip, batch_size)
+        for later in count(epoch + 1):
+            yield from epoch_of(seed, later, 0, batch_size)
+
+    return rebatch(pieces(), batch_size)
+
+
 class ArraySource(Source):
     """Rows in memory or on disk, visited in a new order each epoch.
 
@@ -131,15 +149,7 @@ class ArraySource(Source):
         return {"calibration": blocks[:half], "evaluation": blocks[half : 2 * half]}, blocks[2 * half :]
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """A batch that begins in one epoch may end in the next."""
-        epoch, skip = divmod(start * batch_size, self.n_training_rows)
-
-        def pieces() -> Iterator[Tensor]:
-            yield from self._epoch(seed, epoch, skip, batch_size)
-            for later in count(epoch + 1):
-                yield from self._epoch(seed, later, 0, batch_size)
-
-        return rebatch(pieces(), batch_size)
+        return over_epochs(self._epoch, self.n_training_rows, batch_size, seed, start)
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
         if self.exact:

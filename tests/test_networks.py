@@ -234,11 +234,13 @@ def test_a_stop_changes_nothing(tmp_path, monkeypatch, how):
         sae.open_store(tmp_path / "stopped")
     with pytest.raises(UsageError, match="already holds a store"):
         sae.harvest(Network(), "pair", batches(), tmp_path / "stopped")
+    (tmp_path / "stopped" / "shard-00099.safetensors.partial").write_text("half a shard")
     begun = Store(tmp_path / "stopped").manifest.n_batches
     assert begun == (11 if how == "signal" else 7)
     sae.harvest(Network(), "pair", batches(), tmp_path / "stopped", resume=True)
     for split in ("training", "calibration", "evaluation"):
         same(rows_of(tmp_path / "stopped", split), rows_of(tmp_path / "whole", split))
+    assert not list((tmp_path / "stopped").glob("*.partial"))
 
 
 def test_an_old_store_is_there_until_the_new_one_is(tmp_path, monkeypatch):

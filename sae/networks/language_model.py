@@ -25,6 +25,7 @@ class LanguageModel:
 
     def __init__(self, model: Any, contexts_at_once: int) -> None:
         self.model, self.contexts_at_once = model, contexts_at_once
+        self.readers: dict[tuple[Site, ...], Reader] = {}
 
     @property
     def device(self) -> torch.device:
@@ -42,7 +43,14 @@ class LanguageModel:
         Raises:
             UsageError: there are such.
         """
-        Reader(self.model, sites)
+        self._reader(sites)
+
+    def _reader(self, sites: Sequence[Site]) -> Reader:
+        """Made once for the same sites: it goes through all modules of the model."""
+        key = tuple(sites)
+        if key not in self.readers:
+            self.readers[key] = Reader(self.model, sites)
+        return self.readers[key]
 
     def require(self, contexts: Contexts) -> None:
         """Refuses contexts that it cannot read.
@@ -69,7 +77,7 @@ class LanguageModel:
         Raises:
             UsageError: a site has no activation for each token.
         """
-        found = Reader(self.model, sites)({"input_ids": tokens.long(), "use_cache": False})
+        found = self._reader(sites)({"input_ids": tokens.long(), "use_cache": False})
         for site, acts in found.items():
             if acts.ndim != 3 or acts.shape[:2] != tokens.shape or not acts.is_floating_point():
                 raise UsageError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sae.arrays import rebatch
 from sae.config import SourceConfig
 from sae.errors import UsageError
 from sae.held_out import HeldOut, Purpose
@@ -23,7 +21,7 @@ from sae.networks.language_model import LanguageModel, load_language_model, load
 from sae.networks.losses import losses
 from sae.networks.reader import Reads, Site
 from sae.networks.texts import Contexts, contexts_of, open_tokens, special_tokens, texts
-from sae.sources import PairSource, Reconstruct, Source
+from sae.sources import PairSource, Reconstruct, Source, over_epochs
 from sae.stopping import stop_if_asked
 from sae.stores.files import SPLITS, Split
 from sae.stores.writer import Division
@@ -191,15 +189,7 @@ class ModelSource(Source):
         )
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """A batch that begins in one epoch may end in the next."""
-        epoch, skip = divmod(start * batch_size, self.n_training_rows)
-
-        def pieces() -> Iterator[Tensor]:
-            yield from self._epoch(seed, epoch, skip, batch_size)
-            for later in count(epoch + 1):
-                yield from self._epoch(seed, later, 0, batch_size)
-
-        return rebatch(pieces(), batch_size)
+        return over_epochs(self._epoch, self.n_training_rows, batch_size, seed, start)
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
         return HeldOut(self.window(self.first(purpose, n))[:n].float().cpu())

@@ -17,7 +17,7 @@ from sae.arrays import open_parts
 from sae.errors import UsageError
 from sae.locks import held
 from sae.stores.files import MANIFEST, TOKENS, DtypeName, Store, is_store
-from sae.stores.writer import StoreWriter, checked, require_own
+from sae.stores.writer import StoreWriter, checked, discard_store, require_own
 from toymodels.files import save_tensors, sha256, write_text
 
 logger = logging.getLogger("sae")
@@ -113,8 +113,7 @@ def _recast(store: Store, out: Path, dtype: DtypeName | None) -> None:
         save_tensors(partial, cast)
         shards.append(shard.model_copy(update={"n_bytes": partial.stat().st_size, "sha256": sha256(partial)}))
     # All of it is there and good: now it takes the place of what was.
-    for file in [*out.glob("shard-*.safetensors"), out / TOKENS, out / MANIFEST]:
-        file.unlink(missing_ok=True)
+    discard_store(out)
     for shard in shards:
         os.replace(out / f"{shard.file}.partial", out / shard.file)
     if was.tokens_sha256 is not None:

@@ -193,6 +193,8 @@ class StoreWriter:
         self.division.require_rows(f"give at least {EVERY}, or pass the activations to sae.train as a tensor")
         self.flush()
         self._write_manifest(self.division.n_inputs, self.n_batches, complete=True)
+        for file in self.path.glob("shard-*.partial"):  # of a process that was killed
+            file.unlink()
 
     def _write_manifest(self, n_inputs: int, n_batches: int, complete: bool) -> None:
         assert self.dtype is not None
@@ -249,9 +251,10 @@ def checked(tensor: Tensor, dtype: DtypeName, name: str) -> Tensor:
 
 
 def discard_store(path: Path) -> None:
-    """Deletes a store's files, and nothing else: last the manifest, which tells what they are."""
+    """Deletes a store's files, and nothing else: last the manifest, which tells what they are. What is being written
+    stays."""
     if (path / MANIFEST).exists():
-        for file in [*path.glob("shard-*.safetensors"), *path.glob("shard-*.partial"), path / TOKENS, path / MANIFEST]:
+        for file in [*path.glob("shard-*.safetensors"), path / TOKENS, path / MANIFEST]:
             file.unlink(missing_ok=True)
 
 
