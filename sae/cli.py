@@ -19,7 +19,9 @@ from tyro.conf import OmitArgPrefixes, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sae.commands import COMMANDS, Runs, SetsFields
-from sae.errors import Interrupted, UsageError
+from sae.commands.training import Train
+from sae.console import speaks
+from sae.errors import Elsewhere, Interrupted, UsageError
 from toymodels.errors import nearest
 from toymodels.one_line import require_command, understood
 
@@ -129,13 +131,30 @@ FULL = "make room on that disk; what has begun, as `sae train` or `sae harvest`,
 REMEDIES = {errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED, errno.ENOSPC: FULL, errno.EDQUOT: FULL}
 
 
+def _require_one_process(command: Runs) -> None:
+    """Refuses to do with several processes what they cannot share."""
+    n = int(os.environ.get("WORLD_SIZE", "1"))
+    if n > 1 and "RANK" in os.environ and not isinstance(command, Train):
+        name = type(command).__name__.lower()
+        raise UsageError(f"`sae {name}` is not shared by processes, and {n} were started; start it without torchrun")
+
+
+def _who() -> str:
+    """The process that speaks, where there are several."""
+    return "sae" if speaks() else f"sae, process {os.environ['RANK']}"
+
+
 def main() -> None:
     """Entry point of the console script."""
     logging.basicConfig(format="sae: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        parse(sys.argv[1:]).run()
+        command = parse(sys.argv[1:])
+        _require_one_process(command)
+        command.run()
+    except Elsewhere:
+        sys.exit(2)
     except UsageError as error:
-        print(f"sae: error: {error}", file=sys.stderr)
+        print(f"{_who()}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -156,7 +175,8 @@ def main() -> None:
         )
         sys.exit(2)
     except Interrupted as stopped:
-        print(f"sae: {stopped.message}", file=sys.stderr)
+        if speaks():
+            print(f"sae: {stopped.message}", file=sys.stderr)
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         print("sae: stopped", file=sys.stderr)

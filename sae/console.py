@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,11 @@ METHOD_COLUMNS = {
 }
 
 
+def speaks() -> bool:
+    """Whether this process is the one, of those that torchrun started, that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def postfix(values: Mapping[str, float]) -> str:
     """The few numbers worth watching, e.g. `fvu 0.071  L0 2.6  dead 0  MCC 0.998`."""
     shown = {label: values[key] for label, key in LIVE.items() if key in values}
@@ -71,7 +77,15 @@ def one_bar(title: str, n_steps: int, unit: str = "step") -> Iterator[Bar]:
     """
     with (
         logging_redirect_tqdm(),
-        Bar(total=n_steps, desc=title, file=sys.stderr, dynamic_ncols=True, unit=unit, delay=1e-3) as bar,
+        Bar(
+            total=n_steps,
+            desc=title,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            unit=unit,
+            delay=1e-3,
+            disable=not speaks(),
+        ) as bar,
     ):
         try:
             yield bar

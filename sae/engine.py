@@ -26,7 +26,7 @@ from sae import losses
 from sae.codes import SparseCodes
 from sae.config import KernelName, MomentsName, PrecisionName
 from sae.errors import UsageError
-from sae.gradients import Change, Gradients, clipped, inner_product_, summed, with_extra
+from sae.gradients import Change, Gradients, clipped, inner_product_, with_extra
 from sae.kernels import (
     WEIGHTS,
     Buffers,
@@ -44,6 +44,8 @@ from sae.kernels import (
 )
 from sae.model import SAE
 from sae.optim import Now, adam_
+from sae.parts import whole_batch
+from sae.ranks import ALONE, Ranks
 from sae.sparsifiers import Decode, Sparsifier
 
 logger = logging.getLogger("sae")
@@ -85,8 +87,10 @@ class Engine:
         clip_norm: float | None = None,
         n_parts: int = 1,
         moments: MomentsName = "float32",
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.sae, self.clip_norm, self.n_parts = sae, clip_norm, n_parts
+        self.sae, self.clip_norm, self.n_parts, self.ranks = sae, clip_norm, n_parts, ranks
+        self.at_once = n_parts == 1 and ranks.n == 1  # gradients need not exist as matrices
         self.kernels = choose(sae.W_dec.device, sae.W_dec.dtype, kernels, precision)
         self.state = State.of(
             dict(sae.named_parameters(remove_duplicate=False)),
@@ -122,7 +126,7 @@ class Engine:
         """One batch. `dead` are the latents that AuxK trains, as `padded` leaves them. `target` is what to reconstruct,
         in the trainer's units already, where that is not the activations themselves."""
         with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            if self.n_parts == 1:
+            if self.at_once:
                 return self._conclude(*self._measure(self._begin(activations, unit, target), now, dead), now)
             terms, whole = self._gradients(activations, unit, now, dead, target)
             return self._conclude(terms, whole.change(self.state.W_dec), now)
@@ -147,8 +151,9 @@ class Engine:
             return self._measure(self._begin(activations[rows], unit, wanted), now, dead)
 
         own = [weight for weight, _, _ in self.own.values()]
-        terms, whole = summed(measure, len(activations), self.n_parts, self.kernels, self.state, own)
-        return Terms(*terms), whole
+        given = (len(activations), self.n_parts, self.kernels, self.state, own, self.sae.sparsifier, self.ranks)
+        terms, whole = whole_batch(measure, *given)
+        return Terms(*terms.unbind()), whole
 
     def begin(
         self, activations: Float[Tensor, "batch d_in"], unit: float, target: Float[Tensor, "batch d_out"] | None = None

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -37,12 +38,20 @@ class Diverged(UsageError):
     """The loss became NaN or infinite."""
 
 
-class Run:
-    """One run between its first step and its last: a trainer, what is logged of it, and what is saved."""
+class Record(NamedTuple):
+    """What a run writes to: its log, and the directory that it holds."""
 
-    def __init__(self, trainer: Trainer, log: RunLog, source: Source, lock: FileLock, on_line: OnLine | None) -> None:
-        self.trainer, self.config, self.log, self.on_line = trainer, trainer.config, log, on_line
-        self.source, self.lock = source, lock
+    log: RunLog
+    lock: FileLock
+
+
+class Run:
+    """One run between its first step and its last: a trainer, what is logged of it, and what is saved. Without a record
+    nothing is, as in all but one of several processes that train together."""
+
+    def __init__(self, trainer: Trainer, source: Source, record: Record | None, on_line: OnLine | None) -> None:
+        self.trainer, self.config, self.on_line = trainer, trainer.config, on_line
+        self.source, self.record = source, record
         self.probe = source.held_out("calibration", 1024)
         self.since, self.since_samples = time.perf_counter(), 0
 
@@ -76,27 +85,33 @@ class Run:
         values, fired = trainer.take_window()
         if not (math.isfinite(values["losses/overall_loss"]) and trainer.engine.finite()):
             raise Diverged(f"the loss is not finite at step {step}; lower train.lr={self.config.lr:g} and --overwrite")
+        if self.record is None:
+            return
         truth, units = self.source.truth, (trainer.unit, trainer.target_unit)
         values |= live_recovery(trainer.sae, fired, truth, self.probe, *units)
         now = time.perf_counter()
         values["details/samples_per_second"] = self.since_samples / (now - self.since)
         self.since, self.since_samples = now, 0
-        self.log.line(step, values)
+        self.record.log.line(step, values)
         if self.on_line is not None:
             self.on_line(step, values)
 
     def save(self) -> None:
         """A checkpoint: everything that the next step depends on."""
+        if self.record is None:
+            return
         tensors, values = self.trainer.state()
         folder, keep = self.config.out / CHECKPOINTS, self.config.checkpoint.keep
         checkpoint.save(folder, self.n_steps_done, tensors, values, keep)
 
     def close(self) -> None:
         """Its log and its directory are given up, however it ended."""
+        if self.record is None:
+            return
         try:
-            self.log.close()
+            self.record.log.close()
         finally:
-            self.lock.release()
+            self.record.lock.release()
 
 
 class SharedSource(Source):

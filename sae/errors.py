@@ -2,7 +2,11 @@
 
 from toymodels.errors import UsageError
 
-__all__ = ["Interrupted", "UsageError"]
+__all__ = ["Elsewhere", "Interrupted", "UsageError"]
+
+
+class Elsewhere(UsageError):
+    """A mistake that another process of the run found, and tells."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -7,8 +7,7 @@ update serves both ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -121,37 +120,6 @@ def clipped(kernels: Kernels, state: State, change: Change, own: Sequence[Tensor
     for gradient in own:
         gradient.mul_(factor)
     return whole.times(factor).change(change.x)
-
-
-def summed(
-    measure: Callable[[slice], tuple[Sequence[Tensor], Change]],
-    n_samples: int,
-    n_parts: int,
-    kernels: Kernels,
-    state: State,
-    own: Sequence[Tensor],
-) -> tuple[list[Tensor], Gradients]:
-    """What `measure` gives for parts of a batch, as if it had been asked for the whole: means of its terms, gradients
-    of the mean loss, and the `grad` of further parameters. The intermediate results of one part exist at a time."""
-    n_parts = min(n_parts, n_samples)
-    ends = [n_samples * number // n_parts for number in range(n_parts + 1)]
-    totals: list[Gradients] = []
-    means: list[Tensor] = []
-    grads: list[Tensor | None] = [None] * len(own)
-    for start, stop in pairwise(ends):
-        share = (stop - start) / n_samples
-        terms, change = measure(slice(start, stop))
-        means.append(share * torch.stack([term.double() for term in terms]))
-        part = Gradients.of(kernels, state, change).times(share)
-        totals = [totals[0].plus(part) if totals else part]
-        for number, weight in enumerate(own):
-            before, now = grads[number], weight.grad
-            if now is not None:
-                grads[number] = share * now if before is None else before + share * now
-            weight.grad = None  # autograd would add to it
-    for weight, grad in zip(own, grads, strict=True):
-        weight.grad = grad
-    return list(torch.stack(means).sum(dim=0).unbind()), totals[0]
 
 
 def inner_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from sae.directory import (
     claim_out,
     require_same_run,
 )
-from sae.ensemble import Ensemble, OnLine, Run
+from sae.ensemble import Ensemble, OnLine, Record, Run
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate_on
 from sae.heavy_tails import Ball, share_of_heaviest
@@ -33,6 +33,7 @@ from sae.kernels import require_device, require_kernels, resolve_device
 from sae.locks import hold
 from sae.log import RunLog, require_wandb
 from sae.model import SAE, load
+from sae.ranks import ALONE, Ranks, joined
 from sae.sources import HeldOut, Source, as_source
 from sae.sparsifiers.base import Sparsifier
 from sae.stopping import stop_requested
@@ -79,6 +80,7 @@ def train(
 
     `source` (a tensor, an array, an iterable of batches, a `Source`) takes the place of the configuration's own.
     `on_line(step, values)` hears of each logged line; `report` writes report.html when its extra is installed.
+    Processes that `torchrun` started train it together (docs/distributed.md): each must be given the same.
 
     Raises:
         UsageError: the source is bad, or `config.out` holds a run and neither resume nor overwrite was asked for.
@@ -94,54 +96,94 @@ def train(
     require_device(config.train.device, "train.device")
     if source is None and config.source is None:
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
-    check_out(config.out, resume, overwrite)
-    begun_before = (config.out / CONFIG).exists()
-    if resume and not begun_before:
-        logger.warning("nothing to resume in %s: the run begins", config.out)
-    if resume and begun_before:
-        require_same_run(config)
-        if (config.out / RESULT).exists():
-            logger.info("%s is complete; nothing to resume", config.out)
+    with joined(config.train.device) as ranks:
+        ranks.require_same(config.to_yaml(), "configuration")
+        if ranks.of_lead(ranks.of_all(lambda: ranks.lead and _complete(config, resume, overwrite))):
             return Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
-    begun = as_it_begins(config, resume)
-    activations = as_source(source if source is not None else config.source.open() if config.source else None)
+        begun = ranks.of_all(lambda: as_it_begins(config, resume and ranks.lead))
+        own = config.source
+        activations = ranks.of_all(lambda: as_source(own.open() if source is None and own is not None else source))
+        run = open_run(config, begun, activations, resume, on_line, ranks)
+        if run.n_steps_done:
+            logger.info("%s goes on after step %d of %d", config.out, run.n_steps_done, config.n_steps)
+        try:
+            with stop_requested() as stop:
+                for _, error in Ensemble([run], activations).feed(ranks.agreed(stop)):
+                    if error is not None:
+                        raise error
+            result = ranks.of_all(lambda: conclude(run, report) if ranks.lead else _unmeasured(run))
+            return replace(result, metrics=ranks.of_lead(result.metrics))
+        finally:
+            run.close()
 
-    run = open_run(config, begun, activations, resume, on_line)
-    if run.n_steps_done:
-        logger.info("%s goes on after step %d of %d", config.out, run.n_steps_done, config.n_steps)
-    try:
-        with stop_requested() as stop:
-            for _, error in Ensemble([run], activations).feed(stop):
-                if error is not None:
-                    raise error
-        return conclude(run, report)
-    finally:
-        run.close()
+
+def _complete(config: TrainConfig, resume: bool, overwrite: bool) -> bool:
+    """Whether nothing of the run is left to do.
+
+    Raises:
+        UsageError: its directory holds something that is in the way.
+    """
+    check_out(config.out, resume, overwrite)
+    if not resume:
+        return False
+    if not (config.out / CONFIG).exists():
+        logger.warning("nothing to resume in %s: the run begins", config.out)
+        return False
+    require_same_run(config)
+    if (config.out / RESULT).exists():
+        logger.info("%s is complete; nothing to resume", config.out)
+        return True
+    return False
 
 
-def open_run(config: TrainConfig, begun: TrainConfig, source: Source, resume: bool, on_line: OnLine | None) -> Run:
+def open_run(
+    config: TrainConfig,
+    begun: TrainConfig,
+    source: Source,
+    resume: bool,
+    on_line: OnLine | None,
+    ranks: Ranks = ALONE,
+) -> Run:
     """A run at its first step, or at its newest checkpoint; `config.out` becomes its directory.
 
     `begun` is the configuration as `as_it_begins` gives it, `config` what is recorded.
     """
     # Nothing is written, and no earlier run given up, before the data have been found good.
-    calibration = source.held_out("calibration", N_CALIBRATION)
-    trainer = start(begun, source, calibration)
+    trainer = ranks.of_all(lambda: start(begun, source, source.held_out("calibration", N_CALIBRATION), ranks))
+    record = ranks.of_all(lambda: _record(config, trainer, resume) if ranks.lead else None)
+    run = Run(trainer, source, record, on_line)
+    try:
+        if ranks.n > 1:
+            trainer.follow(ranks)
+        return run
+    except BaseException:
+        run.close()
+        raise
+
+
+def _record(config: TrainConfig, trainer: Trainer, resume: bool) -> Record:
+    """What a run writes to; the trainer is put to where the run stands."""
     lock = hold(config.out)
     try:
         state = claim_out(config, resume)
         if state is not None:
             trainer.load_state(*checkpoint.load(state))
-        log = RunLog(config.out, config, resume_at=trainer.n_steps_done)
-        return Run(trainer, log, source, lock, on_line)
+        return Record(RunLog(config.out, config, resume_at=trainer.n_steps_done), lock)
     except BaseException:
         lock.release()
         raise
 
 
+def _unmeasured(run: Run) -> Result:
+    """What a run has learnt, in a process that does not measure it."""
+    trainer = run.trainer
+    return Result(finished(trainer, calibration_rows(trainer.sae, run.source)), {}, run.config.out)
+
+
 def conclude(run: Run, report: bool) -> Result:
     """Calibrates, measures and saves what a run has learnt; its trainer is given up."""
-    config, source, trainer = run.config, run.source, run.trainer
+    config, source, trainer, record = run.config, run.source, run.trainer, run.record
+    assert record is not None
     rows = calibration_rows(trainer.sae, source)
     n_steps, sae = trainer.n_steps_done, finished(trainer, rows)
     del run.trainer, trainer  # Adam's moments take twice the memory of the weights
@@ -159,11 +201,11 @@ def conclude(run: Run, report: bool) -> Result:
     if n_steps <= config.checkpoint.every_steps:  # what was saved for a stop in the meantime
         shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
     page = write_report_if_installed(config.out) if report else None
-    run.log.finish(n_steps, evaluation.metrics, evaluation.tables["latent/frequency"], page)
+    record.log.finish(n_steps, evaluation.metrics, evaluation.tables["latent/frequency"], page)
     return Result(sae, evaluation.metrics, config.out)
 
 
-def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
+def start(config: TrainConfig, source: Source, calibration: HeldOut, ranks: Ranks = ALONE) -> Trainer:
     """A trainer at step 0."""
     if source.d_out is not None and not config.sae.transcodes:
         raise UsageError(
@@ -200,7 +242,7 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut) -> Trainer:
     if calibration.target is not None:
         _describe("targets", calibration.target, target_unit, config)
     try:
-        return Trainer(sae.to(config.train.device), config, unit, target_unit, ball)
+        return Trainer(sae.to(config.train.device), config, unit, target_unit, ball, ranks)
     except torch.OutOfMemoryError as error:
         raise UsageError(_too_wide(config, sae.d_in + sae.d_out)) from error
 

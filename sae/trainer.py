@@ -22,6 +22,7 @@ from sae.engine import Begun, Engine, Terms, padded
 from sae.errors import UsageError
 from sae.heavy_tails import Ball
 from sae.model import SAE
+from sae.ranks import ALONE, Ranks
 from sae.resampling import raise_, resample_
 from toymodels.streams import generator
 
@@ -37,13 +38,20 @@ class Trainer:
     waits for the device: sums stay there until `take_window` reads them. Rows outside of `ball` are drawn in to it."""
 
     def __init__(
-        self, sae: SAE, config: TrainConfig, unit: float, target_unit: float | None = None, ball: Ball | None = None
+        self,
+        sae: SAE,
+        config: TrainConfig,
+        unit: float,
+        target_unit: float | None = None,
+        ball: Ball | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.sae, self.config, self.unit = sae, config, unit
         self.ball = None if ball is None else ball.to(sae.W_dec.device)
         self.target_unit = unit if target_unit is None else target_unit
         train = config.train
-        self.engine = Engine(sae, train.kernels, train.precision, train.clip_norm, train.accumulate, train.moments)
+        given = (train.kernels, train.precision, train.clip_norm, train.accumulate, train.moments)
+        self.engine = Engine(sae, *given, ranks)
         self.n_steps_done = 0
         device = sae.W_dec.device
         self.clock = schedules.Clock(REFRESH_STEPS, sae.W_dec.dtype, device)
@@ -104,8 +112,8 @@ class Trainer:
         """What takes steps in place of `advance`, with Triton's kernels on CUDA: it records and replays them."""
         if self.window.device.type != "cuda" or self.engine.kernels.name != "triton":
             return None
-        if self.engine.n_parts > 1:
-            logger.info("steps are not recorded, as train.accumulate=%d takes each in parts", self.engine.n_parts)
+        if not self.engine.at_once:
+            logger.info("steps are not recorded, as each takes its batch in parts (train.accumulate, or processes)")
             return None
         from sae.capture import Recorder  # noqa: PLC0415 - where there is no CUDA it is not imported
 
@@ -201,6 +209,13 @@ class Trainer:
             "window_steps": self.window_steps,
             "n_resampled": self.n_resampled,
         }
+
+    def follow(self, ranks: Ranks) -> None:
+        """Takes over the state of rank 0."""
+        tensors, values = self.state()
+        tensors, values = ranks.tensors_of_lead(tensors, self.window.device), ranks.of_lead(values)
+        if not ranks.lead:
+            self.load_state(tensors, values)
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Puts back what `state` gave."""

@@ -68,6 +68,8 @@ LAYERS = {
         "model",
         "initialise",
         "gradients",
+        "ranks",
+        "parts",
         "engine",
         "resampling",
         "schedules",

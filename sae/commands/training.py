@@ -47,18 +47,21 @@ class Train(FromFile):
     """Train an SAE as CONFIG.yaml says.
 
     Any value of the file can be set on the command line: `--sae.k 8`, `--train.lr 1e-3`, `--sae.kind batchtopk`,
-    `--log.wandb offline`.
+    `--log.wandb offline`. Several processes share every batch where `torchrun --standalone --nproc-per-node N -m sae
+    train CONFIG.yaml` starts them (docs/distributed.md).
     """
 
     def run(self) -> None:
         from sae.config import load_config  # noqa: PLC0415
-        from sae.console import print_headlines, progress  # noqa: PLC0415
+        from sae.console import print_headlines, progress, speaks  # noqa: PLC0415
         from sae.run import train  # noqa: PLC0415
 
         self.load_plugins()
         config = load_config(self.config, self.words)
         with progress(f"training {config.sae.kind}", config.n_steps) as on_line:
             result = train(config, resume=self.resume, overwrite=self.overwrite, on_line=on_line)
+        if not speaks():
+            return
         print_headlines(result.metrics)
         print(f"\nwrote {result.out}/: every metric is in its result.json")
 

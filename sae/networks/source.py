@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from sae.networks.language_model import LanguageModel, load_language_model, load
 from sae.networks.losses import losses
 from sae.networks.reader import Reads, Site
 from sae.networks.texts import Contexts, contexts_of, open_tokens, special_tokens, texts
+from sae.ranks import ALONE, Ranks, here
 from sae.sources import PairSource, Reconstruct, Source, over_epochs
 from sae.stopping import stop_if_asked
 from sae.stores.files import SPLITS, Split
@@ -216,30 +218,33 @@ class ModelSource(Source):
             if skip >= n:
                 skip -= n
                 continue
-            rows = self.window(window)
+            rows = self.window(window, here())
             within = torch.randperm(n, generator=generator(seed, "epoch", epoch, "window", number))
             for piece in within[skip:].to(rows.device).split(batch_size):
                 yield rows[piece].float()
             del rows  # before the next window is computed
             skip = 0
 
-    def window(self, which: Tensor) -> Float[Tensor, "rows d_in"]:
-        """The rows of some contexts, where the model is.
+    def window(self, which: Tensor, ranks: Ranks = ALONE) -> Float[Tensor, "rows d_in"]:
+        """The rows of some contexts, where the model is. Processes that want the same ones compute a part each.
 
         Raises:
             UsageError: they are not finite.
         """
-        n = int(self.contexts.n_rows[which].sum())
-        rows = torch.empty(n, self.d_in, dtype=self.dtype, device=self.model.device)
-        filled = 0
-        for part in which.split(self.model.contexts_at_once):
-            stop_if_asked("the model was reading")
-            found = self._rows(part)
+        parts = which.split(self.model.contexts_at_once)
+        n_rows = [0, *(int(self.contexts.n_rows[part].sum()) for part in parts)]
+        starts = list(accumulate(n_rows))
+        shares = [len(parts) * rank // ranks.n for rank in range(ranks.n + 1)]
+        rows = torch.empty(starts[-1], self.d_in, dtype=self.dtype, device=self.model.device)
+        for number in range(shares[ranks.rank], shares[ranks.rank + 1]):
+            if ranks.n == 1:  # all are to end at the same step
+                stop_if_asked("the model was reading")
+            found = self._rows(parts[number])
             beside = (
                 torch.cat([found[site] for site in self.sites], dim=1) if len(self.sites) > 1 else found[self.sites[0]]
             )
-            rows[filled : filled + len(beside)] = beside
-            filled += len(beside)
+            rows[starts[number] : starts[number + 1]] = beside
+        ranks.gather_(rows, [starts[share] for share in shares])
         if not bool(rows.isfinite().all()):
             remedy = "look at the model" if rows.dtype == torch.float32 else "set source.dtype float32"
             raise UsageError(f"{self.config.site} of {self.config.model} holds NaN or infinity; {remedy}")
