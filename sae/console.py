@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,7 +20,7 @@ LIVE = {"fvu": "metrics/fvu", "L0": "metrics/l0", "dead": "sparsity/dead_feature
 
 # What is smaller is what sums of floats leave of a 0.
 ROUNDING = 1e-12
-BESIDE = ("_chance", "_chance_sd", "_truth")
+BESIDE = ("_chance", "_chance_sd", "_truth", "_difference")
 HEADLINES = (
     "metrics/fvu",
     "metrics/l0",
@@ -106,13 +107,19 @@ def progress(title: str, n_steps: int) -> Iterator[Callable[[int, Mapping[str, f
         yield on_line
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
-    """A table; the first column is text, the others are numbers."""
+def print_table(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caption: str | None = None,
+    ends: Collection[int] = (),
+) -> None:
+    """A table; the first column is text, the others are numbers. A gap follows each of the rows `ends`."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    for number, row in enumerate(rows):
+        table.add_row(*row, end_section=number in ends)
     console = _console()
     console.print(table)
     if caption:
@@ -159,8 +166,8 @@ def print_headlines(metrics: Mapping[str, float]) -> None:
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
-    """Final metrics, each beside its chance value and the true dictionary's where there are such; without those of a
-    diagnosis, which has words of its own."""
+    """Final metrics, each beside its chance value and the true dictionary's where there are such, from which it differs
+    by as much as a file says; without those of a diagnosis, which has words of its own."""
     names = [name for name in metrics if not name.endswith(BESIDE) and not name.startswith("diagnosis/")]
     rows = [
         [
@@ -170,7 +177,9 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
         ]
         for name in names
     ]
-    print_table("held-out activations", ["metric", "measured", "chance", "true dictionary"], rows)
+    groups = [name.partition("/")[0] for name in names]
+    ends = {number for number, (this, then) in enumerate(pairwise(groups)) if this != then}
+    print_table("held-out activations", ["metric", "measured", "chance", "true dictionary"], rows, ends=ends)
 
 
 def _short(value: float) -> str:

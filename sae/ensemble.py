@@ -120,6 +120,7 @@ class SharedSource(Source):
     def __init__(self, source: Source) -> None:
         self.source, self.truth = source, source.truth
         self.d_in, self.d_out, self.stays = source.d_in, source.d_out, source.stays
+        self.n_training_rows = source.n_training_rows
         self._held_out: Callable[[Purpose, int], HeldOut] = cache(source.held_out)
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:

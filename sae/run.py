@@ -238,6 +238,10 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut, ranks: Rank
         sae.sparsifier.start_(cuts(sae, rows / unit, sae.sparsifier.initial_l0), sae.b_enc.detach())
     if not sae.sparsifier.pursuit_steps:
         sae.sparsifier.require_codes(sae.pre_latents(rows[:64] / unit))
+    if source.n_training_rows is not None:
+        times = config.n_steps * config.train.batch_size / source.n_training_rows
+        often = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+        logger.info("%d rows to train on, each of them %s times", source.n_training_rows, often)
     _describe("activations", calibration.x, unit, config)
     if calibration.target is not None:
         _describe("targets", calibration.target, target_unit, config)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -52,6 +51,8 @@ class Source(ABC):
     """Width of the targets; None: the activations themselves are to be reconstructed."""
     truth: Float[Tensor, "n_features d_out"] | None = None
     """Directions of the true features in what is to be reconstructed, when known."""
+    n_training_rows: int | None = None
+    """Rows that epochs go through; None where there is no end of them, or none that is known."""
     stays: bool = False
     """Batches are drawn on the thread that trains, never ahead on another one."""
 
@@ -125,6 +126,8 @@ class ArraySource(Source):
     Either way an epoch visits each row once, and memory does not grow with the set: files stay mapped.
     """
 
+    n_training_rows: int
+
     def __init__(self, rows: Rows | Pairs, truth: Float[Tensor, "n_features d_in"] | None = None) -> None:
         if len(rows) < MIN_ROWS:
             raise UsageError(f"{rows.name} has {len(rows)} rows; at least {MIN_ROWS} are needed to hold some out")
@@ -139,6 +142,8 @@ class ArraySource(Source):
         if self.exact:
             rows.check_all()
         self.held_blocks, self.training_blocks = self._divided(-(-len(rows) // self.block_rows))
+        starts = self.training_blocks * self.block_rows
+        self.n_training_rows = int(((starts + self.block_rows).clamp_max(len(rows)) - starts).sum())
 
     def _divided(self, n_blocks: int) -> tuple[dict[Purpose, Tensor], Tensor]:
         """The blocks that are held out for each purpose, and those that are trained on."""
@@ -156,11 +161,6 @@ class ArraySource(Source):
             return HeldOut(self.rows.take(self.held_blocks[purpose][:n]).cpu())
         n_blocks = -(-n // self.block_rows)
         return HeldOut(self._window([self._span(b) for b in self.held_blocks[purpose][:n_blocks].tolist()])[:n].float())
-
-    @cached_property
-    def n_training_rows(self) -> int:
-        starts = self.training_blocks * self.block_rows
-        return int(((starts + self.block_rows).clamp_max(len(self.rows)) - starts).sum())
 
     def _span(self, block: int) -> tuple[int, int]:
         return block * self.block_rows, min((block + 1) * self.block_rows, len(self.rows))
@@ -202,7 +202,7 @@ class PairSource(Source):
 
     def __init__(self, rows: Source, d_in: int, truth: Float[Tensor, "n_features d_out"] | None = None) -> None:
         self.rows, self.d_in, self.d_out, self.truth = rows, d_in, rows.d_in - d_in, truth
-        self.stays = rows.stays
+        self.stays, self.n_training_rows = rows.stays, rows.n_training_rows
         if truth is not None and truth.shape[1] != self.d_out:
             raise UsageError(
                 f"true features have d_in={truth.shape[1]}, targets have d_out={self.d_out}; give directions "

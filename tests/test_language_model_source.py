@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -236,6 +237,27 @@ def test_training_ends_with_what_the_model_loses(tiny, tmp_path):
         assert result.metrics[f"metrics/{name}"] == pytest.approx(value, rel=1e-4), name
     assert result.metrics["metrics/kl"] > 0
     assert sae.evaluate_run(tmp_path / "run").metrics == result.metrics
+
+
+def test_a_disk_without_room_is_told_at_the_first_batch(tiny, tmp_path, monkeypatch):
+    config = SourceConfig.of_kind(tiny.section())
+    contexts = config.read()
+    free = int(contexts.n_rows.sum()) * (4 * D + 8)  # floats, and two numbers that say whose the row is
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free - 1))
+    with pytest.raises(UsageError, match=r"GiB more, and the disk of .*acts has .*; lower source.n_tokens"):
+        harvest_model(config, tmp_path / "acts")
+    assert not (tmp_path / "acts/manifest.json").exists()
+    harvest_model(config, tmp_path / "acts", dtype="float16")  # half as much
+    with pytest.raises(UsageError, match="GiB more"):
+        harvest_model(config, tmp_path / "both", ("transformer.h.0", "transformer.h.1"), dtype="float16")
+    harvest_model(config, tmp_path / "acts", dtype="float32", overwrite=True)  # in place of the other
+
+
+def test_long_tokenizing_tells_how_far_it_is(tiny, monkeypatch, caplog):
+    monkeypatch.setattr("sae.networks.texts.SECONDS_BETWEEN_LINES", 0)
+    with caplog.at_level("INFO", "sae"):
+        SourceConfig.of_kind(tiny.section()).read()
+    assert "texts are tokenized: 6000 of 6000 tokens" in caplog.text
 
 
 def test_a_store_knows_its_model(tiny, run_cli, tmp_path):

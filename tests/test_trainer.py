@@ -11,7 +11,10 @@ import sae
 from sae import UsageError, checkpoint, run
 from sae.config import TrainConfig
 from sae.errors import Interrupted
+from sae.held_out import HeldOut
+from sae.run import start
 from sae.schedules import Clock, learning_rate, warmup
+from sae.sources import as_source
 
 CPU = torch.device("cpu")
 
@@ -345,6 +348,20 @@ def test_what_went_wrong_is_told(tmp_path, caplog):
     assert "their mean alone would reconstruct better; lower train.lr=30" in caplog.text
     sae.train(config(tmp_path / "other"), resume=True, report=False)
     assert f"nothing to resume in {tmp_path / 'other'}: the run begins" in caplog.text
+
+
+@pytest.mark.parametrize(("n_samples", "times"), [(6_400_000, "4,000"), (1280, "0.8")])
+def test_a_run_tells_how_often_it_sees_its_rows(tmp_path, caplog, n_samples, times):
+    """Of 2000 rows a fifth is held out."""
+    run = config(tmp_path / "run", n_samples, source=None)
+    with caplog.at_level("INFO", "sae"):
+        start(run, as_source(torch.randn(2000, 6)), HeldOut(torch.randn(100, 6)))
+    assert f"1600 rows to train on, each of them {times} times" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", "sae"):
+        endless = config(tmp_path / "run")
+        start(endless, endless.source.open(), HeldOut(torch.randn(100, 6)))
+    assert "rows to train on" not in caplog.text
 
 
 def test_heavy_tails_are_told_with_the_remedy(tmp_path, caplog):

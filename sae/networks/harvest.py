@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def harvest_model(
         overwrite=overwrite,
         on_rows=None if on_begin is None else on_begin(len(order)),
         tokens=contexts.tokens,
+        n_rows=int(contexts.n_rows.sum()),
     )
     return list(paths.values())
 
@@ -142,8 +144,13 @@ def write_stores(
     overwrite: bool,
     on_rows: OnRows | None = None,
     tokens: Tensor | None = None,
+    n_rows: int | None = None,
 ) -> None:
-    """A store for each site, from pieces that begin at any batch."""
+    """A store for each site, from pieces that begin at any batch; of n_rows each, if that is known.
+
+    Raises:
+        UsageError: the disk has no room for them.
+    """
     with ExitStack() as stack:
         for path in paths.values():
             stack.enter_context(held(path))
@@ -159,6 +166,8 @@ def write_stores(
             for site, writer in writers.items():
                 if number >= writer.n_batches:  # after a kill, one may be ahead of another
                     writer.append(piece.columns[site], piece.rows_per_input)
+            if number == start and n_rows is not None:
+                _require_room(list(writers.values()), n_rows)
             if on_rows is not None:
                 on_rows(len(piece.rows_per_input))
             if stop():
@@ -167,3 +176,15 @@ def write_stores(
                 raise Interrupted(f"stopped after batch {number + 1}; {CONTINUE}", stop())
         for writer in writers.values():
             writer.finish()
+
+
+def _require_room(writers: Sequence[StoreWriter], n_rows: int) -> None:
+    """Refuses what will not fit: better told at the first batch than hours later."""
+    path = writers[0].path
+    size = sum(writer.row_bytes * (n_rows - writer.n_written_rows) for writer in writers)
+    free = shutil.disk_usage(path).free + sum(writer.n_discarded_bytes for writer in writers)
+    if size > free:
+        raise UsageError(
+            f"{n_rows} rows take {size / 2**30:.3g} GiB more, and the disk of {path} has {free / 2**30:.3g}; lower "
+            "source.n_tokens, set --dtype float16, or give another --out"
+        )

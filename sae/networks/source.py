@@ -168,6 +168,7 @@ class ModelSource(Source):
     """
 
     stays = True
+    n_training_rows: int
 
     def __init__(self, config: ModelSourceConfig, model: LanguageModel, contexts: Contexts) -> None:
         model.require(contexts)

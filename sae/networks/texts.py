@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ logger = logging.getLogger("sae")
 # What `datasets` calls a reader of such files. A .txt file is one text, the others hold many.
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXTS_AT_ONCE = 256
+SECONDS_BETWEEN_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def contexts_of(given: Iterator[str], tokenizer: Any, length: int, n_tokens: int
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     step, n_wanted = length - len(start), max(n_tokens // length, 1)
     cut: list[np.ndarray] = []
-    n_cut, left = 0, np.zeros(0, dtype=np.int32)
+    n_cut, left, told = 0, np.zeros(0, dtype=np.int32), time.monotonic()
     while n_cut < n_wanted and (batch := list(islice(given, TEXTS_AT_ONCE))):
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         left = np.concatenate([left, *(np.array([*ids, *end], dtype=np.int32) for ids in encoded)])
@@ -122,6 +124,9 @@ def contexts_of(given: Iterator[str], tokenizer: Any, length: int, n_tokens: int
         pieces, left = left[: n_new * step].reshape(n_new, step), left[n_new * step :]
         cut.append(np.concatenate([np.full((n_new, len(start)), start, dtype=np.int32), pieces], axis=1))
         n_cut += n_new
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            logger.info("texts are tokenized: %d of %d tokens", n_cut * length, n_wanted * length)
     if not n_cut:
         raise UsageError(f"the texts have {len(left)} tokens, and a context has {length}; lower source.context_length")
     if n_cut < n_wanted:

@@ -87,7 +87,7 @@ class StoreWriter:
         self.tokens_sha256: str | None = None
         self.shards: list[Shard] = []
         self.division = Division()
-        self.n_batches = self.n_waiting_bytes = 0
+        self.n_batches = self.n_waiting_bytes = self.row_bytes = 0
         self.waiting: dict[Split, list[Columns]] = {split: [] for split in SPLITS}
         # A shard is hashed and written while the network computes the next one.
         self.pool, self.under_way = ThreadPoolExecutor(1, "shards"), Future[None]()
@@ -95,6 +95,16 @@ class StoreWriter:
         require_own(path)
         if (path / MANIFEST).exists() and not anew:
             self._go_on(read_manifest(path))
+
+    @property
+    def n_written_rows(self) -> int:
+        """Those in shards."""
+        return sum(sum(shard.rows.values()) for shard in self.shards)
+
+    @property
+    def n_discarded_bytes(self) -> int:
+        """Of the store that the first shard takes the place of."""
+        return 0 if self.shards else sum(file.stat().st_size for file in self.path.glob("*") if file.is_file())
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -120,6 +130,7 @@ class StoreWriter:
             floating = [tensor.dtype for tensor in columns.values() if tensor.is_floating_point()]
             self.dtype = _name(reduce(torch.promote_types, floating, columns["acts"].dtype))
         kept = {name: self._checked(name, tensor) for name, tensor in columns.items()}
+        self.row_bytes = sum(tensor[:1].nbytes for tensor in kept.values())
         splits = self.division.next(rows_per_input)
         for split in dict.fromkeys(splits):
             own = torch.repeat_interleave(torch.tensor([one == split for one in splits]), torch.tensor(rows_per_input))
