@@ -118,6 +118,15 @@ class SourceConfig(Family):
     def open(self) -> Any:
         """The source itself (a `sae.sources.Source`)."""
 
+    def open_beside(self, others: Sequence[Any]) -> Any:
+        """The same, where others are open: what takes long to load is loaded once."""
+        return self.open()
+
+    @property
+    def stream(self) -> dict[str, Any]:
+        """What decides the order in which data come: sources for which it is the same can be read together."""
+        return self.model_dump(mode="json")
+
 
 class SAEConfig(Family):
     """What is trained: the width, how it starts, and (in each kind) the sparsifier's own options."""

@@ -25,7 +25,7 @@ from sae.evaluation import live_recovery
 from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.log import RunLog
 from sae.members import Members
-from sae.sources import Batch, Reconstruct, Source
+from sae.sources import Batch, Own, Reconstruct, Source
 from sae.stopping import CONTINUE, Stop
 from sae.trainer import Trainer
 
@@ -115,13 +115,18 @@ class Run:
 
 
 class SharedSource(Source):
-    """A source whose held-out rows are drawn once for all that want them at once; streams are drawn anew."""
+    """A source whose held-out rows are drawn once for all that want them at once; streams are drawn anew. `own` is what
+    it takes of a batch that several sources read together."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, own: Own | None = None) -> None:
         self.source, self.truth = source, source.truth
         self.d_in, self.d_out, self.stays = source.d_in, source.d_out, source.stays
         self.n_training_rows = source.n_training_rows
         self._held_out: Callable[[Purpose, int], HeldOut] = cache(source.held_out)
+        self._own = own or source.own
+
+    def own(self, batch: Batch) -> Batch:
+        return self._own(batch)
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         return self.source.batches(batch_size, seed, start)
@@ -190,7 +195,8 @@ class Ensemble:
             # From a device to the host nothing would wait until the rows are there.
             on = [part.to(device, non_blocking=torch.device(device).type == "cuda") for part in parts]
             there = [run for run in due if run.config.train.device == device]
-            for run, error in zip(there, members.step([run.trainer for run in there], *on), strict=True):
+            each = [run.source.own((on[0], on[1]) if len(on) == 2 else on[0]) for run in there]
+            for run, error in zip(there, members.step([run.trainer for run in there], each), strict=True):
                 try:
                     if error is not None:
                         raise error

@@ -19,8 +19,8 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
+from sae.sources import Batch
 from sae.trainer import Trainer
 
 Member = TypeVar("Member")
@@ -52,15 +52,17 @@ class Members:
             list(self.pool.map(lambda _: None, range(n)))
             torch.set_num_threads(cores)  # a thread sets its own number, and that of threads to come
 
-    def step(self, trainers: Sequence[Trainer], *batch: Tensor) -> list[Exception | None]:
-        """One batch for each of these, activations and perhaps their targets; what each raised stops no other."""
+    def step(self, trainers: Sequence[Trainer], batches: Sequence[Batch]) -> list[Exception | None]:
+        """Each of these takes its batch; what one raised stops no other."""
 
-        def step(trainer: Trainer) -> None:
-            trainer.step(*batch)
+        def step(given: tuple[Trainer, Batch]) -> None:
+            trainer, batch = given
+            trainer.step(*batch) if isinstance(batch, tuple) else trainer.step(batch)
 
+        pairs = list(zip(trainers, batches, strict=True))
         if trainers and all(trainer in self.streams for trainer in trainers):
-            return self._on_streams(trainers, step)
-        return self.each(step, trainers)
+            return self._on_streams(pairs, step)
+        return self.each(step, pairs)
 
     def each(self, act: Callable[[Member], None], members: Sequence[Member]) -> list[Exception | None]:
         """act of each one, on the threads where there are some; what each raised stops no other."""
@@ -68,15 +70,17 @@ class Members:
             return [_error(act, member) for member in members]
         return list(self.pool.map(partial(_error, act), members))
 
-    def _on_streams(self, trainers: Sequence[Trainer], step: Callable[[Trainer], None]) -> list[Exception | None]:
-        """Each begins once the batch is there; whatever comes after on this stream finds all of them done."""
-        here, ended = torch.cuda.current_stream(_device(trainers[0])), []
-        for trainer in trainers:
+    def _on_streams(
+        self, pairs: Sequence[tuple[Trainer, Batch]], step: Callable[[tuple[Trainer, Batch]], None]
+    ) -> list[Exception | None]:
+        """Each begins once its batch is there; whatever comes after on this stream finds all of them done."""
+        here, ended = torch.cuda.current_stream(_device(pairs[0][0])), []
+        for trainer, batch in pairs:
             stream = self.streams[trainer]
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
-                ended.append(_error(step, trainer))
-        for trainer in trainers:
+                ended.append(_error(step, (trainer, batch)))
+        for trainer, _ in pairs:
             here.wait_stream(self.streams[trainer])
         return ended
 

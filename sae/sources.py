@@ -39,6 +39,8 @@ HELD_OUT_ROWS = 100_000
 
 Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Activations [batch, d_in]; with their targets [batch, d_out] from a source that has targets."""
+Own: TypeAlias = Callable[[Batch], Batch]
+"""What of a batch that several read together is one's."""
 Reconstruct: TypeAlias = Callable[[Tensor], Tensor]
 """x_hat [n, d_out] of x [n, d_in]."""
 
@@ -67,6 +69,10 @@ class Source(ABC):
     def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
         """The rows of `held_out` as a stream: all at once, unless a source can give them piece by piece."""
         return self.held_out(purpose, n)
+
+    def own(self, batch: Batch) -> Batch:
+        """What of a batch is this source's: all of it, where it is not one of several that are read together."""
+        return batch
 
     def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
         """What is measured in the network that the activations are of, with the SAE's reconstructions of about n

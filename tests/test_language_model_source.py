@@ -20,10 +20,14 @@ from sae.config import SourceConfig
 from sae.ensemble import SharedSource
 from sae.errors import Interrupted, UsageError
 from sae.networks.harvest import harvest_model
+from sae.networks.source import ModelSource, ModelSourceConfig
 from sae.networks.texts import Contexts, contexts_of, texts
 from sae.stopping import stop_requested
 from sae.stores import Store
 from sae.stores.writer import EVERY, StoreWriter
+from sae.sweep.group import Logged
+from sae.sweep.plan import parse_sweep
+from sae.sweep.run import run_sweep
 
 
 def open_source(tiny, **more):
@@ -85,9 +89,8 @@ def test_special_tokens_and_the_first_positions_are_left_out(tiny):
 
 
 @pytest.mark.parametrize(("more", "layer"), [({}, 2), ({"reads": "input"}, 1)])
-def test_an_epoch_is_every_row_of_the_training_contexts_once(tiny, monkeypatch, more, layer):
-    monkeypatch.setattr("sae.networks.source.WINDOW_BYTES", 70 * 12 * D * 4)  # of 450 contexts, in 70s
-    source = open_source(tiny, contexts_at_once=16, **more)
+def test_an_epoch_is_every_row_of_the_training_contexts_once(tiny, more, layer):
+    source = open_source(tiny, contexts_at_once=16, window_rows=70 * 12, **more)  # of 450 contexts, in 70s
     own = source.order["training"]
     tokens = source.contexts.tokens[own]
     expected = hidden(tiny, tokens, layer)[source.contexts.kept(tokens)]
@@ -99,9 +102,8 @@ def test_an_epoch_is_every_row_of_the_training_contexts_once(tiny, monkeypatch, 
     assert len(found) > 0.95 * len(rows)
 
 
-def test_a_batch_depends_on_its_number_and_the_seed_alone(tiny, monkeypatch):
-    monkeypatch.setattr("sae.networks.source.WINDOW_BYTES", 70 * 12 * D * 4)
-    source = open_source(tiny)
+def test_a_batch_depends_on_its_number_and_the_seed_alone(tiny):
+    source = open_source(tiny, window_rows=70 * 12)
     n = 2 * source.n_training_rows // 64
     all_of_them = list(islice(source.batches(64, 3), n))
     for start in (1, 17, n // 2, n - 1):
@@ -337,6 +339,79 @@ def test_shared_sources_measure_too(tiny):
     assert shared.stays
     assert shared.downstream(lambda x: 0 * x, 50) == source.downstream(lambda x: 0 * x, 50)
     assert open_source(tiny, target="transformer.h.1").stays
+
+
+MODULES = ["transformer.h.0", "transformer.h.2", "transformer.h.1.mlp"]
+
+
+def sweep_of(tiny, tmp_path, **sweep):
+    source = tiny.section(contexts_at_once=16, window_rows=1500)
+    train = {"n_samples": 6400, "batch_size": 64, "warmup_steps": 5}
+    base = {"source": source, "sae": {"kind": "topk", "d_sae": 24, "k": 3}, "train": train}
+    base |= {"evaluation": {"n_samples": 150}, "checkpoint": {"every_steps": 30}, "log": {"every": 10}}
+    return parse_sweep(base | {"out": str(tmp_path / "sweep"), "sweep": sweep})
+
+
+def counted(monkeypatch) -> list[int]:
+    """How many contexts the model reads, from here on, for the windows that are trained on."""
+    read, window = [], ModelSource.window
+
+    def counting(self, which, *ranks):
+        if len(which) > 60:
+            read.append(len(which))
+        return window(self, which, *ranks)
+
+    monkeypatch.setattr(ModelSource, "window", counting)
+    return read
+
+
+def test_a_sweep_over_modules_reads_the_texts_once(tiny, tmp_path, monkeypatch):
+    """Each member ends with the bits of a run by itself; one reads less, one has a target."""
+    monkeypatch.setattr("sae.run.N_CALIBRATION", 300)
+    every = [{"source.module": module} for module in MODULES]
+    every += [
+        {"source.module": MODULES[2], "source.reads": "input", "source.target": MODULES[2], "sae.kind": "transcoder"}
+    ]
+    every += [{"source.module": MODULES[0], "train.n_samples": 3200, "sae.k": 2}]
+    plan = sweep_of(tiny, tmp_path, list=every)
+    assert len({member.stream for member in plan.members}) == 1
+    loaded, load = [], ModelSourceConfig.load
+    monkeypatch.setattr(ModelSourceConfig, "load", lambda config: loaded.append(config) or load(config))
+    read = counted(monkeypatch)
+    outcome = run_sweep(plan)
+    assert not outcome.not_done, outcome.rows
+    assert len(loaded) == 1
+    together = sum(read)
+    read.clear()
+    for member in plan.members:
+        alone = member.config.model_copy(update={"out": tmp_path / "alone" / member.name})
+        sae.train(alone, report=False)
+        for file in ("sae.safetensors", "result.json"):
+            assert (member.config.out / file).read_bytes() == (alone.out / file).read_bytes(), member.name
+    assert 4.4 * together < sum(read) < 4.6 * together  # one of five stops half way
+
+
+def test_a_sweep_over_modules_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, monkeypatch):
+    plan = sweep_of(tiny, tmp_path / "whole", grid={"source.module": MODULES[:2]})
+    run_sweep(plan)
+    parts = sweep_of(tiny, tmp_path / "parts", grid={"source.module": MODULES[:2]})
+
+    def stop(event):
+        if isinstance(event, Logged) and event.step == 50 and event.name.endswith("h.2"):
+            signal.raise_signal(signal.SIGTERM)
+
+    assert run_sweep(parts, on_event=stop).signal_number == signal.SIGTERM
+    shutil.rmtree(parts.members[0].config.out / "checkpoints/step-000000050")  # as after a kill between two saves
+    assert not run_sweep(parts, resume=True).not_done
+    for one, other in zip(plan.members, parts.members, strict=True):
+        files = [member.config.out / "sae.safetensors" for member in (one, other)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_modules_that_are_not_there_are_told_beside_those_that_are(tiny, tmp_path):
+    plan = sweep_of(tiny, tmp_path, grid={"source.module": ["transformer.h.0", "transformer.h.9"]})
+    with pytest.raises(UsageError, match=r"transformer.h.9"):
+        run_sweep(plan)
 
 
 def test_the_loss_is_measured_in_parts_that_fit(tiny, tmp_path, monkeypatch):

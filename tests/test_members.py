@@ -54,7 +54,7 @@ def test_together_is_alone(kernels):
         assert members.pool is not None
         assert torch.get_num_threads() == 2
         for batch in batches:
-            assert members.step(together, batch) == [None] * len(KINDS)
+            assert members.step(together, [batch] * len(together)) == [None] * len(KINDS)
     for ours, theirs in zip(together, alone, strict=True):
         for name, tensor in theirs.state()[0].items():
             assert torch.equal(ours.state()[0][name].nan_to_num(), tensor.nan_to_num()), name
@@ -66,7 +66,7 @@ def test_a_members_error_is_told_and_stops_no_other(threads):
     made[1].step = None
     with Members(made) as members:
         assert (members.pool is not None) == (threads == 2)
-        errors = members.step(made, torch.zeros(BATCH, D_IN))
+        errors = members.step(made, [torch.zeros(BATCH, D_IN)] * len(made))
     assert [type(error) for error in errors] == [type(None), TypeError, type(None), type(None), type(None)]
     assert [made[number].n_steps_done for number in (0, 2, 3, 4)] == [1, 1, 1, 1]
 
@@ -74,9 +74,9 @@ def test_a_members_error_is_told_and_stops_no_other(threads):
 def test_some_of_the_members_step_and_those_given_up_are_free():
     made = trainers("native", threads=2)
     with Members(made) as members:
-        members.step(made, torch.zeros(BATCH, D_IN))
-        members.step(made[:3], torch.zeros(BATCH, D_IN))
-        members.step(made[:1], torch.zeros(BATCH, D_IN))
+        members.step(made, [torch.zeros(BATCH, D_IN)] * len(made))
+        members.step(made[:3], [torch.zeros(BATCH, D_IN)] * 3)
+        members.step(made[:1], [torch.zeros(BATCH, D_IN)])
         assert [trainer.n_steps_done for trainer in made] == [3, 2, 2, 1, 1]
         gone = weakref.ref(made.pop())
         gc.collect()
@@ -125,21 +125,21 @@ def test_on_cuda_each_has_a_stream_and_waits_for_the_batch(monkeypatch):
         yield
         notes.append(("leave", which))
 
-    here = Stream()
+    here, X = Stream(), torch.zeros(1)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams.append(Stream()) or streams[-1])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     one, two = OnCuda(notes, fails=True), OnCuda(notes)
     with Members([one, two]) as members:
         (first, second), expected = streams, []
-        assert [type(error) for error in members.step([one, two])] == [ValueError, type(None)]
+        assert [type(error) for error in members.step([one, two], [X, X])] == [ValueError, type(None)]
         for own, trainer in ((first, one), (second, two)):
             expected += [("wait", own, here), ("enter", own), ("step", trainer), ("leave", own)]
         assert notes == [*expected, ("wait", here, first), ("wait", here, second)]
         notes.clear()
-        members.step([two])  # also when it is the last one: its memory is that stream's
+        members.step([two], [X])  # also when it is the last one: its memory is that stream's
         assert notes == [*expected[4:], ("wait", here, second)]
     notes.clear()
     with Members([one]) as members:
-        members.step([one])
+        members.step([one], [X])
     assert notes == [("step", one)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +23,13 @@ from sae.networks.losses import losses
 from sae.networks.reader import Reads, Site
 from sae.networks.texts import Contexts, contexts_of, open_tokens, special_tokens, texts
 from sae.ranks import ALONE, Ranks, here
-from sae.sources import PairSource, Reconstruct, Source, over_epochs
+from sae.sources import Batch, Own, PairSource, Reconstruct, Source, over_epochs
 from sae.stopping import stop_if_asked
 from sae.stores.files import SPLITS, Split
 from sae.stores.writer import Division
 from toymodels.streams import generator
 
 logger = logging.getLogger("sae")
-
-# Rows that are computed together and shuffled before they are trained on.
-WINDOW_BYTES = 2**28
 
 
 class ModelSourceConfig(SourceConfig):
@@ -76,6 +73,8 @@ class ModelSourceConfig(SourceConfig):
     """Where the model computes, a torch device; auto is cuda where torch can use it, else cpu."""
     contexts_at_once: int = Field(default=32, gt=0)
     """Contexts that the model reads side by side."""
+    window_rows: int = Field(default=131_072, gt=0)
+    """Rows that are computed together, and shuffled, before they are trained on; they stay in the model's dtype."""
 
     @model_validator(mode="after")
     def _reads_something(self) -> ModelSourceConfig:
@@ -127,9 +126,13 @@ class ModelSourceConfig(SourceConfig):
         return Contexts(tokens, special, self.skip)
 
     @property
+    def stream(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"module", "reads", "target"})
+
+    @property
     def fields(self) -> dict[str, Any]:
         """All that decides what is read where; another machine may compute it."""
-        return self.model_dump(mode="json", exclude={"device"})
+        return self.model_dump(mode="json", exclude={"device", "window_rows"})
 
     def origin(self, contexts: Contexts) -> dict[str, Any]:
         """What decides the rows of a store."""
@@ -138,7 +141,24 @@ class ModelSourceConfig(SourceConfig):
     def open(self) -> ModelSource | PairSource:
         model = self.load()
         model.require_sites(self.sites)
-        source = ModelSource(self, model, self.read())
+        return self._opened(model, self.read())
+
+    def open_beside(self, others: Sequence[Source]) -> ModelSource | PairSource:
+        for source in map(_reading, others):
+            if isinstance(source, ModelSource) and source.config.stream == self.stream:
+                source.model.require_sites(self.sites)
+                return self._opened(source.model, source.contexts)
+        return self.open()
+
+    def _opened(self, model: LanguageModel, contexts: Contexts) -> ModelSource | PairSource:
+        source = ModelSource(self, model, contexts)
+        logger.info(
+            "%s: d=%s, %d contexts of %d tokens, %d rows to train on",
+            " -> ".join(map(str, self.sites)),
+            " -> ".join(map(str, source.widths)),
+            *contexts.tokens.shape,
+            source.n_training_rows,
+        )
         return source if self.target is None else PairSource(source, source.widths[0])
 
 
@@ -170,10 +190,13 @@ class ModelSource(Source):
     stays = True
     n_training_rows: int
 
-    def __init__(self, config: ModelSourceConfig, model: LanguageModel, contexts: Contexts) -> None:
+    def __init__(
+        self, config: ModelSourceConfig, model: LanguageModel, contexts: Contexts, sites: Sequence[Site] = ()
+    ) -> None:
+        """`sites` are those of several sources; default those of one."""
         model.require(contexts)
         self.config, self.model, self.contexts = config, model, contexts
-        self.sites = config.sites
+        self.sites = list(sites) or config.sites
         order = order_of(contexts)
         splits = divided(contexts, order)
         self.order: dict[Split, Tensor] = {
@@ -183,13 +206,6 @@ class ModelSource(Source):
         self.widths = [first[site].shape[1] for site in self.sites]
         self.d_in, self.dtype = sum(self.widths), first[self.sites[0]].dtype
         self.n_training_rows = int(contexts.n_rows[self.order["training"]].sum())
-        logger.info(
-            "%s: d=%s, %d contexts of %d tokens, %d rows to train on",
-            " -> ".join(str(site) for site in self.sites),
-            " -> ".join(map(str, self.widths)),
-            *contexts.tokens.shape,
-            self.n_training_rows,
-        )
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
         return over_epochs(self._epoch, self.n_training_rows, batch_size, seed, start)
@@ -212,8 +228,7 @@ class ModelSource(Source):
         """One epoch's rows in pieces of at most batch_size, without the first `skip`."""
         own = self.order["training"]
         order = own[torch.randperm(len(own), generator=generator(seed, "epoch", epoch))]
-        row_bytes = self.d_in * self.dtype.itemsize
-        n_contexts = max(1, WINDOW_BYTES // (row_bytes * self.contexts.tokens.shape[1]))
+        n_contexts = max(1, self.config.window_rows // self.contexts.tokens.shape[1])
         for number, window in enumerate(order.split(n_contexts)):
             n = int(self.contexts.n_rows[window].sum())
             if skip >= n:
@@ -246,11 +261,46 @@ class ModelSource(Source):
             )
             rows[starts[number] : starts[number + 1]] = beside
         ranks.gather_(rows, [starts[share] for share in shares])
-        if not bool(rows.isfinite().all()):
-            remedy = "look at the model" if rows.dtype == torch.float32 else "set source.dtype float32"
-            raise UsageError(f"{self.config.site} of {self.config.model} holds NaN or infinity; {remedy}")
+        for site, columns in self.columns.items():
+            if not bool(rows[:, columns].isfinite().all()):
+                remedy = "look at the model" if rows.dtype == torch.float32 else "set source.dtype float32"
+                raise UsageError(f"{site} of {self.config.model} holds NaN or infinity; {remedy}")
         return rows
+
+    @property
+    def columns(self) -> dict[Site, slice]:
+        """Where the activations at each site are in a row."""
+        ends = accumulate(self.widths)
+        return {site: slice(end - width, end) for site, width, end in zip(self.sites, self.widths, ends, strict=True)}
 
     def _rows(self, which: Tensor) -> dict[Site, Tensor]:
         tokens = self.contexts.tokens[which]
         return self.model.rows(self.sites, tokens, self.contexts.kept(tokens))
+
+
+def read_together(sources: Sequence[Source]) -> tuple[ModelSource, list[Own]]:
+    """One source for several modules of one model that reads the same texts, and what of its batches is whose.
+
+    The model runs once for all of them. Each gets the rows that it would get by itself.
+    """
+    readings = [reading for source in sources if isinstance(reading := _reading(source), ModelSource)]
+    assert len(readings) == len(sources), sources
+    first = readings[0]
+    sites = list(dict.fromkeys(site for reading in readings for site in reading.sites))
+    whole = ModelSource(first.config, first.model, first.contexts, sites)
+    columns = whole.columns
+
+    def own_of(source: Source, reading: ModelSource) -> Own:
+        def own(batch: Batch) -> Batch:
+            assert isinstance(batch, Tensor)
+            parts = [batch[:, columns[site]].contiguous() for site in reading.sites]
+            return (parts[0], parts[1]) if isinstance(source, PairSource) else parts[0]
+
+        return own
+
+    return whole, [own_of(source, reading) for source, reading in zip(sources, readings, strict=True)]
+
+
+def _reading(source: Source) -> Source:
+    """What reads the model, where a source is of one."""
+    return source.rows if isinstance(source, PairSource) else source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +12,7 @@ from typing import Literal
 from sae.directory import STATUS
 from sae.ensemble import Diverged, Ensemble, Run, SharedSource
 from sae.errors import Interrupted, UsageError
+from sae.networks.source import read_together
 from sae.run import as_it_begins, conclude, open_run
 from sae.sources import Source
 from sae.stopping import Stop
@@ -63,10 +64,10 @@ class Group:
             tell(Ended(name, status, reason))
 
         try:
-            source = SharedSource(open_source(self.members[0]))
-            for member in self.members:
+            feed, own = shared([open_source(member) for member in self.members])
+            for member, source in zip(self.members, own, strict=True):
                 runs += self._open(member, source, tell, end)
-            for run, error in Ensemble(runs, source).feed(stop):
+            for run, error in Ensemble(runs, feed).feed(stop):
                 end(run.config.out.name, *self._close(run, error))
         except Interrupted:
             for name in list(left):
@@ -139,11 +140,22 @@ def told_of(name: str) -> Iterator[None]:
         logger.removeFilter(add)
 
 
+def shared(sources: Sequence[Source]) -> tuple[Source, list[SharedSource]]:
+    """What feeds all of these, which are on one stream, and what each of them is of it."""
+    distinct = list(dict.fromkeys(sources))
+    if len(distinct) == 1:
+        one = SharedSource(distinct[0])
+        return one, [one] * len(sources)
+    whole, owns = read_together(distinct)
+    parts = {source: SharedSource(source, own) for source, own in zip(distinct, owns, strict=True)}
+    return whole, [parts[source] for source in sources]
+
+
 OpenSource = Callable[[Member], Source]
 
 
 def opener() -> OpenSource:
-    """Opens each source once: a toy model is trained once for all members that look at it."""
+    """Opens each source once: a toy model is trained, and a language model loaded, once for all that look at it."""
     kept: dict[str, Source] = {}
 
     def open_source(member: Member) -> Source:
@@ -151,7 +163,7 @@ def opener() -> OpenSource:
         assert config is not None
         key = config.model_dump_json()
         if key not in kept:
-            kept[key] = config.open()
+            kept[key] = config.open_beside(list(kept.values()))
         return kept[key]
 
     return open_source

@@ -91,7 +91,7 @@ class Member:
     def stream(self) -> str:
         """Members for which this is the same see the same batches."""
         source = self.config.source
-        what = [source.model_dump(mode="json") if source else None, self.config.train.batch_size, self.config.data_seed]
+        what = [source.stream if source else None, self.config.train.batch_size, self.config.data_seed]
         return json.dumps(what, sort_keys=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
