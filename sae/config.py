@@ -1,114 +1,30 @@
 """A run is a file: the configuration of one training run, read from YAML and validated whole.
 
-Every section is a frozen pydantic model that forbids unknown keys. Two sections are open families, told apart
-by their `kind`: `source` (where activations come from) and `sae` (the sparsifier). A family member registers
-itself by being defined, so a new sparsifier is a class in one file and no list has to be edited.
+Two of its sections are open families, told apart by their `kind`: `source` (where activations come from) and `sae` (the
+sparsifier). A member registers itself by being defined, so a new sparsifier is a class in one file and no list has to
+be edited.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
+from sae.config_base import Family, Section
 from sae.config_text import explain, flags, read_yaml
 from sae.errors import UsageError
-from toymodels.errors import nearest
 
 # The last part of a run in which no latent starts anew.
 LEFT_ALONE = 0.2
 KernelName = Literal["auto", "reference", "torch", "native", "triton"]
 PrecisionName = Literal["auto", "fp32", "bf16", "exact"]
 MomentsName = Literal["float32", "int8"]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and strict about its keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _a_number_is_no_truth_value(cls, value: object, info: Any) -> object:
-        """pydantic would take true for 1."""
-        wrong = _truth_for_a_number(value, cls.model_fields[info.field_name].annotation)
-        if wrong is not None:
-            raise ValueError(f"must be a number, got {str(wrong).lower()}")
-        return value
-
-
-def _truth_for_a_number(value: object, annotation: Any) -> bool | None:
-    """true or false where a number is wanted and they are not; also inside a list."""
-    kinds = list(_alternatives(annotation))
-    if isinstance(value, bool):
-        numbers = any(kind in (int, float) for kind in kinds)
-        truths = any(kind in (bool, Any, object) or get_origin(kind) is Literal for kind in kinds)
-        return value if numbers and not truths else None
-    if isinstance(value, list | tuple):
-        inner = [part for kind in kinds if get_origin(kind) in (list, tuple) for part in get_args(kind)]
-        found = (_truth_for_a_number(item, part) for item in value for part in inner)
-        return next((wrong for wrong in found if wrong is not None), None)
-    return None
-
-
-def _alternatives(annotation: Any) -> Iterator[Any]:
-    """What a value may be: the members of a union, without what is said about them."""
-    if get_origin(annotation) is Annotated:
-        yield from _alternatives(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, UnionType):
-        for part in get_args(annotation):
-            yield from _alternatives(part)
-    else:
-        yield annotation
-
-
-class Family(Section):
-    """A section that comes in kinds. Subclasses with a `kind: Literal["name"] = "name"` join their family."""
-
-    kinds: ClassVar[dict[str, type[Family]]]
-    kind: str
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        kind = cls.model_fields["kind"].default
-        if Family in cls.__bases__:
-            cls.kinds = {}
-        elif isinstance(kind, str):
-            cls.kinds[kind] = cls
-
-    @classmethod
-    def of_kind(cls, value: Any) -> Any:
-        """A mapping with a `kind` becomes the member of that kind; anything else passes through."""
-        if not isinstance(value, Mapping):
-            return value
-        kind = value.get("kind")
-        if kind is None:
-            raise ValueError(f"needs a kind, one of {', '.join(sorted(cls.kinds))}")
-        if not isinstance(kind, str) or kind not in cls.kinds:
-            own = "a kind of your own needs --plugin FILE (in Python: sae.load_plugin)"
-            raise ValueError(f"unknown kind {kind!r}{nearest(kind, cls.kinds)}; {own}")
-        member = cls.kinds[kind]
-        for key in value:
-            if key not in member.model_fields:
-                raise ValueError(f"unknown key {key!r} for kind {kind!r}{nearest(key, member.model_fields)}")
-        return member.model_validate(value)
 
 
 class SourceConfig(Family):
@@ -214,6 +130,8 @@ class TrainSection(Section):
     accumulate: int = Field(default=1, gt=0)
     """Parts that a batch is computed in, one after the other, to save memory; their gradients are added up. A batch's
     budget and a target L0 hold for each part."""
+    start_from: Path | None = None
+    """A trained SAE whose weights the run begins with: a run's directory, or files of another library."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     decay_fraction: float = Field(default=0.3, ge=0, le=1)

@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from sae import formats
-from sae.config import Section, SourceConfig
+from sae.config import SourceConfig
+from sae.config_base import Section
 from sae.config_text import explain, read_yaml
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, evaluate_on

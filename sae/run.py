@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from sae import checkpoint, losses
+from sae import checkpoint
 from sae.checkpoint import CHECKPOINTS
 from sae.config import TrainConfig
 from sae.directory import (
@@ -27,8 +25,6 @@ from sae.directory import (
 from sae.ensemble import Ensemble, OnLine, Record, Run
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate_on
-from sae.heavy_tails import Ball, share_of_heaviest
-from sae.initialise import cuts
 from sae.kernels import require_device, require_kernels, resolve_device
 from sae.locks import hold
 from sae.log import RunLog, require_wandb
@@ -36,11 +32,11 @@ from sae.model import SAE, load
 from sae.ranks import ALONE, Ranks, joined
 from sae.sources import HeldOut, Source, as_source
 from sae.sparsifiers.base import Sparsifier
+from sae.start import start
 from sae.stopping import stop_requested
 from sae.stores import recorded
 from sae.trainer import Trainer
 from toymodels.files import save_tensors, write_text
-from toymodels.streams import generator
 
 logger = logging.getLogger("sae")
 
@@ -49,8 +45,6 @@ N_CALIBRATION = 65_536
 # Thresholds are fitted on up to four times as many where rows are short, in so many entries. On a toy model an L0 of
 # 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
-# Tails are heavy where this share of rows carries more than that share of the variance.
-HEAVIEST, HEAVY = 0.001, 0.1
 
 
 @dataclass(frozen=True)
@@ -205,95 +199,6 @@ def conclude(run: Run, report: bool) -> Result:
     return Result(sae, evaluation.metrics, config.out)
 
 
-def start(config: TrainConfig, source: Source, calibration: HeldOut, ranks: Ranks = ALONE) -> Trainer:
-    """A trainer at step 0."""
-    if source.d_out is not None and not config.sae.transcodes:
-        raise UsageError(
-            f"the source has a target, and kind {config.sae.kind!r} reconstructs its input; set sae.kind to transcoder "
-            "or skip_transcoder, or leave the target out"
-        )
-    if source.d_out is None and config.sae.transcodes:
-        logger.info("the source has no target: the %s reconstructs its input", config.sae.kind)
-    ball, rows = _ball(config, calibration), calibration.x
-    if ball is not None:
-        rows = ball.draw_in(rows)
-    unit = _scale(rows, "activations")
-    target_unit = unit if calibration.target is None else _scale(calibration.target, "targets")
-    try:
-        sae = SAE(source.d_in, config.sae, source.d_out)
-    except RuntimeError as error:
-        raise UsageError(
-            f"d_sae={config.sae.d_sae} at d_in={source.d_in} does not fit in memory; lower d_sae"
-        ) from error
-    centres = {
-        "mean": lambda x: x.mean(dim=0),
-        "geometric_median": losses.geometric_median,
-        "zero": lambda x: torch.zeros(x.shape[1]),
-    }
-    centre_of = centres[config.sae.decoder_bias]
-    centre = centre_of(rows / unit)
-    b_dec = centre if calibration.target is None else centre_of(calibration.target / target_unit)
-    sae.initialise_(b_dec, generator(config.train.seed, "sae"), centre)
-    if sae.sparsifier.initial_l0 is not None:
-        sae.sparsifier.start_(cuts(sae, rows / unit, sae.sparsifier.initial_l0), sae.b_enc.detach())
-    if not sae.sparsifier.pursuit_steps:
-        sae.sparsifier.require_codes(sae.pre_latents(rows[:64] / unit))
-    if source.n_training_rows is not None:
-        times = config.n_steps * config.train.batch_size / source.n_training_rows
-        often = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
-        logger.info("%d rows to train on, each of them %s times", source.n_training_rows, often)
-    _describe("activations", calibration.x, unit, config)
-    if calibration.target is not None:
-        _describe("targets", calibration.target, target_unit, config)
-    try:
-        return Trainer(sae.to(config.train.device), config, unit, target_unit, ball, ranks)
-    except torch.OutOfMemoryError as error:
-        raise UsageError(_too_wide(config, sae.d_in + sae.d_out)) from error
-
-
-def _ball(config: TrainConfig, calibration: HeldOut) -> Ball | None:
-    """What rows are drawn in to, if they are."""
-    times = config.train.clip_rows
-    if times is None:
-        return None
-    if calibration.target is not None:
-        raise UsageError(f"train.clip_rows={times:g} draws x in, and a target would not follow; leave it out")
-    return Ball.around(calibration.x, times)
-
-
-def _describe(name: str, rows: Tensor, size: float, config: TrainConfig) -> None:
-    """A line on their scale, and one on heavy tails that nothing holds back."""
-    width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
-    logger.info("%s: width %d, sqrt(total variance) %.4g, |mean| / that %.2f", name, width, size, offset)
-    heavy = share_of_heaviest(rows, HEAVIEST)
-    if heavy > HEAVY and config.train.clip_rows is None and config.train.clip_norm is None:
-        remedy = "train.clip_norm=0.03" if config.sae.transcodes else "train.clip_rows=3"
-        logger.warning(
-            "%.1g %% of the rows carry %.0f %% of the variance of the %s, and lead what is learnt by as much: %s holds "
-            "them back (docs/configuration.md, Heavy tails)",
-            100 * HEAVIEST,
-            100 * heavy,
-            name,
-            remedy,
-        )
-
-
-def _too_wide(config: TrainConfig, width: int) -> str:
-    """What to do where not even the weights fit: 4 bytes for each, 8 for its moments, 4 for what else a step keeps."""
-    free = torch.cuda.mem_get_info(config.train.device)[0] if torch.cuda.is_available() else 0
-    fits = int(0.9 * free) // ((10 if config.train.moments == "int8" else 16) * width)
-    rule = f"d_sae={config.sae.d_sae} does not fit on {config.train.device}"
-    return f"{rule} ({free / 2**30:.1f} GiB free); lower sae.d_sae to {max(min(fits, config.sae.d_sae // 2), 1)}"
-
-
-def _scale(rows: Tensor, what: str) -> float:
-    """The square root of their total variance."""
-    scale = math.sqrt(losses.total_variance(rows))
-    if not scale > 0:
-        raise UsageError(f"the {what} have no variance: all held-out rows are the same")
-    return scale
-
-
 def finished(trainer: Trainer, calibration: HeldOut) -> SAE:
     """The trained SAE made ready for inference, in place."""
     return ready_(trainer.sae.cpu(), trainer.unit, trainer.target_unit, calibration, 1.0)  # a source may end early
@@ -331,6 +236,7 @@ def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:
     if newest is None:
         require_kernels(device, dtype, config.train.kernels, config.train.precision)
         return config
+    train = train.model_copy(update={"start_from": None})  # the checkpoint is what the run begins with
     values = checkpoint.load_values(newest)
     name, precision = values["kernels"], values["precision"]
     try:

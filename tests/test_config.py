@@ -5,7 +5,8 @@ import pytest
 from pydantic import Field
 
 from sae import Sparsifier, UsageError, load_config
-from sae.config import SAEConfig, Section, SourceConfig, TrainConfig, parse_config
+from sae.config import SAEConfig, SourceConfig, TrainConfig, parse_config
+from sae.config_base import Section
 from sae.config_text import flags
 
 SMALLEST = {"source": {"kind": "array", "path": "acts.npy"}, "sae": {"kind": "topk", "d_sae": 256, "k": 3}}

@@ -7,8 +7,8 @@ import sae
 from sae import HeldOut, UsageError
 from sae.heavy_tails import Ball, share_of_heaviest
 from sae.metrics import recovery
-from sae.run import start
 from sae.sources import as_source
+from sae.start import start
 
 D, N_FEATURES = 8, 16
 

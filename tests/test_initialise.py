@@ -6,8 +6,8 @@ import torch
 from sae import SAE, HeldOut, SparseCodes, Sparsifier, TrainConfig
 from sae.config import SAEConfig
 from sae.initialise import cuts
-from sae.run import start
 from sae.sources import as_source
+from sae.start import start
 
 
 def make_sae(d_sae: int) -> SAE:

@@ -13,9 +13,9 @@ from sae.config import parse_config
 from sae.engine import Engine
 from sae.optim import Now
 from sae.resampling import RAISED_IN, raise_, resample_
-from sae.run import start
 from sae.sources import as_source
 from sae.sparsifiers import Gated, JumpReLU
+from sae.start import start
 from sae.trainer import Trainer
 from toymodels.streams import generator
 

@@ -10,10 +10,10 @@ from sae.config import parse_config
 from sae.engine import Engine
 from sae.kernels.precision import Precision
 from sae.optim import Now
-from sae.run import start
 from sae.sources import as_source
 from sae.sparsifiers import JumpReLU
 from sae.sparsifiers.jumprelu import Jump, Step
+from sae.start import start
 
 BATCH, D_IN, D_SAE, UNIT = 37, 13, 70, 1.7
 BANDWIDTH = 0.8

@@ -12,9 +12,9 @@ from sae import UsageError, checkpoint, run
 from sae.config import TrainConfig
 from sae.errors import Interrupted
 from sae.held_out import HeldOut
-from sae.run import start
 from sae.schedules import Clock, learning_rate, warmup
 from sae.sources import as_source
+from sae.start import start
 
 CPU = torch.device("cpu")
 
@@ -312,7 +312,7 @@ def test_weights_that_do_not_fit_name_a_width(monkeypatch, tmp_path):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("sae.run.Trainer", full)
+    monkeypatch.setattr("sae.start.Trainer", full)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
     options = {"sae": {"kind": "topk", "k": 2, "d_sae": 5000}, "train": {"n_samples": 512}, "out": tmp_path / "run"}

@@ -14,7 +14,8 @@ import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 
 from sae.baselines import BASELINES, applicable
-from sae.config import EvaluationSection, LogSection, SAEConfig, Section, SourceConfig, TrainSection, override
+from sae.config import EvaluationSection, LogSection, SAEConfig, SourceConfig, TrainSection, override
+from sae.config_base import Section
 from sae.config_text import config_path, explain, flags, read_yaml
 from sae.errors import UsageError
 from sae.sources import Source

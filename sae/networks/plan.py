@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError, field_validator
 
-from sae.config import Section, SourceConfig, TrainConfig, override
+from sae.config import SourceConfig, TrainConfig, override
+from sae.config_base import Section
 from sae.config_text import explain, flags, read_yaml
 from sae.errors import UsageError
 from sae.networks.source import ModelSourceConfig

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sae.arrays import SAFETENSORS_TYPES, Pairs, Rows, safetensors_header
-from sae.config import Section
+from sae.config_base import Section
 from sae.config_text import explain
 from sae.errors import UsageError
 from toymodels.files import sha256

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sae import plugins
-from sae.config import Section, TrainConfig, override, parse_config
+from sae.config import TrainConfig, override, parse_config
+from sae.config_base import Section
 from sae.config_text import explain, flags, read_yaml
 from sae.errors import UsageError
 

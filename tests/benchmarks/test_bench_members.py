@@ -13,8 +13,8 @@ import torch
 from sae.bench.shapes import SHAPES, Shape
 from sae.config import TrainConfig
 from sae.members import Members
-from sae.run import start
 from sae.sources import Source, as_source
+from sae.start import start
 from sae.trainer import Trainer
 
 

@@ -5,8 +5,8 @@ from itertools import cycle
 import pytest
 
 from sae.config import TrainConfig
-from sae.run import start
 from sae.sources import WorldSource
+from sae.start import start
 from toymodels import Features, ToyModel, generator
 from toymodels.worlds import ToyWorld
 

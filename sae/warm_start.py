@@ -1,0 +1,80 @@
+"""A run that begins with the weights of an SAE that is trained already."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sae import formats
+from sae.errors import UsageError
+from sae.model import SAE
+
+logger = logging.getLogger("sae")
+
+# Rows that a file holds in half precision are of norm 1 to about this.
+UNIT_NORM = 1e-2
+
+
+@torch.no_grad()
+def start_from_(sae: SAE, path: Path, unit: float, target_unit: float, start: Callable[[], None]) -> None:
+    """Gives `sae`, in the trainer's units, the weights of the SAE in a folder or file.
+
+    Of the same kind it takes all that was learnt. Of another kind it takes encoder, decoder and biases, and `start` is
+    what its own sparsifier then begins with.
+
+    Raises:
+        UsageError: there is none, it is of other sizes, or its decoder rows cannot be made those that the run keeps.
+    """
+    given = formats.load(path)
+    sizes, theirs = ({"d_in": m.d_in, "d_out": m.d_out, "d_sae": m.d_sae} for m in (sae, given))
+    if sizes != theirs:
+        raise UsageError(
+            f"train.start_from {path} has {_said(theirs)}, and this run {_said(sizes)}; give one of these sizes"
+        )
+    given.rescale_(1 / unit, 1 / target_unit)
+    same = given.config.kind == sae.config.kind
+    learnt: dict[str, Tensor] = dict(given.sparsifier.named_parameters()) if same else {}
+    if sae.config.unit_norm_decoder:
+        _normalise_(given, bool(learnt), path)
+    sae.encoder.copy_(given.encoder)
+    sae.W_dec.copy_(given.W_dec)
+    sae.b_dec.copy_(given.b_dec)
+    sae.b_enc.copy_(given.b_enc)
+    centre = given.b_dec if given.centre is None else given.centre
+    if sae.centre is not None:
+        sae.centre.copy_(centre)
+    elif given.centre is not None:  # b_dec is subtracted now: what was subtracted beyond that is a bias
+        sae.b_enc.add_(sae.encoder @ (given.b_dec - centre))
+    if sae.W_skip is not None and given.W_skip is not None:
+        sae.W_skip.copy_(given.W_skip)
+    b_enc = sae.b_enc.clone()
+    start()
+    if same:
+        sae.b_enc.copy_(b_enc)
+    for name, weight in sae.sparsifier.named_parameters():
+        if name in learnt:
+            weight.copy_(learnt[name])
+    logger.info("begins with %s of %s, a %s", "all weights" if same else "the dictionary", path, given.config.kind)
+
+
+def _normalise_(given: SAE, thresholds: bool, path: Path) -> None:
+    """Decoder rows of norm 1: codes grow by what rows shrink, so that what a latent adds to x_hat stays."""
+    norms = given.W_dec.norm(dim=1).clamp_min(1e-12)
+    if not bool(((norms - 1).abs() > UNIT_NORM).any()):
+        return
+    if thresholds:
+        raise UsageError(
+            f"train.start_from {path} has decoder rows of norms {float(norms.min()):.3g} to {float(norms.max()):.3g}, "
+            "which its thresholds are for, and this run keeps them at 1; set sae.unit_norm_decoder false"
+        )
+    given.W_dec.div_(norms[:, None])
+    given.encoder.mul_(norms[:, None])
+    given.b_enc.mul_(norms)
+
+
+def _said(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
