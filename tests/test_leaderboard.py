@@ -28,7 +28,7 @@ from sae.leaderboard.recipe import definite
 from sae.leaderboard.run import sweep_of
 from sae.leaderboard.show import print_standings
 from sae.locks import held
-from sae.report.standings import read_leaderboard, stand
+from sae.report.standings import Leaderboard, read_leaderboard, stand
 from sae.sweep.group import Ended, Logged
 
 WORLD = {"n_features": 16, "d_hidden": 6, "firing": {"kind": "constant", "prob": 0.12}}
@@ -424,6 +424,15 @@ def test_equal_methods_share_a_rank_and_one_seed_tells_nothing_apart():
     found = stand([row("a", 0, 0.9), row("b", 0, 0.9001), row("c", 0, 0.2)])
     assert [(each.rank, each.level) for each in found] == [(1, False), (1, False), (3, False)]
     assert found[0].scores["recovery/mcc"].half == inf
+
+
+@pytest.mark.parametrize(("mcc", "doubted"), [((0.42, 0.44), True), ((0.42, 0.47), False)])
+def test_a_board_where_all_are_at_chance_says_so(mcc, doubted):
+    """Within three standard deviations of what random directions score."""
+    chance = {"recovery/mcc_chance": 0.42, "recovery/mcc_chance_sd": 0.01}
+    found = stand([row(name, seed, one) | chance for name, one in zip("ab", mcc, strict=True) for seed in (0, 1)])
+    assert ("No SAE is above chance" in Leaderboard({}, found, "").doubt) == doubted
+    assert not Leaderboard({}, stand([row("a", 0, 0.9)]), "").doubt  # chance is not known
 
 
 def test_a_narrow_terminal_gets_whole_columns_and_is_told_of_the_others(board, monkeypatch, capsys):

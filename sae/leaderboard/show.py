@@ -42,6 +42,7 @@ def print_standings(board: Leaderboard) -> None:
         f"{world['n_features']:,} features in {world['d_in']:,} dimensions; L0 {board.about['l0']:g}, "
         f"{board.about['n_samples']:,} samples.",
         f"Mean over {n} seeds ± half of the 95 % interval; without ±: one run." if n > 1 else "One seed: no interval.",
+        *([board.doubt] if board.doubt else []),
         "Ranked by MCC, then F1. =: its interval overlaps that of the first.",
         "oracle*: the true features, without a rank. cov: share of features with a cosine > .9.",
         "s: to train or fit on one core; k/s: thousand samples a second. purity, dim.: mean over latents.",

@@ -46,6 +46,8 @@ def _headline(board: Leaderboard) -> Html:
         )
         if best is not None and best is not first:
             verdict.append(f" The highest F1 is that of {name_of(best)}: {_said(best, F1)}.")
+    if board.doubt:
+        verdict.append(f" {board.doubt}")
     heading = tag("h1", board.title)
     return tag(
         "header", heading, tag("p", said, class_="reading"), tag("p", *verdict, class_="verdict"), _missing(board)

@@ -82,6 +82,19 @@ class Leaderboard:
         return len(self.about["seeds"])
 
     @property
+    def doubt(self) -> str:
+        """What to think of a table in which no SAE is above chance; empty of any other."""
+        saes = [each.scores for each in self.standings if each.family == "sae"]
+        above = [
+            scores[MCC].mean > scores[f"{MCC}_chance"].mean + 3 * scores[f"{MCC}_chance_sd"].mean
+            for scores in saes
+            if f"{MCC}_chance_sd" in scores
+        ]
+        if not above or any(above):
+            return ""
+        return "No SAE is above chance, so that ranks mean nothing: take more samples, another L0, or an easier world."
+
+    @property
     def title(self) -> str:
         """One line."""
         n = sum(standing.family == "sae" for standing in self.standings)
