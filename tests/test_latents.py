@@ -11,6 +11,7 @@ import sae
 from sae.config import SourceConfig
 from sae.latents.describe import evenly
 from sae.latents.examples import NOWHERE, codes_at, encode, find_examples
+from sae.latents.logits import logits_of
 from sae.latents.passages import open_texts
 from sae.networks.harvest import harvest_model
 from sae.report.latents import snippet
@@ -144,6 +145,7 @@ def test_texts_are_no_markup():
     assert "<script>" not in drawn
     assert '<span class="s9 peak">' in drawn
     assert "⏎" in drawn
+    assert "\\x12" in snippet(["\x12"], [1.0], 0, 1.0)
     assert drawn.count("class=") == 2  # .01 of the largest has no shade
 
 
@@ -181,3 +183,66 @@ def test_mistakes_are_one_line(run, tmp_path, run_cli):
         report=False,
     )
     run_cli("latents", out / "b").assert_refused("has no texts")
+
+
+# What they write
+
+
+def judged(weight, scale, rows, centred):
+    """Every logit of every row, by the formula, in standard deviations over the vocabulary."""
+    rows = rows - rows.mean(dim=1, keepdim=True) if centred else rows
+    logits = torch.einsum("vd,d,ld->lv", weight, scale, rows)
+    return (logits - logits.mean(dim=1, keepdim=True)) / logits.std(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma"])
+def test_raised_tokens_are_those_of_the_largest_logits(tiny, family):
+    """A LayerNorm centres, an RMSNorm does not, and Gemma keeps its scale less 1."""
+    from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM  # slow to import
+
+    own = {"vocab_size": 70, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    own |= {"intermediate_size": 24, "num_key_value_heads": 2}
+    network, norm, more = {
+        "gpt2": lambda: (tiny.network(), "transformer.ln_f", 0.0),
+        "llama": lambda: (LlamaForCausalLM(LlamaConfig(**own)), "model.norm", 0.0),
+        "gemma": lambda: (
+            GemmaForCausalLM(GemmaConfig(**own, head_dim=8)),
+            "model.norm",
+            1.0,
+        ),
+    }[family]()
+    weight = network.get_submodule(norm).weight
+    with torch.no_grad():
+        weight.copy_(torch.randn(16, generator=torch.Generator().manual_seed(1)))
+    rows = torch.randn(150, 16, generator=torch.Generator().manual_seed(2)) + 0.5
+    head = network.get_output_embeddings().weight.detach()
+    expected = judged(head, weight.detach() + more, rows, centred=family == "gpt2")
+    found = logits_of(network, rows, 5)
+    top, bottom = expected.topk(5), (-expected).topk(5)
+    torch.testing.assert_close(found.raised_by, top.values, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.lowered_by, -bottom.values, rtol=1e-3, atol=1e-3)
+    assert float((found.raised == top.indices).float().mean()) > 0.99  # near ties
+    assert float((found.lowered == bottom.indices).float().mean()) > 0.99
+    assert logits_of(network, rows[:, :8], 5) is None
+
+
+def test_the_page_says_what_latents_raise_where_they_write_to_the_residual_stream(tiny, run, run_cli, tmp_path):
+    assert run_cli("latents", run, "--which", 3, 7).code == 0
+    model, network, tokenizer = sae.load(run), tiny.network(), tiny.tokenizer()
+    norm = network.transformer.ln_f.weight.detach()
+    expected = judged(network.get_output_embeddings().weight.detach(), norm, model.W_dec[[3, 7]], centred=True)
+    shown = json.loads((run / "latents.json").read_text())["latents"]
+    for latent, logits in zip(shown, expected, strict=True):
+        best, worst = logits.topk(10), (-logits).topk(10)
+        assert [word for word, _ in latent["raises"]] == [tokenizer.decode([one]) for one in best.indices.tolist()]
+        assert [word for word, _ in latent["lowers"]] == [tokenizer.decode([one]) for one in worst.indices.tolist()]
+        assert [by for _, by in latent["raises"]] == pytest.approx(best.values.tolist(), rel=0.01)
+    page = (run / "latents.html").read_text()
+    assert page.count(">raises ") == page.count("and lowers ") == 2
+    assert "its decoder row makes likelier" in page
+
+    sae.train(
+        config_of(tiny, tmp_path / "inward", reads="input"), report=False
+    )  # what goes into a module is not written
+    assert run_cli("latents", tmp_path / "inward").code == 0
+    assert "raises" not in (tmp_path / "inward/latents.html").read_text()

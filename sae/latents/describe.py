@@ -17,6 +17,7 @@ from sae.config_text import read_yaml
 from sae.directory import CONFIG, LATENTS
 from sae.errors import UsageError
 from sae.latents.examples import NOWHERE, Examples, codes_at, find_examples
+from sae.latents.logits import Logits, logits_of
 from sae.latents.passages import Texts, open_texts
 from sae.locks import held
 from sae.model import load
@@ -27,6 +28,8 @@ from toymodels.files import save_tensors, write_text
 PAGE, SHOWN, TENSORS = LATENTS
 # Tokens around the one for which a latent fires most.
 BEFORE, BEHIND = 20, 8
+# Tokens that a latent raises most, and as many that it lowers.
+N_TOKENS = 10
 
 
 def describe(
@@ -71,6 +74,7 @@ def describe(
         ]
         lines = codes_at(sae, texts.passages(), wanted, texts.tokens.shape[1])
         words = word_of(texts)
+        logits = None if texts.network is None else logits_of(texts.network, sae.W_dec[chosen], N_TOKENS)
         shown = {
             "sae": f"{sae.config.kind} of {path}",
             "activations": texts.name,
@@ -78,7 +82,11 @@ def describe(
             "n_firing": int((examples.frequency > 0).sum()),
             "d_sae": sae.d_sae,
             "chosen": bool(which),
-            "latents": [_described(latent, examples, lines, texts.tokens, words) for latent in chosen],
+            "latents": [
+                _described(latent, examples, lines, texts.tokens, words)
+                | ({} if logits is None else _written(logits, number, words))
+                for number, latent in enumerate(chosen)
+            ],
         }
         tensors = {name: getattr(examples, name) for name in ("frequency", "value", "context", "position")}
         save_tensors(out / TENSORS, tensors)
@@ -119,3 +127,15 @@ def _described(
             }
         )
     return {"latent": latent, "frequency": float(examples.frequency[latent]), "examples": found}
+
+
+def _written(logits: Logits, number: int, words: Callable[[int], str]) -> dict[str, Any]:
+    """Tokens that a latent raises and lowers, the first of them most, in words that JSON knows."""
+    ends = {
+        "raises": (logits.raised[number], logits.raised_by[number]),
+        "lowers": (logits.lowered[number], logits.lowered_by[number]),
+    }
+    return {
+        name: [[words(token), float(f"{by:.3g}")] for token, by in zip(tokens.tolist(), amounts.tolist(), strict=True)]
+        for name, (tokens, amounts) in ends.items()
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +46,11 @@ class Texts(ABC):
     def passages(self) -> Iterator[Passage]:
         """The first rows, always the same."""
 
+    @property
+    def network(self) -> Any:
+        """The language model, where it is at hand and an SAE's output is a part of its residual stream; else None."""
+        return None
+
 
 class StoreTexts(Texts):
     """Of a store: its training rows, which are in random order of contexts."""
@@ -81,6 +86,11 @@ class ModelTexts(Texts):
         self.revision = source.config.revision
         self.name = f"{source.config.module} of {source.config.model}"
         self.order = source.first("training", n_rows)
+
+    @property
+    def network(self) -> Any:
+        sites = self.source.sites
+        return self.source.model.model if sites[-1].reads == "output" else None
 
     def passages(self) -> Iterator[Passage]:
         for part in self.order.split(self.source.model.contexts_at_once):

@@ -37,6 +37,11 @@ def contents(found: Mapping[str, Any]) -> Html:
         "does (underlined). The darker a token, the more the latent fires there; the darkest is its largest code "
         "anywhere. ⏎ is the end of a line."
     )
+    if any("raises" in latent for latent in latents):
+        lines += (
+            " What a latent raises are the tokens that its decoder row makes likelier where it is added to the "
+            "residual stream, by the model's last norm and unembedding alone; what it lowers, less likely."
+        )
     firing = f"{found['n_firing']:,} of {found['d_sae']:,} latents fire for at least one of these tokens."
     what = f"{found['sae']}, on {found['activations']}. "
     header = tag(
@@ -60,10 +65,18 @@ def card(latent: Mapping[str, Any]) -> Html:
     peaks = Counter(_visible(example["tokens"][example["peak"]]).replace(" ", "·") for example in examples)
     counted = [[tag("code", word), f" ×{n}" if n > 1 else ""] for word, n in peaks.most_common(4)]
     parts = [part for number, pair in enumerate(counted) for part in ([", "] if number else []) + pair]
+    readings = [tag("p", often, *parts, class_="reading")]
+    if "raises" in latent:
+        ends = ("raises ", *_tokens(latent["raises"]), " and lowers ", *_tokens(latent["lowers"]))
+        readings.append(tag("p", *ends, class_="reading"))
     lines = [snippet(example["tokens"], example["values"], example["peak"], largest) for example in examples]
-    return tag(
-        "section", title, tag("p", often, *parts, class_="reading"), tag("div", *lines, class_="texts"), class_="latent"
-    )
+    return tag("section", title, *readings, tag("div", *lines, class_="texts"), class_="latent")
+
+
+def _tokens(tokens: Sequence[Sequence[Any]]) -> list[Html | str]:
+    """`·the, ·a`: each with by how much."""
+    words = [tag("code", _visible(word).replace(" ", "·"), title=f"by {by:+.1f} sd") for word, by in tokens]
+    return [part for number, word in enumerate(words) for part in ((", ", word) if number else (word,))]
 
 
 def snippet(tokens: Sequence[str], values: Sequence[float], peak: int, largest: float) -> Html:
@@ -79,7 +92,8 @@ def snippet(tokens: Sequence[str], values: Sequence[float], peak: int, largest: 
 
 
 def _visible(token: str) -> str:
-    return token.translate(SHOWN_AS)
+    shown = token.translate(SHOWN_AS)
+    return shown if shown.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def _share(frequency: float) -> str:
