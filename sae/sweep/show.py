@@ -10,7 +10,12 @@ from sae.sweep.group import Ended, Logged
 from sae.sweep.plan import Plan
 from sae.sweep.run import Outcome
 
-COLUMNS = {"L0": ("metrics/l0", ".2f"), "FVU": ("metrics/fvu", ".4f"), "MCC": ("recovery/mcc", ".3f")}
+COLUMNS = {
+    "L0": ("metrics/l0", ".2f"),
+    "FVU": ("metrics/fvu", ".4f"),
+    "CE recovered": ("metrics/ce_recovered", ".3f"),
+    "MCC": ("recovery/mcc", ".3f"),
+}
 DEAD = "metrics/dead"
 
 
