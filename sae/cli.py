@@ -135,6 +135,8 @@ def _require_one_process(command: Runs) -> None:
     """Refuses to do with several processes what they cannot share."""
     n = int(os.environ.get("WORLD_SIZE", "1"))
     if n > 1 and "RANK" in os.environ and not isinstance(command, Train):
+        if not speaks():
+            sys.exit(2)
         name = type(command).__name__.lower()
         raise UsageError(f"`sae {name}` is not shared by processes, and {n} were started; start it without torchrun")
 
@@ -163,14 +165,14 @@ def main() -> None:
         if error.errno not in REMEDIES:
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(f"sae: error: {what}; {REMEDIES[error.errno]}", file=sys.stderr)
+        print(f"{_who()}: error: {what}; {REMEDIES[error.errno]}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch has no class of its own for this.
         if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
         print(
-            "sae: error: memory does not suffice; lower train.batch_size or sae.d_sae",
+            f"{_who()}: error: memory does not suffice; lower train.batch_size or sae.d_sae",
             file=sys.stderr,
         )
         sys.exit(2)

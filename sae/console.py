@@ -49,7 +49,8 @@ METHOD_COLUMNS = {
 
 def speaks() -> bool:
     """Whether this process is the one, of those that torchrun started, that talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return not several or os.environ.get("RANK", "0") == "0"
 
 
 def postfix(values: Mapping[str, float]) -> str:

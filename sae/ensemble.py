@@ -25,6 +25,7 @@ from sae.evaluation import live_recovery
 from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.log import RunLog
 from sae.members import Members
+from sae.ranks import ALONE, Ranks
 from sae.sources import Batch, Own, Reconstruct, Source
 from sae.stopping import CONTINUE, Stop
 from sae.trainer import Trainer
@@ -43,6 +44,13 @@ class Record(NamedTuple):
 
     log: RunLog
     lock: FileLock
+
+    def close(self) -> None:
+        """Both are given up."""
+        try:
+            self.log.close()
+        finally:
+            self.lock.release()
 
 
 class Run:
@@ -106,12 +114,8 @@ class Run:
 
     def close(self) -> None:
         """Its log and its directory are given up, however it ended."""
-        if self.record is None:
-            return
-        try:
-            self.record.log.close()
-        finally:
-            self.record.lock.release()
+        if self.record is not None:
+            self.record.close()
 
 
 class SharedSource(Source):
@@ -144,8 +148,8 @@ class SharedSource(Source):
 class Ensemble:
     """Runs on one stream: the same source, batch size and order of the data."""
 
-    def __init__(self, runs: Sequence[Run], source: Source) -> None:
-        self.runs, self.source = list(runs), source
+    def __init__(self, runs: Sequence[Run], source: Source, ranks: Ranks = ALONE) -> None:
+        self.runs, self.source, self.ranks = list(runs), source, ranks
         streams = {(run.config.train.batch_size, run.config.data_seed) for run in runs}
         assert len(streams) == 1, streams
         self.batch_size, self.data_seed = streams.pop()
@@ -157,10 +161,11 @@ class Ensemble:
             Interrupted: a signal came; the runs that were left have been saved.
             UsageError: the source gave bad data; the runs that were left have been saved.
         """
+        stop = self.ranks.agreed(stop)
         try:
             yield from self._finished(stop)
             number = min((run.n_steps_done for run in self.runs), default=0)
-            batches = self._batches(number)
+            batches = self.ranks.in_step(self._batches(number))
             with Members([run.trainer for run in self.runs]) as members:
                 while self.runs:
                     batch = next(batches, None)
@@ -209,6 +214,10 @@ class Ensemble:
         for run, error in zip(to_save, members.each(Run.save, to_save), strict=True):
             if error is not None:
                 failed[run] = error
+        if self.ranks.n > 1:  # what was saved is what all go on with, whatever bits their machines disagree in
+            for run in to_save:
+                if run not in failed:
+                    run.trainer.follow(self.ranks)
         return list(failed.items())
 
     def _finished(self, stop: Stop) -> Iterator[tuple[Run, Exception | None]]:

@@ -9,11 +9,12 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae.gradients import Change, Gradients
 from sae.kernels import Kernels, State
 from sae.ranks import ALONE, Ranks
+from sae.sparsifiers import Sparsifier
 
 Measure = Callable[[slice], tuple[Sequence[Tensor], Change]]
 """The terms of some rows, and what the weights would change by."""
@@ -26,7 +27,7 @@ def whole_batch(
     kernels: Kernels,
     state: State,
     own: Sequence[Tensor],
-    sparsifier: nn.Module,
+    sparsifier: Sparsifier,
     ranks: Ranks = ALONE,
 ) -> tuple[Float[Tensor, " n_terms"], Gradients]:
     """What `measure` gives for parts of a batch, as if it had been asked for the whole: means of its terms, gradients
@@ -37,7 +38,7 @@ def whole_batch(
     ranks = ranks if n_samples >= ranks.n else ALONE
     n_here = min(n_parts, n_samples // ranks.n)
     parts = parts_of(n_samples, n_here * ranks.n)[n_here * ranks.rank :][:n_here]
-    with _additions(sparsifier, ranks):
+    with _same_buffers(sparsifier, ranks):
         terms, share = _summed(measure, parts, n_samples, kernels, state, own)
         if ranks.n > 1:
             for weight in own:  # every process adds up the same
@@ -76,21 +77,22 @@ def _summed(
 
 
 @contextmanager
-def _additions(sparsifier: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """What is added to a sparsifier's buffers in the block is added up over the processes, as parts add to them one
-    after the other; nothing, if the block fails."""
+def _same_buffers(sparsifier: Sparsifier, ranks: Ranks) -> Iterator[None]:
+    """A sparsifier's buffers stay the same in all processes: what the block adds to sums is added up, and of any other
+    buffer the value of rank 0 counts. Nothing changes if the block fails."""
     if ranks.n == 1:
         yield
         return
-    buffers = [buffer for buffer in sparsifier.buffers() if buffer.is_floating_point()]
-    before = [buffer.clone() for buffer in buffers]
+    named = dict(sparsifier.named_buffers())
+    before = {name: buffer.clone() for name, buffer in named.items()}
     try:
         yield
-        added = [buffer - old for buffer, old in zip(buffers, before, strict=True)]
-        ranks.add_up_(added)
+        sums = {name: named[name] - before[name] for name in sparsifier.added_up}
+        ranks.add_up_(list(sums.values()))
+        ranks.take_of_lead_([buffer for name, buffer in named.items() if name not in sums])
+        for name, added in sums.items():
+            named[name].copy_(before[name] + added)
     except BaseException:
-        added = [torch.zeros_like(old) for old in before]
+        for name, buffer in named.items():
+            buffer.copy_(before[name])
         raise
-    finally:
-        for buffer, old, more in zip(buffers, before, added, strict=True):
-            buffer.copy_(old + more)

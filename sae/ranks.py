@@ -6,27 +6,34 @@ Rank 0 leads: it alone writes, and what it begins with is what all begin with.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae.errors import Elsewhere, UsageError
+from sae.errors import Elsewhere, Interrupted, UsageError
+from sae.kernels import resolve_device
 from sae.stopping import Stop
 
 logger = logging.getLogger("sae")
 
 Value = TypeVar("Value")
+# Until all processes are there.
+MEETING = timedelta(minutes=10)
 # The others wait while rank 0 reads a checkpoint, or measures what was trained.
 PATIENCE = timedelta(hours=6)
+# What is said where the other end of an exchange is gone.
+GONE = re.compile(r"connect|peer|socket|timed? ?out|broken pipe|nccl", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class Ranks:
 
     rank: int = 0
     n: int = 1
+    host: Any = None
+    """The process group that exchanges what lies on the host."""
+    device: Any = None
+    """The one for what lies on a device; None on a CPU."""
 
     @property
     def lead(self) -> bool:
@@ -47,35 +58,66 @@ class Ranks:
     def add_up_(self, tensors: Sequence[Tensor]) -> None:
         """Each becomes its sum over the processes, the same bits in all."""
         for tensor in tensors if self.n > 1 else ():
-            _exchanged(dist.all_reduce, tensor)
+            _exchanged(dist.all_reduce, tensor, group=self._group(tensor))
+
+    def take_of_lead_(self, tensors: Sequence[Tensor]) -> None:
+        """Each becomes what it is in rank 0."""
+        for tensor in tensors if self.n > 1 else ():
+            _exchanged(dist.broadcast, tensor, src=0, group=self._group(tensor))
 
     def gather_(self, whole: Tensor, ends: Sequence[int]) -> None:
         """Rows ends[r] to ends[r + 1] become what they are in process r."""
         for rank in range(self.n) if self.n > 1 else ():
             rows = whole[ends[rank] : ends[rank + 1]]
             if len(rows):
-                _exchanged(dist.broadcast, rows, src=rank)
+                _exchanged(dist.broadcast, rows, src=rank, group=self._group(rows))
 
     def of_lead(self, value: Value) -> Value:
         """A plain value, as rank 0 has it."""
         values = [value]
         if self.n > 1:
-            _exchanged(dist.broadcast_object_list, values, src=0, device=torch.device("cpu"))
+            on = torch.device("cpu")
+            _exchanged(dist.broadcast_object_list, values, src=0, group=self.host, device=on)
         return values[0]
 
     def tensors_of_lead(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Named tensors as rank 0 has them, on this device or on the host."""
         layout = self.of_lead({name: (tuple(t.shape), t.dtype, t.is_cpu) for name, t in tensors.items()})
-        if not self.lead:
-            tensors = {
-                name: torch.empty(shape, dtype=dtype, device="cpu" if on_host else device)
-                for name, (shape, dtype, on_host) in layout.items()
-            }
-        for name in layout if self.n > 1 else ():
-            _exchanged(dist.broadcast, tensors[name].contiguous() if self.lead else tensors[name], src=0)
+        if self.lead:
+            self.take_of_lead_([tensor.contiguous() for tensor in tensors.values()])
+            return tensors
+        tensors = {
+            name: torch.empty(shape, dtype=dtype, device="cpu" if on_host else device)
+            for name, (shape, dtype, on_host) in layout.items()
+        }
+        self.take_of_lead_(list(tensors.values()))
         return tensors
 
-    def require_same(self, text: str, what: str) -> None:
+    def of_all(self, act: Callable[[], Value]) -> Value:
+        """What `act` gives here, unless it fails in some process: it then fails in all.
+
+        Raises:
+            Exception: it was raised here.
+            Elsewhere: it was raised in another process, too or alone, of which the first one tells it.
+        """
+        if self.n == 1:
+            return act()
+        given, failure = None, None
+        try:
+            given = act()
+        except Exception as error:  # whatever it is, the others would wait
+            failure = error
+        told: list[str | None] = [None] * self.n
+        own = None if failure is None else str(failure) or type(failure).__name__
+        _exchanged(dist.all_gather_object, told, own, group=self.host)
+        first = next((rank for rank, words in enumerate(told) if words is not None), None)
+        if first == self.rank and failure is not None:
+            raise failure
+        if first is not None:
+            raise Elsewhere(f"process {first}: {told[first]}") from failure
+        return given  # type: ignore[return-value]
+
+    def require_same(self, text: str, what: str, remedy: str) -> None:
         """Refuses processes that were given different things.
 
         Raises:
@@ -84,32 +126,10 @@ class Ranks:
 
         def compare() -> None:
             if text != leads:
-                raise UsageError(f"its {what} is not that of process 0; start all with the same command")
+                raise UsageError(f"its {what} that of process 0; {remedy}")
 
         leads = self.of_lead(text)
         self.of_all(compare)
-
-    def of_all(self, act: Callable[[], Value]) -> Value:
-        """What `act` gives here, unless it fails in some process: it then fails in all.
-
-        Raises:
-            UsageError: it was raised here.
-            Elsewhere: it was raised in another process.
-        """
-        given, failure = None, None
-        try:
-            given = act()
-        except UsageError as error:
-            failure = error
-        told: list[str | None] = [None if failure is None else str(failure)] * self.n
-        if self.n > 1:
-            _exchanged(dist.all_gather_object, told, told[self.rank])
-        for rank, words in enumerate(told):  # the first one tells it, if several were to
-            if words is not None and rank != self.rank:
-                raise Elsewhere(f"process {rank}: {words}") from failure
-            if failure is not None:
-                raise failure
-        return given  # type: ignore[return-value]
 
     def agreed(self, stop: Stop) -> Stop:
         """`stop` asked in every process, so that all end at the same step. The device is not waited for."""
@@ -119,82 +139,156 @@ class Ranks:
 
         def of_any() -> int:
             nonlocal noted
-            if not noted:
-                number = torch.tensor(stop())
-                _exchanged(dist.all_reduce, number, op=dist.ReduceOp.MAX)
-                noted = int(number)
+            noted = noted or self._greatest(stop())
             return noted
 
         return of_any
 
+    def in_step(self, batches: Iterator[Value]) -> Iterator[Value]:
+        """Batches for as long as every process has one; a source may share the work of one (`here`).
+
+        Raises:
+            Exception: one could not be drawn.
+            Elsewhere: one could not be drawn in another process.
+        """
+        if self.n == 1:
+            yield from batches
+            return
+
+        def draw() -> tuple[Value] | None:
+            _sharing.append(self)
+            try:
+                return next(((batch,) for batch in batches), None)
+            finally:
+                _sharing.remove(self)
+
+        while True:
+            drawn, failure = None, None
+            try:
+                drawn = draw()
+            except Exception as error:
+                failure = error
+            worst = self._greatest(2 if failure else int(drawn is None))
+            if failure is not None:
+                raise failure
+            if worst == 2:
+                raise Elsewhere("a batch could not be drawn in another process")
+            if drawn is None or worst:
+                return
+            yield drawn[0]
+
+    def _greatest(self, number: int) -> int:
+        """Over the processes."""
+        found = torch.tensor(number, device="cpu")
+        _exchanged(dist.all_reduce, found, op=dist.ReduceOp.MAX, group=self.host)
+        return int(found)
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self.host if tensor.is_cpu else self.device
+
 
 ALONE = Ranks()
-_joined: list[Ranks] = []
+_sharing: list[Ranks] = []
 
 
 def here() -> Ranks:
-    """The processes that train together now, for a source that shares its work among them."""
-    return _joined[-1] if _joined else ALONE
+    """The processes that are drawing the same batch now."""
+    return _sharing[-1] if _sharing else ALONE
 
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The processes that `torchrun` started, each on a device of its own, until the block ends; else this one alone.
+    """The processes that `torchrun` started, or that are in a process group already, each on a device of its own, until
+    the block ends; else this one alone. Where it ends in one of them, the others learn it at their next exchange.
 
     Raises:
-        UsageError: they cannot train together on this device.
+        UsageError: they cannot train together on this device, or do not all come.
     """
-    if not ("RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1):
+    theirs = dist.is_available() and dist.is_initialized()
+    if (dist.get_world_size() if theirs else n_started()) == 1:
         yield ALONE
         return
-    _take_device(torch.device(device))
-    if not dist.is_initialized():
-        try:
-            dist.init_process_group(timeout=PATIENCE)
-        except (RuntimeError, ValueError) as error:
-            raise UsageError(f"the processes cannot find each other: {error}; start them with torchrun") from error
-        atexit.register(_leave)
-    ranks, level = Ranks(dist.get_rank(), dist.get_world_size()), logger.level
-    _joined.append(ranks)
+    on_cuda = _take_device(torch.device(resolve_device(device)))
+    if not theirs:
+        _meet()
+    groups = [dist.new_group(backend=name, timeout=PATIENCE) for name in ("gloo", *(["nccl"] if on_cuda else []))]
+    ranks, level = Ranks(dist.get_rank(), dist.get_world_size(), *groups), logger.level
     if ranks.lead:
         logger.info("%d processes train together: each computes the gradients of its rows of a batch", ranks.n)
     else:
         logger.setLevel(logging.ERROR)
     try:
         yield ranks
+        dist.barrier(group=ranks.host)
+    except Interrupted:  # all are, at the same step; torchrun ends what is left once the first has gone
+        with suppress(RuntimeError):
+            dist.barrier(group=ranks.host)
+        raise
     finally:
-        _joined.remove(ranks)
         logger.setLevel(level)
+        for group in reversed(groups):
+            dist.destroy_process_group(group)
+        if not theirs:
+            dist.destroy_process_group()
 
 
-def _take_device(device: torch.device) -> None:
-    """`cuda` means the device of this process's number from here on."""
-    if device.type != "cuda":
-        return
-    local, n_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if device.index is not None:
+def n_started() -> int:
+    """How many processes torchrun started, or another launcher that names them in the same way."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+_meetings = count()
+
+
+def _meet() -> None:
+    """A process group of our own. Its keys are of this meeting alone: a store outlives processes that are restarted."""
+    try:
+        store, rank, n = _rendezvous()
+        keys = f"sae {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {next(_meetings)}"
+        given = dist.PrefixStore(keys, store)
+        dist.init_process_group("gloo", store=given, rank=rank, world_size=n, timeout=MEETING)
+    except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"train.device {str(device)!r} would be that of every process; say cuda, and each takes its own"
-        )
-    if local >= n_devices:
+            f"{n_started()} processes were to meet, and not all came ({_reason(error)}); start them with torchrun, or "
+            "unset RANK and WORLD_SIZE for one that trains alone"
+        ) from error
+
+
+@cache
+def _rendezvous() -> tuple[Any, int, int]:
+    store, rank, n = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    return store, rank, n
+
+
+def _take_device(device: torch.device) -> bool:
+    """`cuda` means the device of this process's number from here on; whether it is wanted."""
+    local, n_here = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    n_devices = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"train.device {device.type!r} is not shared by processes; use cuda or cpu, or one process")
+    if device.type == "cuda" and device.index is not None and n_here != 1:
+        raise UsageError(f"train.device '{device}' would be that of every process; say cuda, and each takes its own")
+    if device.type == "cuda" and local >= n_devices > 1:
         raise UsageError(
             f"process {local} on this machine finds {n_devices} CUDA devices; start as many as there are: "
             f"torchrun --nproc-per-node {n_devices}"
         )
-    torch.cuda.set_device(local)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if "LOCAL_RANK" in os.environ and local < n_devices:
+        torch.cuda.set_device(local)
+    return device.type == "cuda"
 
 
 def _exchanged(exchange: Callable[..., Any], *given: Any, **named: Any) -> None:
     try:
         exchange(*given, **named)
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if not GONE.search(str(error)):
+            raise
         raise UsageError(
-            f"another process of this run ended, or cannot be reached ({reason}); see what it said, then start all of "
-            "them again with --resume"
+            f"another process of this run ended, or cannot be reached ({_reason(error)}); see what it said, then start "
+            "all of them again with --resume"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

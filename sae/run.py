@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ from sae.directory import (
     claim_out,
     require_same_run,
 )
-from sae.ensemble import Ensemble, OnLine, Record, Run
-from sae.errors import UsageError
+from sae.ensemble import Diverged, Ensemble, OnLine, Record, Run
+from sae.errors import Elsewhere, UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate_on
 from sae.kernels import require_device, require_kernels, resolve_device
 from sae.locks import hold
@@ -74,7 +75,8 @@ def train(
 
     `source` (a tensor, an array, an iterable of batches, a `Source`) takes the place of the configuration's own.
     `on_line(step, values)` hears of each logged line; `report` writes report.html when its extra is installed.
-    Processes that `torchrun` started train it together (docs/distributed.md): each must be given the same.
+    Processes that `torchrun` started train it together (docs/distributed.md): each must be given the same, and the
+    first alone calls `on_line`.
 
     Raises:
         UsageError: the source is bad, or `config.out` holds a run and neither resume nor overwrite was asked for.
@@ -87,14 +89,17 @@ def train(
         # What is recorded must be what was trained on.
         config = config.model_copy(update={"source": recorded(source)})
     require_wandb(config)
-    require_device(config.train.device, "train.device")
     if source is None and config.source is None:
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
     with joined(config.train.device) as ranks:
-        ranks.require_same(config.to_yaml(), "configuration")
+        ranks.of_all(lambda: require_device(config.train.device, "train.device"))
+        ranks.require_same(config.to_yaml(), "configuration is not", "start all with the same command")
         if ranks.of_lead(ranks.of_all(lambda: ranks.lead and _complete(config, resume, overwrite))):
-            return Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
-        begun = ranks.of_all(lambda: as_it_begins(config, resume and ranks.lead))
+            result = None
+            if ranks.lead:
+                result = Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
+            return _of_lead(result, config, ranks)
+        begun = _begun(config, resume, ranks)
         own = config.source
         activations = ranks.of_all(lambda: as_source(own.open() if source is None and own is not None else source))
         run = open_run(config, begun, activations, resume, on_line, ranks)
@@ -102,13 +107,32 @@ def train(
             logger.info("%s goes on after step %d of %d", config.out, run.n_steps_done, config.n_steps)
         try:
             with stop_requested() as stop:
-                for _, error in Ensemble([run], activations).feed(ranks.agreed(stop)):
+                for _, error in Ensemble([run], activations, ranks).feed(stop):
+                    if isinstance(error, Diverged) and not ranks.lead:
+                        raise Elsewhere(str(error)) from error
                     if error is not None:
                         raise error
-            result = ranks.of_all(lambda: conclude(run, report) if ranks.lead else _unmeasured(run))
-            return replace(result, metrics=ranks.of_lead(result.metrics))
+            return _of_lead(ranks.of_all(lambda: conclude(run, report) if ranks.lead else None), config, ranks)
         finally:
             run.close()
+
+
+def _begun(config: TrainConfig, resume: bool, ranks: Ranks) -> TrainConfig:
+    """`as_it_begins`, of which rank 0 decides what a checkpoint decides."""
+    begun = ranks.of_all(lambda: as_it_begins(config, resume and ranks.lead))
+    decided = ranks.of_lead(begun.train.model_dump(include={"kernels", "precision", "start_from"}))
+    return begun.model_copy(update={"train": begun.train.model_copy(update=decided)})
+
+
+def _of_lead(result: Result | None, config: TrainConfig, ranks: Ranks) -> Result:
+    """The result that rank 0 has."""
+    sizes, metrics = ranks.of_lead(((result.sae.d_in, result.sae.d_out), result.metrics) if result else ((0, 0), {}))
+    sae = result.sae if result else SAE(sizes[0], config.sae, sizes[1]).eval().requires_grad_(False)
+    tensors = ranks.tensors_of_lead(sae.state_dict(), torch.device("cpu"))
+    if result is not None:
+        return result
+    sae.load_state_dict(tensors)
+    return Result(sae, metrics, config.out)
 
 
 def _complete(config: TrainConfig, resume: bool, overwrite: bool) -> bool:
@@ -143,15 +167,26 @@ def open_run(
     `begun` is the configuration as `as_it_begins` gives it, `config` what is recorded.
     """
     # Nothing is written, and no earlier run given up, before the data have been found good.
-    trainer = ranks.of_all(lambda: start(begun, source, source.held_out("calibration", N_CALIBRATION), ranks))
+    calibration = ranks.of_all(lambda: source.held_out("calibration", N_CALIBRATION))
+    if ranks.n > 1:
+        digest = hashlib.sha256(calibration.x.numpy().tobytes()).hexdigest()
+        remedy = "give each the same source, whole and in the same order: every batch is divided here"
+        ranks.require_same(digest, "held-out rows are not", remedy)
+    trainer = ranks.of_all(lambda: start(begun, source, calibration, ranks))
+    if ranks.n > 1:
+        kernels, n_threads = trainer.engine.kernels, torch.get_num_threads()
+        what = f"{kernels.name} kernels in {kernels.precision}, with {n_threads} threads, are not"
+        remedy = "set train.kernels, train.precision and OMP_NUM_THREADS so that all have the same"
+        ranks.require_same(what, what, remedy)
     record = ranks.of_all(lambda: _record(config, trainer, resume) if ranks.lead else None)
-    run = Run(trainer, source, record, on_line)
     try:
+        run = Run(trainer, source, record, on_line)
         if ranks.n > 1:
             trainer.follow(ranks)
         return run
     except BaseException:
-        run.close()
+        if record is not None:
+            record.close()
         raise
 
 
@@ -166,12 +201,6 @@ def _record(config: TrainConfig, trainer: Trainer, resume: bool) -> Record:
     except BaseException:
         lock.release()
         raise
-
-
-def _unmeasured(run: Run) -> Result:
-    """What a run has learnt, in a process that does not measure it."""
-    trainer = run.trainer
-    return Result(finished(trainer, calibration_rows(trainer.sae, run.source)), {}, run.config.out)
 
 
 def conclude(run: Run, report: bool) -> Result:

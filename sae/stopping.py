@@ -40,11 +40,12 @@ def stop_requested() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def stop_if_asked(doing: str) -> None:
-    """For what takes long between two steps, and changes nothing that is saved.
+def stop_if_asked(doing: str, agreed: Callable[[Stop], Stop] = lambda stop: stop) -> None:
+    """For what takes long between two steps, and changes nothing that is saved; `agreed` asks other processes as well.
 
     Raises:
         Interrupted: a signal was noted.
     """
-    if _looking and _looking[-1]:
-        raise Interrupted(f"stopped while {doing}; {CONTINUE}", _looking[-1][0])
+    number = agreed(lambda: _looking[-1][0] if _looking and _looking[-1] else 0)()
+    if number:
+        raise Interrupted(f"stopped while {doing}; {CONTINUE}", number)

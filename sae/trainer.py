@@ -52,7 +52,7 @@ class Trainer:
         train = config.train
         given = (train.kernels, train.precision, train.clip_norm, train.accumulate, train.moments)
         self.engine = Engine(sae, *given, ranks)
-        self.n_steps_done = 0
+        self.n_steps_done, self.looked_at = 0, -1  # a step that fails behind its look is taken again, without it
         device = sae.W_dec.device
         self.clock = schedules.Clock(REFRESH_STEPS, sae.W_dec.dtype, device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
@@ -69,9 +69,10 @@ class Trainer:
         began = time.perf_counter()
         if self.ball is not None:
             activations = self.ball.draw_in(activations)
-        if self.n_steps_done % REFRESH_STEPS == 0:
+        if self.n_steps_done % REFRESH_STEPS == 0 and self.looked_at != self.n_steps_done:
             self.look()
             self.resample(activations)
+            self.looked_at = self.n_steps_done
         try:
             if self.recorder is None:
                 self.advance(activations, target)
@@ -126,7 +127,7 @@ class Trainer:
         kept = [*(weight for _, weight in state.weights()), *state.moments().values()]
         weights = sum(tensor.nbytes for tensor in kept)
         sample = 4 * (4 * self.sae.d_sae + 8 * (self.sae.d_in + self.sae.d_out))
-        fits = min(max(whole - int(1.2 * weights), 0) // sample, batch // 2)
+        fits = min(self.engine.ranks.n * max(whole - int(1.2 * weights), 0) // sample, batch // 2)
         rule = f"a batch of {batch} at d_sae={self.sae.d_sae} does not fit on {self.window.device}"
         if fits < 1:
             return f"{rule}, nor would a smaller one; lower sae.d_sae={self.sae.d_sae}"
@@ -172,6 +173,8 @@ class Trainer:
             logger.info("step %d: %d of %d dead latents start anew", step, n, len(dead))
             self.n_resampled += n
             self.dead = padded(dead[n:])
+            if self.engine.ranks.n > 1:  # which rows are drawn may hang on the last bits
+                self.follow(self.engine.ranks)
 
     def take_window(self) -> tuple[dict[str, float], Bool[Tensor, " d_sae"]]:
         """Means over the steps since the last call under the names of the log, and which latents fired in them."""
@@ -208,6 +211,7 @@ class Trainer:
             "n_steps_done": self.n_steps_done,
             "window_steps": self.window_steps,
             "n_resampled": self.n_resampled,
+            "looked_at": self.looked_at,
         }
 
     def follow(self, ranks: Ranks) -> None:
@@ -226,7 +230,7 @@ class Trainer:
         self.unit, self.target_unit = values["unit"], values["target_unit"]
         self.recorder = self._recorder()  # what was recorded knows neither these tensors nor, perhaps, these kernels
         self.n_steps_done, self.window_steps = values["n_steps_done"], values["window_steps"]
-        self.n_resampled = values["n_resampled"]
+        self.n_resampled, self.looked_at = values["n_resampled"], values.get("looked_at", -1)
         self.clock.wind(self.n_steps_done, self._at)
         last_look = self.n_steps_done // REFRESH_STEPS * REFRESH_STEPS
         self.sae.sparsifier.anneal_(last_look / self.config.n_steps)

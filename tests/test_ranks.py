@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from several import SAE, ended, started
 import sae
 from sae import UsageError
 from sae.parts import parts_of
-from sae.ranks import ALONE, Ranks, here, joined
+from sae.ranks import ALONE, joined
+from sae.sources import as_source
+from sae.start import start
 
 D = 6
 X = torch.randn(4000, D, generator=torch.Generator().manual_seed(0)) @ torch.randn(
@@ -257,6 +260,216 @@ def test_processes_share_the_reading_of_a_language_model(tiny, tmp_path):
     assert n_first + n_second == pytest.approx(2 * n_one - n_contexts, abs=60)
 
 
+PLUGIN = """
+import json, os, sys, torch, sae
+from typing import Literal
+from sae.sparsifiers import Sparsifier
+
+class Moving(Sparsifier):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean_cut", torch.tensor(0.0))
+        self.register_buffer("last_cut", torch.tensor(0.0))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("n_seen", torch.tensor(0))
+
+    def forward(self, pre_latents):
+        values, indices = pre_latents.relu().topk(3)
+        if self.training and torch.is_grad_enabled():
+            cut = values.detach()[:, -1].mean()
+            self.mean_cut.lerp_(cut, 0.5)
+            self.last_cut.copy_(cut)
+            self.n_seen += len(values)
+        return sae.SparseCodes(values, indices, pre_latents.shape[1])
+
+class MovingConfig(sae.SAEConfig):
+    kind: Literal["moving"] = "moving"
+    def build(self):
+        return Moving()
+
+x = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
+train = {"n_samples": 4096, "batch_size": 64}
+config = sae.TrainConfig(sae={"kind": "moving", "d_sae": 24}, train=train, out=sys.argv[1])
+found = []
+follow = sae.trainer.Trainer.follow
+def looked(trainer, ranks):
+    found.append({name: buffer.tolist() for name, buffer in trainer.sae.sparsifier.named_buffers()})
+    follow(trainer, ranks)
+sae.trainer.Trainer.follow = looked
+sae.train(config, x, report=False)
+print(json.dumps(found[-1]))
+"""
+
+
+def test_buffers_of_a_kind_of_ones_own_stay_the_same_in_all(tmp_path):
+    """What a step sets or averages is that of the first process; it is not added up."""
+    first, second = ended(started(PLUGIN, tmp_path / "run"))
+    assert first.code == 0, first.err
+    assert first.out == second.out
+    buffers = json.loads(first.out)
+    assert 0.1 < buffers["mean_cut"] < 1
+    assert 0.1 < buffers["last_cut"] < 1
+    assert buffers["n_seen"] == 64 * 32  # of its rows
+    assert buffers["mask"] == [0, -torch.inf]
+
+
+ENDS_EARLY = """
+import os, sys, time, torch, sae
+rank, how = int(os.environ["RANK"]), sys.argv[2]
+x = torch.randn(20_000, 6, generator=torch.Generator().manual_seed(rank if how == "other rows" else 0))
+
+def batches():
+    for number, batch in enumerate(x.split(100)):
+        if how == "ends" and rank == 1 and number == 150:
+            return
+        if how == "bad rows" and rank == 1 and number == 150:
+            batch = batch * torch.nan
+        yield batch
+
+def on_line(step, values):
+    if how == "on_line" and step == 30:
+        raise ValueError("mine")
+
+options, train = {"kind": "topk", "k": 3, "d_sae": 24}, {"n_samples": 10_000, "batch_size": 64}
+config = sae.TrainConfig(sae=options, train=train, log={"every": 10}, out=sys.argv[1])
+try:
+    result = sae.train(config, batches(), report=False, on_line=on_line)
+    print(float(result.sae.W_dec.sum()), sorted(result.metrics.items())[:3])
+except Exception as error:
+    print(type(error).__name__, error)
+time.sleep(0 if how == "ends" else 3)  # it lives on, and must not be waited for
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "bad rows", "other rows", "on_line"])
+def test_what_happens_to_one_ends_all(tmp_path, how):
+    begun = time.monotonic()
+    first, second = ended(started(ENDS_EARLY, tmp_path / "run", how), timeout=60)
+    assert time.monotonic() - begun < 40
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    expected = {
+        "bad rows": ("Elsewhere a batch could not be drawn in another process", "UsageError batch 150 row 0 holds NaN"),
+        "other rows": ("Elsewhere process 1: its held-out rows are not", "UsageError its held-out rows are not"),
+        "on_line": ("ValueError mine", "UsageError another process of this run ended, or cannot be reached"),
+    }
+    if how == "ends":
+        assert first.out == second.out
+        assert "dimensionality/capacity" in first.out
+        return
+    for one, words in zip((first, second), expected[how], strict=True):
+        assert one.out.startswith(words), one
+
+
+OWN_GROUP = """
+import datetime, os, sys, time, torch, torch.distributed as dist, sae
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=3))
+x = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
+def slow(step, values):
+    time.sleep(4 if step == 10 else 0)
+for out in ("one", "two"):
+    config = sae.TrainConfig(
+        sae={"kind": "topk", "k": 3, "d_sae": 24}, train={"n_samples": 1280, "batch_size": 64, "device": "auto"},
+        log={"every": 10}, out=f"{sys.argv[1]}/{out}"
+    )
+    result = sae.train(config, x, report=False, on_line=slow)
+counted = torch.ones(())
+dist.all_reduce(counted)  # the group is still theirs
+print(int(counted), float(result.sae.W_dec.sum()))
+if dist.get_rank():
+    os.chdir("/")
+again = sae.train(config, x, report=False, resume=True)  # it is complete
+print(float(again.sae.W_dec.sum()) == float(result.sae.W_dec.sum()), again.metrics == result.metrics)
+"""
+
+
+def test_a_process_group_of_the_users_own_is_left_alone(tmp_path):
+    """Its timeout is not ours. A complete run is given to all, though its directory is seen by the first alone."""
+    folders = [tmp_path, tmp_path / "another_machine"]
+    folders[1].mkdir()
+    first, second = ended(started(OWN_GROUP, "runs", folders=folders))
+    assert first.code == 0, first.err
+    assert second.code == 0, second.err
+    assert first.out == second.out
+    assert first.out.startswith("2 ")
+    assert first.out.endswith("True True\n")
+    assert not list(folders[1].iterdir())
+
+
+SLOW_SAVE = """
+import sys, time, sae.checkpoint
+save = sae.checkpoint.save
+def slowly(folder, step, *rest):
+    save(folder, step, *rest)
+    if step % 20:
+        time.sleep(3)
+        print("saved", flush=True)
+sae.checkpoint.save = slowly
+sys.argv[0] = "sae"
+from sae.cli import main
+main()
+"""
+
+
+def test_the_others_wait_until_the_first_has_saved(tmp_path):
+    """Whoever started them may end those that are left once one has gone."""
+    words = write(tmp_path, n_samples=64 * 20_000)
+    processes = started(SLOW_SAVE, *words, "--checkpoint.every_steps", 20)
+    until(lambda: len(saved(tmp_path / "run")) > 1, processes)
+    time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    processes[1].wait(60)
+    here = saved(tmp_path / "run")
+    first, _ = ended(processes)
+    assert first.code == 128 + signal.SIGTERM
+    if "saved" in first.out:  # it stopped between two checkpoints
+        assert int(here[-1].removeprefix("step-")) % 20
+
+
+def test_torchrun_starts_them_again(tmp_path):
+    words = (*write(tmp_path, n_samples=64 * 3000), "--checkpoint.every_steps", 200, "--resume")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += ["--max-restarts", "2"]
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    with subprocess.Popen(
+        [*launcher, "-m", "sae", *map(str, words)], env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        until(lambda: len(saved(tmp_path / "run")) > 1, [run])
+        workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout
+        os.kill(int(workers.split()[-1]), signal.SIGKILL)
+        out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert "goes on after step" in err
+    assert "every metric is in its result.json" in out
+
+
+def test_a_step_that_failed_behind_its_look_is_taken_again_without_it(tmp_path):
+    """Looking twice would raise the biases of dead latents twice."""
+    options = {"kind": "batchtopk", "d_sae": 64, "k": 2.0}
+    made = sae.TrainConfig(**sections(options, {"dead_after_samples": 300}), out=tmp_path / "run")
+    source = as_source(X)
+
+    def trainer():
+        return start(made, source, source.held_out("calibration", 300))
+
+    whole, part, later = trainer(), trainer(), trainer()
+    batches = list(islice(source.batches(64, 0), 40))
+    for batch in batches:
+        whole.step(batch)
+    for batch in batches[:30]:
+        part.step(batch)
+    assert len(part.dead)
+    part.advance = lambda *batch: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        part.step(batches[30])
+    later.load_state(*part.state())
+    for batch in batches[30:]:
+        later.step(batch)
+    (ours, values), (theirs, expected) = later.state(), whole.state()
+    assert values == expected
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.nan_to_num(), theirs[name].nan_to_num()), name
+
+
 @pytest.mark.parametrize("words", [("sweep", "c.yaml"), ("demo",), ("eval", "runs/x"), ("bench",)], ids=str)
 def test_commands_that_share_nothing_refuse_several_processes(run_cli, monkeypatch, words):
     monkeypatch.setenv("RANK", "0")
@@ -264,26 +477,48 @@ def test_commands_that_share_nothing_refuse_several_processes(run_cli, monkeypat
     run_cli(*words).assert_refused(f"`sae {words[0]}` is not shared by processes, and 4 were started")
 
 
-def test_each_process_takes_a_device_of_its_own(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.fixture
+def meeting(monkeypatch):
+    """Process groups that nobody makes; the devices that were taken."""
     taken = []
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda **_: None)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    with pytest.raises(UsageError, match="would be that of every process; say cuda"), joined("cuda:0"):
+    monkeypatch.setattr("sae.ranks.resolve_device", {"auto": "cuda"}.get)
+    monkeypatch.setattr("sae.ranks._meet", lambda: None)
+    dist = "torch.distributed"
+    monkeypatch.setattr(f"{dist}.new_group", lambda backend, timeout: backend)
+    monkeypatch.setattr(f"{dist}.get_rank", lambda: 1)
+    monkeypatch.setattr(f"{dist}.get_world_size", lambda: 2)
+    monkeypatch.setattr(f"{dist}.barrier", lambda group: None)
+    monkeypatch.setattr(f"{dist}.destroy_process_group", lambda *group: None)
+    return taken
+
+
+def test_each_process_takes_a_device_of_its_own(meeting, monkeypatch):
+    taken = meeting
+    monkeypatch.setattr("sae.ranks.resolve_device", lambda device: "cuda" if device == "auto" else device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for device in ("cuda", "auto"):
+        with joined(device) as ranks:
+            assert (ranks.rank, ranks.n, ranks.lead) == (1, 2, False)
+            assert (ranks.host, ranks.device) == ("gloo", "nccl")  # the host's exchanges never wait for the device
+    assert taken == [1, 1]
+    with joined("cpu") as ranks:
+        assert (ranks.host, ranks.device) == ("gloo", None)
+    with pytest.raises(UsageError, match="'cuda:0' would be that of every process; say cuda"), joined("cuda:0"):
         pass
-    with pytest.raises(UsageError, match="process 1 on this machine finds 1 CUDA devices"), joined("cuda"):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one on each machine
+    with joined("cuda:0"):
         pass
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with joined("cuda") as ranks:
-        assert here() == ranks == Ranks(1, 2)
-        assert not ranks.lead
-    assert taken == [1]
-    assert here() == ALONE
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UsageError, match="process 3 on this machine finds 3 CUDA devices"), joined("cuda"):
+        pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each sees its own alone
+    with joined("cuda"):
+        pass
+    with pytest.raises(UsageError, match="'mps' is not shared by processes"), joined("mps"):
+        pass
 
 
 def test_alone_nothing_is_exchanged():
@@ -295,6 +530,7 @@ def test_alone_nothing_is_exchanged():
     assert ALONE.of_all(lambda: 7) == 7
     assert ALONE.tensors_of_lead({"a": given}, given.device)["a"] is given
     assert ALONE.agreed(lambda: 15)() == 15
+    assert list(ALONE.in_step(iter([1, 2]))) == [1, 2]
     with joined("cpu") as ranks:
         assert ranks == ALONE
 

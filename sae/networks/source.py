@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,14 +253,16 @@ class ModelSource(Source):
         starts = list(accumulate(n_rows))
         shares = [len(parts) * rank // ranks.n for rank in range(ranks.n + 1)]
         rows = torch.empty(starts[-1], self.d_in, dtype=self.dtype, device=self.model.device)
-        for number in range(shares[ranks.rank], shares[ranks.rank + 1]):
-            if ranks.n == 1:  # all are to end at the same step
-                stop_if_asked("the model was reading")
-            found = self._rows(parts[number])
-            beside = (
-                torch.cat([found[site] for site in self.sites], dim=1) if len(self.sites) > 1 else found[self.sites[0]]
-            )
-            rows[starts[number] : starts[number + 1]] = beside
+
+        def read(number: int) -> None:
+            if number < shares[ranks.rank + 1]:
+                found = self._rows(parts[number])
+                beside = [found[site] for site in self.sites]
+                rows[starts[number] : starts[number + 1]] = torch.cat(beside, dim=1) if len(beside) > 1 else beside[0]
+
+        for turn in range(max(end - start for start, end in pairwise(shares))):
+            stop_if_asked("the model was reading", ranks.agreed)
+            ranks.of_all(partial(read, shares[ranks.rank] + turn))
         ranks.gather_(rows, [starts[share] for share in shares])
         for site, columns in self.columns.items():
             if not bool(rows[:, columns].isfinite().all()):

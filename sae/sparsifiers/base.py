@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -77,6 +77,9 @@ class Sparsifier(nn.Module, ABC):
     raises_dead = False
     """Where there is AuxK, the negative biases of dead latents shrink (`resampling.raise_`): it reaches none whose
     pre-latents are negative on all rows."""
+    added_up: ClassVar[tuple[str, ...]] = ()
+    """Buffers that a step adds to: sums over samples. Processes that train together add up what each has added; any
+    other buffer that a step changes they take from the first of them."""
     weighted = True
     """The penalty charges z_j |W_dec_j|; off: z_j."""
     l1_coefficient = 0.0

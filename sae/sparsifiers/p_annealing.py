@@ -61,6 +61,8 @@ class PAnnealing(Penalised):
     scale: Float[Tensor, ""]
     sums: Float[Tensor, " 2"]
 
+    added_up = ("sums",)
+
     def __init__(self, config: PAnnealingConfig) -> None:
         super().__init__(config.l1_coefficient, config.l0)
         self.initial_l0 = self.initial_l0 or START_SHARE * config.d_sae
