@@ -129,7 +129,7 @@ class TrainSection(Section):
     training alone; default none are."""
     accumulate: int = Field(default=1, gt=0)
     """Parts that a batch is computed in, one after the other, to save memory; their gradients are added up. A batch's
-    budget and a target L0 hold for each part."""
+    budget (BatchTopK) and JumpReLU's target L0 hold for each part."""
     start_from: Path | None = None
     """A trained SAE whose weights the run begins with: a run's directory, or files of another library."""
     warmup_steps: int = Field(default=100, ge=0)
