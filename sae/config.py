@@ -232,6 +232,16 @@ class TrainConfig(Section):
         return train
 
     @model_validator(mode="after")
+    def _a_target_is_wanted(self) -> TrainConfig:
+        target = getattr(self.source, "target", None)
+        if target is not None and not self.sae.transcodes:
+            raise ValueError(
+                f"source.target is given, and kind {self.sae.kind!r} reconstructs its input; set sae.kind to "
+                "transcoder or skip_transcoder, or leave the target out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _resampling_happens(self) -> TrainConfig:
         every, until = self.sae.resample_every, self.n_resampling_steps * self.train.batch_size
         if every is not None and every >= until:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sae.errors import Elsewhere, Interrupted, UsageError
 from sae.kernels import resolve_device
-from sae.stopping import Stop
+from sae.stopping import CONTINUE, Stop, asked
 
 logger = logging.getLogger("sae")
 
@@ -32,6 +32,8 @@ Value = TypeVar("Value")
 MEETING = timedelta(minutes=10)
 # The others wait while rank 0 reads a checkpoint, or measures what was trained.
 PATIENCE = timedelta(hours=6)
+# After which a wait looks whether it is to go on.
+SLICE = timedelta(seconds=5)
 # What is said where the other end of an exchange is gone.
 GONE = re.compile(r"connect|peer|socket|timed? ?out|broken pipe|nccl", re.IGNORECASE)
 
@@ -58,26 +60,26 @@ class Ranks:
     def add_up_(self, tensors: Sequence[Tensor]) -> None:
         """Each becomes its sum over the processes, the same bits in all."""
         for tensor in tensors if self.n > 1 else ():
-            _exchanged(dist.all_reduce, tensor, group=self._group(tensor))
+            self._exchanged(dist.all_reduce, tensor)
 
     def take_of_lead_(self, tensors: Sequence[Tensor]) -> None:
         """Each becomes what it is in rank 0."""
         for tensor in tensors if self.n > 1 else ():
-            _exchanged(dist.broadcast, tensor, src=0, group=self._group(tensor))
+            self._exchanged(dist.broadcast, tensor, src=0)
 
     def gather_(self, whole: Tensor, ends: Sequence[int]) -> None:
         """Rows ends[r] to ends[r + 1] become what they are in process r."""
         for rank in range(self.n) if self.n > 1 else ():
             rows = whole[ends[rank] : ends[rank + 1]]
             if len(rows):
-                _exchanged(dist.broadcast, rows, src=rank, group=self._group(rows))
+                self._exchanged(dist.broadcast, rows, src=rank)
 
     def of_lead(self, value: Value) -> Value:
         """A plain value, as rank 0 has it."""
         values = [value]
         if self.n > 1:
             on = torch.device("cpu")
-            _exchanged(dist.broadcast_object_list, values, src=0, group=self.host, device=on)
+            _told(lambda: dist.broadcast_object_list(values, src=0, group=self.host, device=on))
         return values[0]
 
     def tensors_of_lead(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -109,7 +111,7 @@ class Ranks:
             failure = error
         told: list[str | None] = [None] * self.n
         own = None if failure is None else str(failure) or type(failure).__name__
-        _exchanged(dist.all_gather_object, told, own, group=self.host)
+        _told(lambda: dist.all_gather_object(told, own, group=self.host))
         first = next((rank for rank, words in enumerate(told) if words is not None), None)
         if first == self.rank and failure is not None:
             raise failure
@@ -126,7 +128,7 @@ class Ranks:
 
         def compare() -> None:
             if text != leads:
-                raise UsageError(f"its {what} that of process 0; {remedy}")
+                raise UsageError(f"its {what} those of process 0; {remedy}")
 
         leads = self.of_lead(text)
         self.of_all(compare)
@@ -180,11 +182,17 @@ class Ranks:
     def _greatest(self, number: int) -> int:
         """Over the processes."""
         found = torch.tensor(number, device="cpu")
-        _exchanged(dist.all_reduce, found, op=dist.ReduceOp.MAX, group=self.host)
+        self._exchanged(dist.all_reduce, found, op=dist.ReduceOp.MAX)
         return int(found)
 
-    def _group(self, tensor: Tensor) -> Any:
-        return self.host if tensor.is_cpu else self.device
+    def _exchanged(self, exchange: Callable[..., Any], tensor: Tensor, **named: Any) -> None:
+        if not tensor.is_cpu:
+            _told(lambda: exchange(tensor, group=self.device, **named))
+            return
+        work = _told(lambda: exchange(tensor, group=self.host, async_op=True, **named))
+        while not _told(partial(_ended, work)):
+            if asked():  # torchrun ends those that are left behind; one that hears nothing of it is not to wait on
+                raise UsageError(f"another process of this run does not answer, and a signal came; {CONTINUE}")
 
 
 ALONE = Ranks()
@@ -278,17 +286,31 @@ def _take_device(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _exchanged(exchange: Callable[..., Any], *given: Any, **named: Any) -> None:
+def _ended(work: Any) -> bool:
+    """Whether an exchange is over, after at most a slice of patience."""
     try:
-        exchange(*given, **named)
+        work.wait(SLICE)
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        raise
+    return True
+
+
+def _told(exchange: Callable[[], Value]) -> Value:
+    """What it gives; another process that is gone is told as such."""
+    try:
+        return exchange()
     except RuntimeError as error:
         if not GONE.search(str(error)):
             raise
         raise UsageError(
-            f"another process of this run ended, or cannot be reached ({_reason(error)}); see what it said, then start "
-            "all of them again with --resume"
+            f"another process of this run ended, or cannot be reached ({_reason(error)}); see whether it said why, "
+            "then start all of them again with --resume"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first sentence of what a library says, without where in its source."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[/\S*\] ", "", line).partition(". ")[0][:200]

@@ -37,6 +37,7 @@ from sae.start import start
 from sae.stopping import stop_requested
 from sae.stores import recorded
 from sae.trainer import Trainer
+from sae.warm_start import require_start
 from toymodels.files import save_tensors, write_text
 
 logger = logging.getLogger("sae")
@@ -93,13 +94,14 @@ def train(
         raise UsageError("the configuration has no source; add one, or pass source= to sae.train")
     with joined(config.train.device) as ranks:
         ranks.of_all(lambda: require_device(config.train.device, "train.device"))
-        ranks.require_same(config.to_yaml(), "configuration is not", "start all with the same command")
+        ranks.require_same(config.to_yaml(), "settings are not", "start all with the same command")
         if ranks.of_lead(ranks.of_all(lambda: ranks.lead and _complete(config, resume, overwrite))):
             result = None
             if ranks.lead:
                 result = Result(load(config.out), json.loads((config.out / RESULT).read_text()), config.out)
             return _of_lead(result, config, ranks)
         begun = _begun(config, resume, ranks)
+        ranks.of_all(lambda: require_start(begun))
         own = config.source
         activations = ranks.of_all(lambda: as_source(own.open() if source is None and own is not None else source))
         run = open_run(config, begun, activations, resume, on_line, ranks)

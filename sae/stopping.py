@@ -40,12 +40,17 @@ def stop_requested() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+def asked() -> int:
+    """The number of the signal that was noted last, or 0."""
+    return _looking[-1][0] if _looking and _looking[-1] else 0
+
+
 def stop_if_asked(doing: str, agreed: Callable[[Stop], Stop] = lambda stop: stop) -> None:
     """For what takes long between two steps, and changes nothing that is saved; `agreed` asks other processes as well.
 
     Raises:
         Interrupted: a signal was noted.
     """
-    number = agreed(lambda: _looking[-1][0] if _looking and _looking[-1] else 0)()
+    number = agreed(asked)()
     if number:
         raise Interrupted(f"stopped while {doing}; {CONTINUE}", number)

@@ -10,13 +10,33 @@ import torch
 from torch import Tensor
 
 from sae import formats
+from sae.config import TrainConfig
 from sae.errors import UsageError
-from sae.model import SAE
+from sae.model import MANIFEST, SAE
 
 logger = logging.getLogger("sae")
 
 # Rows that a file holds in half precision are of norm 1 to about this.
 UNIT_NORM = 1e-2
+
+
+def require_start(config: TrainConfig) -> None:
+    """Refuses, before any data are opened, a `train.start_from` that is no SAE, or that the run would discard.
+
+    Raises:
+        UsageError: it is one.
+    """
+    path = config.train.start_from
+    if path is None:
+        return
+    if path.resolve() == config.out.resolve():
+        raise UsageError(f"train.start_from {path} is the run's own directory; give another --out")
+    if (path / MANIFEST).is_file():
+        return
+    try:
+        formats.recognise(path)
+    except UsageError as error:
+        raise UsageError(f"train.start_from: {error}") from error
 
 
 @torch.no_grad()
@@ -29,7 +49,10 @@ def start_from_(sae: SAE, path: Path, unit: float, target_unit: float, start: Ca
     Raises:
         UsageError: there is none, it is of other sizes, or its decoder rows cannot be made those that the run keeps.
     """
-    given = formats.load(path)
+    try:
+        given = formats.load(path)
+    except UsageError as error:
+        raise UsageError(f"train.start_from: {error}") from error
     sizes, theirs = ({"d_in": m.d_in, "d_out": m.d_out, "d_sae": m.d_sae} for m in (sae, given))
     if sizes != theirs:
         raise UsageError(

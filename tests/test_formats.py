@@ -516,7 +516,7 @@ def test_metadata_that_no_file_can_say_leaves_no_half_folder(tmp_path):
 def test_files_that_are_no_sae(tmp_path):
     with pytest.raises(UsageError, match=r"there is no .*absent"):
         formats.load(tmp_path / "absent")
-    with pytest.raises(UsageError, match=r"holds no SAE that is known: cfg\.json with"):
+    with pytest.raises(UsageError, match=r"holds no SAE that is known: sae\.json with"):
         formats.load(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").touch()

@@ -25,7 +25,7 @@ from sae.networks.texts import Contexts, contexts_of, texts
 from sae.stopping import stop_requested
 from sae.stores import Store
 from sae.stores.writer import EVERY, StoreWriter
-from sae.sweep.group import Logged
+from sae.sweep.group import Ended, Group, Logged, opener
 from sae.sweep.plan import parse_sweep
 from sae.sweep.run import run_sweep
 
@@ -386,8 +386,11 @@ def test_a_sweep_over_modules_reads_the_texts_once(tiny, tmp_path, monkeypatch):
     for member in plan.members:
         alone = member.config.model_copy(update={"out": tmp_path / "alone" / member.name})
         sae.train(alone, report=False)
-        for file in ("sae.safetensors", "result.json"):
-            assert (member.config.out / file).read_bytes() == (alone.out / file).read_bytes(), member.name
+        outs = member.config.out, alone.out
+        one, other = ((out / "sae.safetensors").read_bytes() for out in outs)
+        assert one == other, member.name
+        found, expected = (json.loads((out / "result.json").read_text()) for out in outs)
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9), member.name
     assert 4.4 * together < sum(read) < 4.6 * together  # one of five stops half way
 
 
@@ -410,8 +413,14 @@ def test_a_sweep_over_modules_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, m
 
 def test_modules_that_are_not_there_are_told_beside_those_that_are(tiny, tmp_path):
     plan = sweep_of(tiny, tmp_path, grid={"source.module": ["transformer.h.0", "transformer.h.9"]})
-    with pytest.raises(UsageError, match=r"transformer.h.9"):
+    with pytest.raises(UsageError, match=r"member module_transformer.h.9: .*transformer.h.9"):
         run_sweep(plan)
+    ends = []
+    Group(plan.members, plan.section, resume=False).run(opener(), ends.append, lambda: 0)  # as another process does it
+    found = {end.name: (end.status, end.reason[:30]) for end in ends if isinstance(end, Ended)}
+    first, second = (member.name for member in plan.members)
+    assert found[first] == ("done", "")
+    assert found[second] == ("failed", "the model has no module 'trans")
 
 
 def test_the_loss_is_measured_in_parts_that_fit(tiny, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import sae
 from sae.config import SourceConfig
-from sae.latents.describe import evenly
+from sae.latents.describe import describe, evenly
 from sae.latents.examples import NOWHERE, codes_at, encode, find_examples
 from sae.latents.logits import logits_of
 from sae.latents.passages import open_texts
@@ -232,10 +232,16 @@ def test_the_page_says_what_latents_raise_where_they_write_to_the_residual_strea
     norm = network.transformer.ln_f.weight.detach()
     expected = judged(network.get_output_embeddings().weight.detach(), norm, model.W_dec[[3, 7]], centred=True)
     shown = json.loads((run / "latents.json").read_text())["latents"]
+
+    def word(token):
+        """Of a part of a character its symbol in the vocabulary: decoded, all of them would be alike."""
+        said = tokenizer.decode([token])
+        return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in said else said
+
     for latent, logits in zip(shown, expected, strict=True):
         best, worst = logits.topk(10), (-logits).topk(10)
-        assert [word for word, _ in latent["raises"]] == [tokenizer.decode([one]) for one in best.indices.tolist()]
-        assert [word for word, _ in latent["lowers"]] == [tokenizer.decode([one]) for one in worst.indices.tolist()]
+        assert [token for token, _ in latent["raises"]] == list(map(word, best.indices.tolist()))
+        assert [token for token, _ in latent["lowers"]] == list(map(word, worst.indices.tolist()))
         assert [by for _, by in latent["raises"]] == pytest.approx(best.values.tolist(), rel=0.01)
     page = (run / "latents.html").read_text()
     assert page.count(">raises ") == page.count("and lowers ") == 2
@@ -246,3 +252,13 @@ def test_the_page_says_what_latents_raise_where_they_write_to_the_residual_strea
     )  # what goes into a module is not written
     assert run_cli("latents", tmp_path / "inward").code == 0
     assert "raises" not in (tmp_path / "inward/latents.html").read_text()
+
+
+def test_activations_of_another_module_are_told(tiny, run, tmp_path, caplog):
+    source = SourceConfig.of_kind(tiny.section(module="transformer.h.0"))
+    describe(run, [1], source=source, out=tmp_path / "other")
+    assert "run was trained on transformer.h.1, and these are activations of transformer.h.0" in caplog.text
+    caplog.clear()
+    harvest_model(SourceConfig.of_kind(tiny.section()), tmp_path / "acts")
+    describe(run, [1], source=sae.StoreSourceConfig(path=tmp_path / "acts"), out=tmp_path / "same")
+    assert "trained on" not in caplog.text

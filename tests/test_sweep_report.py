@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,14 @@ def test_the_front_is_what_no_member_beats(tmp_path: Path) -> None:
     assert pareto(points, "metrics/fvu") == {"a", "b", "e", "f"}
     front = trade_off(points, "metrics/fvu", "FVU", log=True)["data"][0]
     assert (front["x"], front["y"]) == ([1, 1, 2, 4], [0.3, 0.3, 0.2, 0.1])
+    on_two = [replace(point, source=str(point.name in "cf")) for point in points]
+    assert pareto(on_two, "metrics/fvu") == {"a", "b", "c", "e", "f"}  # c lies behind b alone, which is on others
+    fronts = [
+        trace for trace in trade_off(on_two, "metrics/fvu", "FVU", log=True)["data"] if trace.get("name") == "front"
+    ]
+    assert [trace["x"] for trace in fronts] == [[1, 2], [1, 2, 4]]
+    rounded = replace(points[1], name="r", result={"metrics/l0": 2 - 1e-12, "metrics/fvu": 0.21})
+    assert "r" not in pareto([*points, rounded], "metrics/fvu")
     page = Page(write_report([fabricate_sweep(tmp_path)]))
     assert re.findall(r"front (\w+)", page.text.partition("Members")[2]) == ["done"] * 2
 

@@ -159,3 +159,8 @@ def test_what_does_not_fit_is_told(tmp_path):
     with pytest.raises(UsageError, match=r"there is no .*nothing; give a folder or file with an SAE"):
         begun(config(tmp_path / "new", free, start_from=tmp_path / "nothing"))
     assert not (tmp_path / "new").exists()
+    for path, words in (("nothing", "train.start_from: there is no .*nothing"), ("free", "is the run's own directory")):
+        run = config(tmp_path / "free", free, start_from=tmp_path / path)
+        with pytest.raises(UsageError, match=words):  # before the data, which are none, are looked at
+            sae.train(run, object(), overwrite=True)
+    assert (tmp_path / "free/result.json").exists()

@@ -87,6 +87,7 @@ def recognise(path: Path) -> str:
     if (path / CONFIG).is_file():
         raise UsageError(f"{path} is a run that is not finished; train it to the end, or save its sae.load_checkpoint")
     raise UsageError(
-        f"{path} holds no SAE that is known: cfg.json with sae_weights.safetensors (SAELens) or sae.safetensors "
-        "(sparsify), config.json with ae.pt (dictionary_learning), params.npz (Gemma Scope), or a .pt file (OpenAI)"
+        f"{path} holds no SAE that is known: sae.json with sae.safetensors (a run's directory), cfg.json with "
+        "sae_weights.safetensors (SAELens) or sae.safetensors (sparsify), config.json with ae.pt "
+        "(dictionary_learning), params.npz (Gemma Scope), or a .pt file (OpenAI)"
     )

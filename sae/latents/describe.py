@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,12 +19,14 @@ from sae.directory import CONFIG, LATENTS
 from sae.errors import UsageError
 from sae.latents.examples import NOWHERE, Examples, codes_at, find_examples
 from sae.latents.logits import Logits, logits_of
-from sae.latents.passages import Texts, open_texts
+from sae.latents.passages import Texts, open_texts, place_of
 from sae.locks import held
 from sae.model import load
 from sae.networks.language_model import load_tokenizer
 from sae.report.latents import write_page
 from toymodels.files import save_tensors, write_text
+
+logger = logging.getLogger("sae")
 
 PAGE, SHOWN, TENSORS = LATENTS
 # Tokens around the one for which a latent fires most.
@@ -58,6 +61,7 @@ def describe(
         texts = open_texts(parse_config(read_yaml(where), where=str(where)).source, n_rows)
     else:
         sae, texts = formats.load(path), open_texts(source, n_rows)
+        _tell_of_another_place(path, source)
         whole = path.resolve()  # "." has no name of its own
         out = out or path.parent / f"{whole.stem if path.is_file() else whole.name}-latents"
     out = path if out is None else out
@@ -105,7 +109,12 @@ def word_of(texts: Texts) -> Callable[[int], str]:
     if texts.tokenizer is None:
         return lambda token: f" {token}"
     tokenizer = load_tokenizer(texts.tokenizer, texts.revision)
-    return cache(lambda token: tokenizer.decode([token]))
+
+    def word(token: int) -> str:
+        said = tokenizer.decode([token])
+        return said if "\ufffd" not in said else tokenizer.convert_ids_to_tokens(token)  # part of a character
+
+    return cache(word)
 
 
 def _described(
@@ -139,3 +148,12 @@ def _written(logits: Logits, number: int, words: Callable[[int], str]) -> dict[s
         name: [[words(token), float(f"{by:.3g}")] for token, by in zip(tokens.tolist(), amounts.tolist(), strict=True)]
         for name, (tokens, amounts) in ends.items()
     }
+
+
+def _tell_of_another_place(path: Path, source: SourceConfig) -> None:
+    """A line where the SAE was trained on another module: what its latents say there means little."""
+    if not (path / CONFIG).is_file():
+        return
+    own, other = (place_of(one) for one in (parse_config(read_yaml(path / CONFIG), where=str(path)).source, source))
+    if own is not None and other is not None and own != other:
+        logger.warning("%s was trained on %s, and these are activations of %s", path, own, other)

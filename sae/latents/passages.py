@@ -13,9 +13,11 @@ from torch import Tensor
 from sae.arrays import Pairs
 from sae.config import SourceConfig
 from sae.errors import UsageError
+from sae.networks.reader import Site
 from sae.networks.source import ModelSource, ModelSourceConfig
 from sae.sources import PairSource
 from sae.stores import Store, StoreSourceConfig
+from sae.stores.files import is_store
 
 ROWS_AT_ONCE = 4096
 
@@ -116,6 +118,16 @@ def open_texts(config: SourceConfig | None, n_rows: int) -> Texts:
     raise UsageError(
         f"latents are shown with the texts that they fire for, and the run's source is {kind}; use model or store"
     )
+
+
+def place_of(config: SourceConfig | None) -> Site | None:
+    """Where in a network a source's activations are, if it says so."""
+    if isinstance(config, ModelSourceConfig):
+        return config.site
+    if isinstance(config, StoreSourceConfig) and is_store(config.path):
+        origin = Store(config.path).manifest.origin
+        return Site(str(origin["module"]), origin.get("reads", "output"))
+    return None
 
 
 def _tokenizer(fields: dict[str, object]) -> str | None:

@@ -32,6 +32,8 @@ class Point:
     done: bool
     result: dict[str, float]
     lines: list[dict[str, Any]]
+    source: str = ""
+    """The same for members on the same activations: errors on others are others."""
 
 
 def groups(points: Sequence[Point]) -> list[str]:
@@ -40,12 +42,13 @@ def groups(points: Sequence[Point]) -> list[str]:
 
 
 def pareto(points: Sequence[Point], key: str) -> set[str]:
-    """Names of the members that no other beats in both L0 and this (lower is better for both)."""
-    placed = [(point.result[L0], point.result[key], point.name) for point in points if point.done]
+    """Names of the members that no other on the same activations beats in both L0 and this (lower is better for both).
+    An L0 counts to six digits: what a mean of whole numbers leaves behind them decides nothing."""
+    placed = [(float(f"{p.result[L0]:.6g}"), p.result[key], p.source, p.name) for p in points if p.done]
     return {
         name
-        for l0, value, name in placed
-        if not any((a <= l0 and b <= value) and (a < l0 or b < value) for a, b, _ in placed)
+        for l0, value, source, name in placed
+        if not any(s == source and (a <= l0 and b <= value) and (a < l0 or b < value) for a, b, s, _ in placed)
     }
 
 
@@ -73,8 +76,8 @@ def trade_off(
             }
         )
     best = pareto(done, key) if log else set()
-    if best:
-        traces.insert(0, _front([point for point in done if point.name in best], key))
+    for source in dict.fromkeys(point.source for point in done) if best else ():
+        traces.insert(0, _front([point for point in done if point.name in best and point.source == source], key))
     across = _positive_axis([{"y": [point.result[L0] for point in done]}, {"y": [truth or 0.0]}])
     y = _positive_axis([{"y": [point.result[key] for point in done]}]) if log else {"range": [-0.03, 1.04]}
     layout: dict[str, Any] = {

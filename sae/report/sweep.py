@@ -22,6 +22,7 @@ from sae.report.tables import DEAD, FVU, L0, MCC, comparison_table, join_words, 
 from toymodels.pages import Html, folded, grid, join, section, table, tag
 
 F1 = "recovery/f1"
+CE, KL = "metrics/ce_recovered", "metrics/kl"
 _FREQUENCY = "feature/frequency"
 
 
@@ -64,6 +65,11 @@ class SweepPage:
         return [member for member in self.members if member.point.done]
 
     @property
+    def n_sources(self) -> int:
+        """Kinds of activations that members look at."""
+        return len({member.point.source for member in self.members})
+
+    @property
     def knows_truth(self) -> bool:
         return any(MCC in member.point.result for member in self.done)
 
@@ -93,9 +99,12 @@ def _read_member(folder: Path, row: dict[str, Any], varies: Sequence[str]) -> Me
     lines = (folder / LINES).read_text(encoding="utf-8").splitlines(keepends=True) if (folder / LINES).is_file() else []
     without_seed = _without_seed(values)
     own_options = [key for key in without_seed if key.startswith("sae.") and key not in ("sae.kind", "sae.d_sae")]
+    on = {key: value for key, value in values.items() if key.startswith("source.")}
+    kind = f"{method_name(config['sae']['kind'])}, {config['sae']['d_sae']:,} latents"
     point = Point(
         name=row["name"],
-        group=f"{method_name(config['sae']['kind'])}, {config['sae']['d_sae']:,} latents",
+        group=", ".join([kind, *(_value(value) for value in on.values())]),
+        source=json.dumps(on, sort_keys=True),
         line=json.dumps({key: value for key, value in without_seed.items() if key not in own_options}, sort_keys=True),
         setting=json.dumps(without_seed, sort_keys=True),
         done=done,
@@ -162,6 +171,8 @@ def _trade_offs(sweep: SweepPage) -> Html:
     note = (
         "Of the errors, down and to the left is better; no member lies below the broad grey stairs, the Pareto front."
     )
+    if sweep.n_sources > 1:
+        note += " Errors on different activations cannot be compared: each of them has stairs of its own."
     if sweep.knows_truth:
         chance = next(m.point.result.get(f"{MCC}_chance") for m in sweep.done if MCC in m.point.result)
         same = len({member.config["sae"]["d_sae"] for member in sweep.done}) == 1
@@ -174,23 +185,26 @@ def _trade_offs(sweep: SweepPage) -> Html:
 
 
 def _members(sweep: SweepPage) -> Html:
-    scores = [(L0, "L0", ".2f"), (FVU, "FVU", ".4f"), (MCC, "MCC", ".3f"), (F1, "F1", ".3f"), (DEAD, "dead", ".1%")]
+    scores = [(L0, "L0", ".2f"), (FVU, "FVU", ".4f"), (CE, "CE recovered", ".3f"), (KL, "KL", ".3f")]
+    scores += [(MCC, "MCC", ".3f"), (F1, "F1", ".3f"), (DEAD, "dead", ".1%")]
     scores = [score for score in scores if any(score[0] in member.point.result for member in sweep.done)]
-    best: dict[str, float] = {}
-    for key, pick in ((FVU, min), (MCC, max), (F1, max)):
-        values = [member.point.result[key] for member in sweep.done if key in member.point.result]
-        best |= {key: pick(values)} if values else {}
+    best: dict[tuple[str, str], float] = {}
+    for key, pick in ((FVU, min), (CE, max), (KL, min), (MCC, max), (F1, max)):
+        for member in sweep.done:
+            there, measured = (member.point.source, key), member.point.result.get(key)
+            if measured is not None:
+                best[there] = pick(best.get(there, measured), measured)
     front = pareto.pareto(sweep.points, FVU)
-    place = {group: at for at, group in enumerate(groups(sweep.points))}
+    place_of = {group: at for at, group in enumerate(groups(sweep.points))}
     rows: list[list[object]] = []
     for member in sweep.members:
         result = member.point.result
-        dot = keys.dot(place[member.point.group])
+        dot = keys.dot(place_of[member.point.group])
         cells: list[object] = [tag("span", dot, member.name, id=f"member-{member.name}")]
         cells += [_varying(_value(member.values.get(key))) for key in sweep.varies]
         for key, _, form in scores:
-            value = number(result.get(key), form)
-            cells.append(tag("strong", value) if key in result and result[key] == best.get(key) else value)
+            value, most = number(result.get(key), form), best.get((member.point.source, key))
+            cells.append(tag("strong", value) if key in result and result[key] == most else value)
         status = tag("span", member.status, class_="status bad" if member.reason else "status")
         cells += ["front" if member.name in front else "", status]
         rows.append(cells)
@@ -201,7 +215,8 @@ def _members(sweep: SweepPage) -> Html:
         "Pareto",
         "status",
     ]
-    reading = "Measured on held-out activations; the best of a column is bold."
+    of = "a column" if sweep.n_sources == 1 else "a column on each of the activations"
+    reading = f"Measured on held-out activations; the best of {of} is bold."
     if len(sweep.done) < len(sweep.members):
         reading += " Members that are not done have no final metrics."
     return section("Members", reading, _reasons(sweep), table(header, rows, "Members"), *_over_seeds(sweep))

@@ -64,8 +64,16 @@ class Group:
             tell(Ended(name, status, reason))
 
         try:
-            feed, own = shared([open_source(member) for member in self.members])
-            for member, source in zip(self.members, own, strict=True):
+            sources: dict[str, Source] = {}
+            for member in self.members:
+                try:
+                    sources[member.name] = open_source(member)
+                except UsageError as wrong:
+                    end(member.name, "failed", str(wrong))
+            if not sources:
+                return
+            feed, own = shared(list(sources.values()))
+            for member, source in zip([m for m in self.members if m.name in sources], own, strict=True):
                 runs += self._open(member, source, tell, end)
             for run, error in Ensemble(runs, feed).feed(stop):
                 end(run.config.out.name, *self._close(run, error))

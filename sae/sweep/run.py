@@ -31,6 +31,7 @@ from sae.sweep.machines import connect, on_machines, require_ray
 from sae.sweep.plan import Member, Plan
 from sae.sweep.rules import read_lines, verdict
 from sae.sweep.workers import in_processes
+from sae.warm_start import require_start
 from toymodels.files import write_text
 
 logger = logging.getLogger("sae")
@@ -76,7 +77,10 @@ def run_sweep(
     open_source = open_source or opener()
     if plan.section.n_jobs == 1 and not plan.section.ray:
         for member in left:
-            open_source(member)  # bad data are told before an earlier sweep is given up
+            try:
+                open_source(member)  # bad data are told before an earlier sweep is given up
+            except UsageError as error:
+                raise UsageError(f"member {member.name}: {error}") from error
     if plan.section.ray and left:
         connect()
     with held(plan.out):
@@ -185,6 +189,8 @@ def _check_member(plan: Plan, member: Member, resume: bool, overwrite: bool) -> 
     if _ended_before(plan, member, resume) is None:
         try:
             as_it_begins(member.config, resume)
+            if not (resume and (member.config.out / CONFIG).exists()):
+                require_start(member.config)
         except UsageError as error:
             raise UsageError(f"member {member.name}: {error}") from error
 
