@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+# Gloo asks for the machine's name otherwise, which a sandbox may not know.
+LOCAL = {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
 SAE = "import sys; sys.argv[0] = 'sae'; from sae.cli import main; main()"
-
 
 Processes = list[subprocess.Popen]
 
@@ -28,7 +29,7 @@ def environment(rank: int, n: int, port: int) -> dict[str, str]:
     return {
         **os.environ,
         **{name: str(value) for name, value in own.items()},
-        "OMP_NUM_THREADS": "1",
+        **LOCAL,
         "PYTHONPATH": str(ROOT),
     }
 
@@ -62,7 +63,7 @@ def started(
     ]
 
 
-def ended(processes: Processes, timeout: float = 120) -> list[Ended]:
+def ended(processes: Processes, timeout: float = 300) -> list[Ended]:
     """Once all have; none is left behind."""
     try:
         told = [process.communicate(timeout=timeout) for process in processes]
