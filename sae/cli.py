@@ -20,8 +20,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from sae.commands import COMMANDS, Runs, SetsFields
 from sae.commands.training import Train
-from sae.console import speaks
 from sae.errors import Elsewhere, Interrupted, UsageError
+from sae.launch import n_started, speaks
 from toymodels.errors import nearest
 from toymodels.one_line import require_command, understood
 
@@ -133,12 +133,11 @@ REMEDIES = {errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED, errn
 
 def _require_one_process(command: Runs) -> None:
     """Refuses to do with several processes what they cannot share."""
-    n = int(os.environ.get("WORLD_SIZE", "1"))
-    if n > 1 and "RANK" in os.environ and not isinstance(command, Train):
-        if not speaks():
-            sys.exit(2)
-        name = type(command).__name__.lower()
-        raise UsageError(f"`sae {name}` is not shared by processes, and {n} were started; start it without torchrun")
+    if n_started() == 1 or isinstance(command, Train):
+        return
+    name = type(command).__name__.lower()
+    rule = f"`sae {name}` is not shared by processes, and {n_started()} were started; start it without torchrun"
+    raise UsageError(rule) if speaks() else Elsewhere(rule)
 
 
 def _who() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from sae.launch import speaks
 
 LIVE = {"fvu": "metrics/fvu", "L0": "metrics/l0", "dead": "sparsity/dead_features", "MCC": "recovery/mcc"}
 
@@ -45,12 +46,6 @@ METHOD_COLUMNS = {
     "dead": ("sparsity/dead_features", 0),
     "fit s": ("seconds", 0),
 }
-
-
-def speaks() -> bool:
-    """Whether this process is the one, of those that torchrun started, that talks to the user."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return not several or os.environ.get("RANK", "0") == "0"
 
 
 def postfix(values: Mapping[str, float]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sae.errors import Elsewhere, Interrupted, UsageError
 from sae.kernels import resolve_device
+from sae.launch import n_started
 from sae.stopping import CONTINUE, Stop, asked
 
 logger = logging.getLogger("sae")
@@ -32,8 +33,8 @@ Value = TypeVar("Value")
 MEETING = timedelta(minutes=10)
 # The others wait while rank 0 reads a checkpoint, or measures what was trained.
 PATIENCE = timedelta(hours=6)
-# After which a wait looks whether it is to go on.
-SLICE = timedelta(seconds=5)
+# After which a wait looks whether a signal came, and how often it does before it ends: torchrun kills after 30 s.
+SLICE, UNANSWERED = timedelta(seconds=5), 3
 # What is said where the other end of an exchange is gone.
 GONE = re.compile(r"connect|peer|socket|timed? ?out|broken pipe|nccl", re.IGNORECASE)
 
@@ -84,6 +85,8 @@ class Ranks:
 
     def tensors_of_lead(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Named tensors as rank 0 has them, on this device or on the host."""
+        if self.n == 1:
+            return tensors
         layout = self.of_lead({name: (tuple(t.shape), t.dtype, t.is_cpu) for name, t in tensors.items()})
         if self.lead:
             self.take_of_lead_([tensor.contiguous() for tensor in tensors.values()])
@@ -189,9 +192,12 @@ class Ranks:
         if not tensor.is_cpu:
             _told(lambda: exchange(tensor, group=self.device, **named))
             return
-        work = _told(lambda: exchange(tensor, group=self.host, async_op=True, **named))
+        work, n_unanswered = _told(lambda: exchange(tensor, group=self.host, async_op=True, **named)), 0
         while not _told(partial(_ended, work)):
-            if asked():  # torchrun ends those that are left behind; one that hears nothing of it is not to wait on
+            # Gloo may miss that another process was killed, and torchrun then asks this one to stop, and kills it, too.
+            # The one that saves gives up before that; the others may be waiting for just that.
+            n_unanswered += self.lead and bool(asked())
+            if n_unanswered == UNANSWERED:
                 raise UsageError(f"another process of this run does not answer, and a signal came; {CONTINUE}")
 
 
@@ -238,11 +244,6 @@ def joined(device: str) -> Iterator[Ranks]:
             dist.destroy_process_group(group)
         if not theirs:
             dist.destroy_process_group()
-
-
-def n_started() -> int:
-    """How many processes torchrun started, or another launcher that names them in the same way."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 _meetings = count()

@@ -54,6 +54,7 @@ LAYERS = {
     "sae": [
         "errors",
         "stopping",
+        "launch",
         "codes",
         "config_text",
         "console",

@@ -53,7 +53,8 @@ class Train(FromFile):
 
     def run(self) -> None:
         from sae.config import load_config  # noqa: PLC0415
-        from sae.console import print_headlines, progress, speaks  # noqa: PLC0415
+        from sae.console import print_headlines, progress  # noqa: PLC0415
+        from sae.launch import speaks  # noqa: PLC0415
         from sae.run import train  # noqa: PLC0415
 
         self.load_plugins()
