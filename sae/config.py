@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_serializer, field_validator, model_validator
 
 from sae.config_base import Family, Section
 from sae.config_text import explain, flags, read_yaml
 from sae.errors import UsageError
+from sae.hub import said
 
 # The last part of a run in which no latent starts anew.
 LEFT_ALONE = 0.2
@@ -131,7 +132,8 @@ class TrainSection(Section):
     """Parts that a batch is computed in, one after the other, to save memory; their gradients are added up. A batch's
     budget (BatchTopK) and JumpReLU's target L0 hold for each part."""
     start_from: Path | None = None
-    """A trained SAE whose weights the run begins with: a run's directory, or files of another library."""
+    """A trained SAE whose weights the run begins with: a run's directory, files of another library, or an address on
+    the Hub."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
@@ -155,6 +157,10 @@ class TrainSection(Section):
     kernels: KernelName = "auto"
     """What computes a step: C on a CPU (native), triton on CUDA, torch elsewhere or where these cannot work; reference
     is slow and plain."""
+
+    @field_serializer("start_from", when_used="json")
+    def _as_it_was_written(self, start_from: Path | None) -> str | None:
+        return None if start_from is None else said(start_from)
 
 
 class EvaluationSection(Section):

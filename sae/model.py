@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sae import hub
 from sae.codes import SparseCodes
 from sae.config import SAEConfig
 from sae.config_text import explain
@@ -211,13 +212,15 @@ class SAE(nn.Module):
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """The SAE saved in a run directory, ready for inference. Loading runs no code and checks the weights' checksum.
+    """The SAE saved in a run directory, or at an address on the Hub (hf://OWNER/NAME/FOLDER), ready for inference.
+
+    Loading runs no code and checks the weights' checksum.
 
     Raises:
         UsageError: nothing is saved there, the files do not belong together, or they are damaged.
     """
     require_device(str(device), "device")
-    folder = Path(folder)
+    folder = hub.local(folder, (MANIFEST, WEIGHTS), "; sae.formats.load reads those of other libraries")
     for name in (MANIFEST, WEIGHTS):
         if not (folder / name).is_file():
             if (folder / "sweep.json").is_file():

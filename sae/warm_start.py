@@ -12,6 +12,7 @@ from torch import Tensor
 from sae import formats
 from sae.config import TrainConfig
 from sae.errors import UsageError
+from sae.hub import said
 from sae.model import MANIFEST, SAE
 
 logger = logging.getLogger("sae")
@@ -31,10 +32,10 @@ def require_start(config: TrainConfig) -> None:
         return
     if path.resolve() == config.out.resolve():
         raise UsageError(f"train.start_from {path} is the run's own directory; give another --out")
-    if (path / MANIFEST).is_file():
-        return
     try:
-        formats.recognise(path)
+        path = formats.local(path)
+        if not (path / MANIFEST).is_file():
+            formats.recognise(path)
     except UsageError as error:
         raise UsageError(f"train.start_from: {error}") from error
 
@@ -56,7 +57,8 @@ def start_from_(sae: SAE, path: Path, unit: float, target_unit: float, start: Ca
     sizes, theirs = ({"d_in": m.d_in, "d_out": m.d_out, "d_sae": m.d_sae} for m in (sae, given))
     if sizes != theirs:
         raise UsageError(
-            f"train.start_from {path} has {_said(theirs)}, and this run {_said(sizes)}; give one of these sizes"
+            f"train.start_from {said(path)} has {_listed(theirs)}, and this run {_listed(sizes)}; give one of these "
+            "sizes"
         )
     given.rescale_(1 / unit, 1 / target_unit)
     same = given.config.kind == sae.config.kind
@@ -81,7 +83,8 @@ def start_from_(sae: SAE, path: Path, unit: float, target_unit: float, start: Ca
     for name, weight in sae.sparsifier.named_parameters():
         if name in learnt:
             weight.copy_(learnt[name])
-    logger.info("begins with %s of %s, a %s", "all weights" if same else "the dictionary", path, given.config.kind)
+    what = "all weights" if same else "the dictionary"
+    logger.info("begins with %s of %s, a %s", what, said(path), given.config.kind)
 
 
 def _normalise_(given: SAE, thresholds: bool, path: Path) -> None:
@@ -90,14 +93,15 @@ def _normalise_(given: SAE, thresholds: bool, path: Path) -> None:
     if not bool(((norms - 1).abs() > UNIT_NORM).any()):
         return
     if thresholds:
+        least, most = float(norms.min()), float(norms.max())
         raise UsageError(
-            f"train.start_from {path} has decoder rows of norms {float(norms.min()):.3g} to {float(norms.max()):.3g}, "
-            "which its thresholds are for, and this run keeps them at 1; set sae.unit_norm_decoder false"
+            f"train.start_from {said(path)} has decoder rows of norms {least:.3g} to {most:.3g}, which its thresholds "
+            "are for, and this run keeps them at 1; set sae.unit_norm_decoder false"
         )
     given.W_dec.div_(norms[:, None])
     given.encoder.mul_(norms[:, None])
     given.b_enc.mul_(norms)
 
 
-def _said(sizes: dict[str, int]) -> str:
+def _listed(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -55,6 +55,7 @@ LAYERS = {
         "errors",
         "stopping",
         "launch",
+        "hub",
         "codes",
         "config_text",
         "console",

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from sae.commands.base import WithPlugins
 from sae.errors import UsageError
+from sae.hub import said
 
 logger = logging.getLogger("sae")
 
@@ -20,7 +21,7 @@ class Eval(WithPlugins):
     """Measure a trained SAE again: every metric that applies, and recovery when the truth is known.
 
     Of a run that is not finished, its newest checkpoint is measured, and nothing is written. Nor is it with --source,
-    where RUN_DIR may be an SAE of any library that `sae convert` reads.
+    where RUN_DIR may be an SAE of any library that `sae convert` reads, on the Hub too.
     """
 
     run_dir: Positional[Path]
@@ -87,14 +88,14 @@ class Eval(WithPlugins):
         if n_samples < 1:
             raise UsageError(f"--n-samples must be at least 1, got {n_samples}")
         print_metrics(evaluate_elsewhere(self.run_dir, self.source, n_samples).metrics)
-        print(f"\n{self.run_dir} on other activations; nothing was written")
+        print(f"\n{said(self.run_dir)} on other activations; nothing was written")
 
 
 @dataclass
 class Latents(WithPlugins):
     """Show the texts in which latents fire most: RUN_DIR/latents.html, of a run on a language model's activations.
 
-    With --source RUN_DIR may be an SAE of any library that `sae convert` reads.
+    With --source RUN_DIR may be an SAE of any library that `sae convert` reads, on the Hub too.
     """
 
     run_dir: Positional[Path]
@@ -153,14 +154,15 @@ class Convert(WithPlugins):
     """Write an SAE in the files of another library, or read one of another library.
 
     PATH is a run directory, or a folder or file of SAELens, dictionary_learning, sparsify, Gemma Scope or OpenAI, which
-    is recognised by its files. Codes and reconstructions stay the same; what cannot be said there is refused.
+    is recognised by its files; on the Hub it is hf://OWNER/NAME[@REVISION][/FOLDER]. Codes and reconstructions stay the
+    same; what cannot be said there is refused.
     """
 
     path: Positional[Path]
     to: Literal["sae", "saelens", "dictionary_learning", "sparsify"] = "saelens"
     """Whose files to write; sae: our own, for `sae.load`."""
     out: Path | None = None
-    """The folder to write; default PATH-FORMAT."""
+    """The folder to write, or an address on the Hub; default PATH-FORMAT."""
     metadata: str = "{}"
     """What else the files should say, in YAML: '{model_name: gpt2, hook_name: blocks.8.hook_resid_pre}'."""
     overwrite: bool = False

@@ -1,6 +1,7 @@
 """SAEs of other libraries: read into an `SAE`, or written so that these libraries read ours.
 
 model = sae.formats.load("gemma-scope/layer_20/width_16k")    # what it is shows in its files
+model = sae.formats.load("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
 sae.formats.save(model, "for-saelens", "saelens", model_name="gpt2", hook_name="blocks.8.hook_resid_pre")
 """
 
@@ -11,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae import hub
 from sae.directory import CONFIG
 from sae.errors import UsageError
 from sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from sae.formats.portable import Portable, built, portable
 from sae.kernels import require_device
 from sae.locks import cannot_write
-from sae.model import MANIFEST, SAE
+from sae.model import MANIFEST, SAE, WEIGHTS
 from sae.model import load as load_own
 from toymodels.errors import nearest
 
@@ -25,42 +27,60 @@ __all__ = ["FORMATS", "WRITTEN", "load", "recognise", "save"]
 
 
 class Format(NamedTuple):
-    """How files of one library are recognised, read and, where it makes sense, written."""
+    """How files of one library are called, recognised, read and, where it makes sense, written."""
 
+    files: tuple[str, ...]
     is_here: Callable[[Path], bool]
     read: Callable[[Path], Portable]
     write: Callable[[Portable, Path, dict[str, Any]], None] | None = None
 
 
 FORMATS = {
-    "saelens": Format(saelens.is_here, saelens.read, saelens.write),
-    "dictionary_learning": Format(dictionary_learning.is_here, dictionary_learning.read, dictionary_learning.write),
-    "sparsify": Format(sparsify.is_here, sparsify.read, sparsify.write),
-    "gemma_scope": Format(gemma_scope.is_here, gemma_scope.read),
-    "openai": Format(openai.is_here, openai.read),
+    "saelens": Format((saelens.CONFIG, saelens.WEIGHTS), saelens.is_here, saelens.read, saelens.write),
+    "dictionary_learning": Format(
+        (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
+        dictionary_learning.is_here,
+        dictionary_learning.read,
+        dictionary_learning.write,
+    ),
+    "sparsify": Format((sparsify.CONFIG, sparsify.WEIGHTS), sparsify.is_here, sparsify.read, sparsify.write),
+    "gemma_scope": Format((gemma_scope.WEIGHTS,), gemma_scope.is_here, gemma_scope.read),
+    "openai": Format((), openai.is_here, openai.read),
 }
+OWN = (MANIFEST, WEIGHTS)
+FILES = list(dict.fromkeys([*OWN, *(name for format in FORMATS.values() for name in format.files)]))
 WRITTEN = [name for name, format in FORMATS.items() if format.write is not None]
 
 
 def load(path: str | Path, device: str = "cpu") -> SAE:
-    """The SAE of any library in a folder or file, ready for inference: its codes and reconstructions are those that the
-    library itself would give. One of our own is loaded, too.
+    """The SAE of any library in a folder, a file or at an address on the Hub, ready for inference: its codes and
+    reconstructions are those that the library itself would give. One of our own is loaded, too.
 
     Raises:
         UsageError: it is of no known format, damaged, or does what no SAE here does.
     """
     require_device(device, "device")
-    path = Path(path)
+    path = local(path)
     if (path / MANIFEST).is_file():
         return load_own(path, device)
     return built(FORMATS[recognise(path)].read(path)).to(device)
 
 
-def save(model: SAE, folder: str | Path, format: str, /, **metadata: Any) -> None:
-    """Writes the files of another library, whose codes and reconstructions are then those of `model`.
+def local(path: str | Path) -> Path:
+    """The folder or file on this machine; of an address on the Hub, where it was fetched to.
 
     Raises:
-        UsageError: the library has nothing that does the same.
+        UsageError: the Hub does not give it, or has no SAE there.
+    """
+    return hub.local(path, FILES)
+
+
+def save(model: SAE, folder: str | Path, format: str, /, **metadata: Any) -> None:
+    """Writes the files of another library, whose codes and reconstructions are then those of `model`, into a folder, or
+    to an address on the Hub.
+
+    Raises:
+        UsageError: the library has nothing that does the same, or the Hub does not take them.
     """
     if format not in WRITTEN:
         raise UsageError(f"unknown format {format!r}{nearest(format, WRITTEN)}")
@@ -68,7 +88,8 @@ def save(model: SAE, folder: str | Path, format: str, /, **metadata: Any) -> Non
     assert write is not None
     on_cpu = model if model.W_dec.device.type == "cpu" else copy.deepcopy(model).cpu()
     try:
-        write(portable(on_cpu), Path(folder), metadata)
+        with hub.written(folder, format, metadata.get("model_name", metadata.get("lm_name"))) as place:
+            write(portable(on_cpu), place, metadata)
     except OSError as error:
         raise cannot_write(Path(folder), error) from error
 

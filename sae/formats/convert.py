@@ -6,23 +6,15 @@ from pathlib import Path
 
 import yaml
 
-from sae import formats
+from sae import formats, hub
 from sae.checkpoint import CHECKPOINTS
 from sae.directory import CONFIG
 from sae.errors import UsageError
 from sae.formats.network import network_metadata
 from sae.locks import held
-from sae.model import MANIFEST, WEIGHTS
 from toymodels.plain_yaml import parse_yaml
 
 OWN = "sae"
-# What each writes; a file that is there already is somebody's.
-FILES = {
-    OWN: (MANIFEST, WEIGHTS),
-    "saelens": (formats.saelens.CONFIG, formats.saelens.WEIGHTS),
-    "dictionary_learning": (formats.dictionary_learning.CONFIG, formats.dictionary_learning.WEIGHTS),
-    "sparsify": (formats.sparsify.CONFIG, formats.sparsify.WEIGHTS),
-}
 
 
 def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: bool) -> str:
@@ -33,14 +25,13 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
     """
     words = _mapping(metadata)
     model = formats.load(path)
-    if out is None:
-        whole = path.resolve()  # "." has no name of its own
-        out = path.parent / f"{whole.stem if path.is_file() else whole.name}-{to}"
-    if out.exists() and not out.is_dir():
+    out = hub.beside(path, to) if out is None else out
+    if out.is_file():
         raise UsageError(f"{out} is a file; give a folder as --out")
-    there = [name for name in FILES[to] if (out / name).exists()]
+    # A file that is there already is somebody's.
+    there = hub.existing(out, formats.OWN if to == OWN else formats.FORMATS[to].files)
     if there and not overwrite:
-        raise UsageError(f"{out} holds {', '.join(there)}; give another --out, or --overwrite")
+        raise UsageError(f"{hub.said(out)} holds {', '.join(there)}; give another --out, or --overwrite")
     if to == OWN:
         if words:
             raise UsageError(f"our own files have no place for metadata, got {', '.join(words)}; leave it out")
@@ -49,11 +40,11 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
             raise UsageError(
                 f"{out} holds a run ({', '.join(begun)}), which would end as another SAE; give another --out"
             )
-        with held(out):
-            model.save(out)
+        with hub.written(out, OWN) as folder, held(folder):
+            model.save(folder)
     else:
         formats.save(model, out, to, **(network_metadata(path, to) | words))
-    return f"wrote {out}/: {model.config.kind}, d_in={model.d_in}, d_sae={model.d_sae}, from {path}"
+    return f"wrote {hub.said(out)}/: {model.config.kind}, d_in={model.d_in}, d_sae={model.d_sae}, from {hub.said(path)}"
 
 
 def _mapping(text: str) -> dict[str, object]:

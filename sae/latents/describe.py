@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import formats
+from sae import formats, hub
 from sae.config import SourceConfig, parse_config
 from sae.config_text import read_yaml
 from sae.directory import CONFIG, LATENTS
@@ -62,8 +62,7 @@ def describe(
     else:
         sae, texts = formats.load(path), open_texts(source, n_rows)
         _tell_of_another_place(path, source)
-        whole = path.resolve()  # "." has no name of its own
-        out = out or path.parent / f"{whole.stem if path.is_file() else whole.name}-latents"
+        out = out or hub.beside(path, "latents")
     out = path if out is None else out
     wrong = [latent for latent in which if not 0 <= latent < sae.d_sae]
     if wrong:
@@ -80,7 +79,7 @@ def describe(
         words = word_of(texts)
         logits = None if texts.network is None else logits_of(texts.network, sae.W_dec[chosen], N_TOKENS)
         shown = {
-            "sae": f"{sae.config.kind} of {path}",
+            "sae": f"{sae.config.kind} of {hub.said(path)}",
             "activations": texts.name,
             "n_rows": examples.n_rows,
             "n_firing": int((examples.frequency > 0).sum()),

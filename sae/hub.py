@@ -1,0 +1,215 @@
+"""SAEs on the Hugging Face Hub: files that are read from there, and files that are put there.
+
+An address is the Hub's own, hf://OWNER/NAME[@REVISION][/FOLDER]. What is read is kept in the Hub's cache, so that it is
+fetched once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import logging
+import posixpath
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae.errors import UsageError
+
+logger = logging.getLogger("sae")
+
+CARD = "README.md"
+# A path that was made of an address has one slash.
+SCHEME = re.compile(r"hf:/{1,2}")
+ADDRESS = re.compile(
+    r"hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(?:/(?P<inside>.*?))?/*"
+)
+# What an SAE that is a file of its own is called.
+FILES = (".pt", ".npz")
+# Repositories of other types have their type in front, where models have their owner.
+OTHERS = ("datasets", "spaces", "buckets")
+
+
+class Address(NamedTuple):
+    """A folder or a file in a repository of models."""
+
+    repo: str
+    revision: str | None
+    inside: str
+    """The path in the repository; empty: all of it."""
+
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"hf://{self.repo}{revision}" + (f"/{self.inside}" if self.inside else "")
+
+    @property
+    def name(self) -> str:
+        """What the folder or file is called."""
+        return posixpath.basename(self.inside or self.repo)
+
+    def beside(self, name: str) -> str:
+        """The path of a file in the folder."""
+        return posixpath.join(self.inside, name)
+
+
+def address_of(path: str | Path) -> Address | None:
+    """The address that the words say; None where they say a path on this machine.
+
+    Raises:
+        UsageError: they begin as an address and are none.
+    """
+    words = str(path)
+    if not SCHEME.match(words):
+        return None
+    found = ADDRESS.fullmatch(words.replace("hf:/models/", "hf:/").replace("hf://models/", "hf://"))
+    if found is None or found["repo"].split("/")[0] in OTHERS:
+        raise UsageError(
+            f"{words} must name a model's repository, as in hf://OWNER/NAME/FOLDER or hf://OWNER/NAME@main"
+        )
+    return Address(found["repo"], found["revision"], found["inside"] or "")
+
+
+def said(path: str | Path) -> str:
+    """A path or an address, as it was written."""
+    return str(address_of(path) or path)
+
+
+def local(path: str | Path, names: Sequence[str], otherwise: str = "") -> Path:
+    """A path as it is. Of an address the folder, or the file, into which was fetched what is there of these names.
+
+    `otherwise` ends the error where there is nothing of them.
+
+    Raises:
+        UsageError: the Hub does not give it, or has no such files there.
+    """
+    address = address_of(path)
+    if address is None:
+        return Path(path)
+    wanted = [*([address.inside] if address.inside else []), *(address.beside(name) for name in names)]
+    hub = _library()
+    files = _listed(hub, address)
+    if files is not None and not set(wanted) & set(files):
+        raise UsageError(f"{address} has none of {', '.join(names)}{_elsewhere(address, files, names)}{otherwise}")
+    try:
+        patterns = [glob.escape(one) for one in wanted]
+        root = Path(hub.snapshot_download(address.repo, revision=address.revision, allow_patterns=patterns))
+    except Exception as error:  # whatever the library raises for a network, a name or a right that it has not
+        raise _refused(address, "read", error) from error
+    if not any((root / one).is_file() for one in wanted):
+        raise UsageError(f"{address} is not in the cache, and the Hub is out of reach; try again when it is not")
+    return root / address.inside
+
+
+def beside(path: str | Path, words: str) -> Path:
+    """A folder PATH-WORDS beside a folder or file; of an address, NAME-WORDS in the working directory."""
+    address = address_of(path)
+    if address is not None:
+        name = Path(address.name)
+        return Path(f"{name.stem if name.suffix in FILES else name}-{words}")
+    path = Path(path)
+    whole = path.resolve()  # "." has no name of its own
+    return path.parent / f"{whole.stem if path.is_file() else whole.name}-{words}"
+
+
+def existing(path: str | Path, names: Sequence[str]) -> list[str]:
+    """Which files of these names there are in a folder, or at an address.
+
+    Raises:
+        UsageError: the Hub does not tell.
+    """
+    address = address_of(path)
+    if address is None:
+        return [name for name in names if (Path(path) / name).exists()]
+    api = _library().HfApi()
+    try:
+        if not api.repo_exists(address.repo):
+            return []
+        places = {address.beside(name): name for name in names}
+        found = api.get_paths_info(address.repo, list(places), revision=address.revision)
+    except Exception as error:  # as above
+        raise _refused(address, "read", error) from error
+    return [places[one.path] for one in found]
+
+
+@contextmanager
+def written(path: str | Path, library: str, base_model: str | None = None) -> Iterator[Path]:
+    """The folder to write files into. At an address they are put there in the end, in one commit.
+
+    A repository that does not exist is made, private. One without a README.md gets a card, which names the library that
+    reads the files, and the model that they are of.
+
+    Raises:
+        UsageError: the Hub does not take them.
+    """
+    address = address_of(path)
+    if address is None:
+        yield Path(path)
+        return
+    hub = _library()
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        made = sorted(file for file in Path(folder).iterdir() if not file.name.startswith("."))
+        files = {address.beside(file.name): file for file in made}
+        api = hub.HfApi()
+        try:
+            new = not api.repo_exists(address.repo)
+            if new:
+                api.create_repo(address.repo, private=True)
+                logger.info("made %s, which is private; its settings make it public", Address(address.repo, None, ""))
+            changes: list[Any] = [hub.CommitOperationAdd(place, file) for place, file in files.items()]
+            if new or not api.file_exists(address.repo, CARD, revision=address.revision):
+                card = _card(address, library, base_model)
+                changes.append(hub.CommitOperationAdd(CARD, card.encode()))
+            message = f"Put {', '.join(files)} here"
+            api.create_commit(address.repo, changes, commit_message=message, revision=address.revision)
+        except Exception as error:  # as above
+            raise _refused(address, "written", error) from error
+
+
+def _card(address: Address, library: str, base_model: str | None) -> str:
+    """What the repository's page says: the Hub reads its first lines, people the rest."""
+    lines = ["---", f"library_name: {library}", "tags:", "- sparse-autoencoder", "- interpretability"]
+    if base_model is not None and re.fullmatch(r"([\w.-]+/)?[\w.-]+", base_model) and not Path(base_model).exists():
+        lines.append(f"base_model: {base_model}")
+    lines += ["---", "", f"# {address.repo.split('/')[1]}", ""]
+    lines += ["Sparse autoencoders, one in each folder. To load one:", "", "```python", "import sae", ""]
+    lines += [f'model = sae.formats.load("{address}")', "```", ""]
+    if library == "saelens" and address.inside:
+        lines += ["```python", "from sae_lens import SAE", ""]
+        lines += [f'model = SAE.from_pretrained("{address.repo}", "{address.inside}")', "```", ""]
+    return "\n".join(lines)
+
+
+def _listed(hub: Any, address: Address) -> list[str] | None:
+    """All files of the repository; None where the Hub does not tell: without a network the cache may do."""
+    try:
+        return list(hub.HfApi().list_repo_files(address.repo, revision=address.revision))
+    except Exception:  # whatever else is wrong is met again
+        return None
+
+
+def _elsewhere(address: Address, files: Sequence[str], names: Sequence[str]) -> str:
+    """The end of an error: where in the repository there are such files, the most alike first."""
+    folders = sorted({posixpath.dirname(file) for file in files if posixpath.basename(file) in names} - {""})
+    if not folders:
+        return ", nor has any other folder of the repository"
+    close = difflib.get_close_matches(address.inside, folders, n=3, cutoff=0)
+    more = f" and {len(folders) - len(close)} other folders" if len(folders) > len(close) else ""
+    return f"; they are in {', '.join(close)}{more}"
+
+
+def _refused(address: Address, verb: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    remedy = "is the name right, and are you logged in (`hf auth login`) where it is private or gated?"
+    return UsageError(f"{address} cannot be {verb}: {reason[:300]}; {remedy}")
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise UsageError("the Hub needs huggingface_hub; pip install 'sae[hub]'") from error
+    return huggingface_hub
