@@ -20,7 +20,7 @@ from sae.codes import SparseCodes
 from sae.config import SAEConfig, SourceConfig, TrainConfig, load_config
 from sae.errors import UsageError
 from sae.model import SAE, load
-from sae.networks import ModelSourceConfig, harvest
+from sae.networks import ModelSourceConfig, harvest, splice
 from sae.plugins import load_plugin
 from sae.run import Result, train
 from sae.sources import HeldOut, Source
@@ -54,5 +54,6 @@ __all__ = [
     "load_plugin",
     "metrics",
     "open_store",
+    "splice",
     "train",
 ]

@@ -1,17 +1,20 @@
-"""Modules of a network by name, and the activations that go into one and come out of it."""
+"""Modules of a network by name, and the activations that go into one and come out of it: found, and replaced."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from toymodels.errors import UsageError
+
+Reads = Literal["output", "input"]
 
 
 def module_named(model: nn.Module, module: nn.Module | str) -> nn.Module:
@@ -58,6 +61,44 @@ def with_tensor(output: Any, new: Tensor) -> Any:
     if isinstance(output, list):
         return whole
     return type(output)(*whole) if hasattr(output, "_fields") else tuple(whole)
+
+
+@contextmanager
+def replaced(
+    module: nn.Module, new: Callable[[Tensor | None, Tensor | None], Tensor], reads: Reads, writes: Reads
+) -> Iterator[None]:
+    """Within it `new(read, old)` takes the place of what goes into the module, or of what comes out of it.
+
+    `old` is what is replaced, and `read` what is read: the same, or what went into the module where what comes out is
+    replaced. Either is None where the module has no tensor there.
+    """
+    given: Tensor | None = None
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal given
+        tensor = first_tensor((*args, *kwargs.values()))
+        if writes == "output":
+            given = None if tensor is None else tensor.clone()  # the module may work in place
+            return None
+        changed = new(tensor, tensor)
+        if first_tensor(args) is None:
+            return args, with_tensor(kwargs, changed)
+        return with_tensor(args, changed), kwargs
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        old = output_tensor(output)
+        return with_tensor(output, new(given if reads == "input" else old, old))
+
+    hooks = []
+    if reads == "input":
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    if writes == "output":
+        hooks.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae.hooks import first_tensor, module_named, output_tensor, require_eval, with_tensor
+from sae.hooks import module_named, replaced, require_eval
 from toymodels.errors import UsageError
 
 Edit = Callable[[Tensor], Tensor]
@@ -109,37 +109,27 @@ class Spliced:
     @contextmanager
     def _replaced(self, chosen: Tensor, edit: Edit | None) -> Iterator[None]:
         """Within it the module puts out `edit` of its rows where they are chosen; zeros where edit is None."""
-        calls, before = 0, None
+        calls = 0
 
-        def rows(one: Any) -> Tensor:
-            if not isinstance(one, Tensor) or one.shape[:-1] != chosen.shape:
-                got = list(one.shape) if isinstance(one, Tensor) else type(one).__name__
+        def rows(one: Tensor | None) -> Tensor:
+            if one is None or one.shape[:-1] != chosen.shape:
+                got = "no tensor" if one is None else list(one.shape)
                 raise UsageError(f"the module's activations must be [*{list(chosen.shape)}, d], got {got}")
             return one[chosen.to(one.device)]
 
-        def read(_: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal before  # a copy: the module may work in place
-            before = rows(first_tensor((*given, *kwargs.values())))
-
-        def replace(_: nn.Module, given: tuple[Any, ...], output: Any) -> Any:
+        def new(read: Tensor | None, old: Tensor | None) -> Tensor:
             nonlocal calls
             calls += 1
-            old = output_tensor(output)
-            after = rows(old)
+            given = rows(read)
+            if read is not old:
+                rows(old)
             assert old is not None
-            new = old.clone()
-            given_rows = after if before is None else before
-            new[chosen.to(old.device)] = 0 if edit is None else _rows_for(edit, given_rows, old)
-            return with_tensor(output, new)
+            changed = old.clone()
+            changed[chosen.to(old.device)] = 0 if edit is None else _rows_for(edit, given, old)
+            return changed
 
-        hooks = [self.module.register_forward_hook(replace)]
-        if self.transcodes:
-            hooks.append(self.module.register_forward_pre_hook(read, with_kwargs=True))
-        try:
+        with replaced(self.module, new, "input" if self.transcodes else "output", "output"):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
         if calls != 1:
             raise UsageError(f"the model must run the module once in each pass, but ran it {calls} times; name another")
 

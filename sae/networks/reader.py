@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae.errors import UsageError
-from sae.hooks import first_tensor, module_named, output_tensor, require_eval
-
-Reads = Literal["output", "input"]
+from sae.hooks import Reads, first_tensor, module_named, output_tensor, require_eval
 
 
 @dataclass(frozen=True)

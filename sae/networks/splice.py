@@ -1,0 +1,133 @@
+"""An SAE in the place of a network's activations: its codes read, changed, and asked what depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae.codes import SparseCodes
+from sae.errors import UsageError
+from sae.hooks import Reads, module_named, replaced
+from sae.model import SAE
+
+Edit = Mapping[int, float] | Callable[[SparseCodes], SparseCodes | Tensor]
+"""Values that latents are set to, or what becomes of codes [n, d_sae]: other codes, or a matrix of them."""
+
+
+class Splice:
+    """What the SAE said in the last pass of the network."""
+
+    def __init__(self, sae: SAE, edit: Edit | None, keep_error: bool) -> None:
+        self.sae, self.edit, self.keep_error = sae, edit, keep_error
+        self._codes: SparseCodes | None = None
+
+    @property
+    def codes(self) -> SparseCodes:
+        """z of all rows, before they were edited: batch and position in one axis, the position running faster.
+
+        After `backward()`, `codes.values.grad` is the gradient in each of them.
+
+        Raises:
+            UsageError: the network has not run.
+        """
+        if self._codes is None:
+            raise UsageError("the network has not run the module since the SAE was spliced in; call it within `with`")
+        return self._codes
+
+    def replace(self, read: Tensor | None, old: Tensor | None) -> Tensor:
+        """What takes the place of `old` [..., d_out] where `read` [..., d_in] was read."""
+        if read is None or old is None:
+            raise UsageError("the module has no tensor there; name another module")
+        weights = self.sae.W_dec
+        x = read.flatten(0, -2).to(weights)
+        codes = self._encoded(x)
+        x_hat = self.sae.decode(codes, x)
+        if x_hat.numel() != old.numel():
+            raise UsageError(f"the SAE gives {list(x_hat.shape)} in the place of activations {list(old.shape)}")
+        edited = self._edited(codes, x_hat, x)
+        if self.keep_error:
+            return old + (edited - x_hat.detach()).to(old).view_as(old)
+        return edited.to(old).view_as(old)
+
+    def _encoded(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
+        """Codes whose gradient can be asked for, where gradients are computed at all."""
+        codes = self.sae.encode(x.detach() if self.keep_error else x)
+        if torch.is_grad_enabled():
+            values = codes.values if codes.values.requires_grad else codes.values.detach().requires_grad_()
+            values.retain_grad()
+            codes = SparseCodes(values, codes.indices, codes.d_sae)
+        self._codes = codes
+        return codes
+
+    def _edited(
+        self, codes: SparseCodes, x_hat: Float[Tensor, "n d_out"], x: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """The reconstruction by what the codes are made into."""
+        if self.edit is None:
+            return x_hat
+        if not isinstance(self.edit, Mapping):
+            edited = self.edit(codes)
+            if tuple(edited.shape) != codes.shape:
+                raise UsageError(f"the edit gives {list(edited.shape)} for codes {list(codes.shape)}; keep their shape")
+            return self.sae.decode(edited, x)
+        latents = torch.tensor(list(self.edit), device=x.device)
+        wanted = torch.tensor(list(self.edit.values()), device=x.device, dtype=x.dtype)
+        had = [_of_latent(codes, latent) for latent in self.edit]
+        return x_hat + (wanted - torch.stack(had, dim=1)) @ self.sae.W_dec[latents]
+
+
+@contextmanager
+def splice(
+    network: nn.Module,
+    module: nn.Module | str,
+    sae: SAE,
+    edit: Edit | None = None,
+    *,
+    reads: Reads = "output",
+    keep_error: bool = True,
+) -> Iterator[Splice]:
+    """Within it, the SAE's edited reconstruction takes the place of what a module puts out.
+
+    With x the activations, z = encode(x) and z' what `edit` makes of z, the network goes on with
+
+        x + decode(z') − decode(z)      keep_error, the default: what the SAE does not explain stays as it is
+        decode(z')                      not keep_error: the network runs on what the SAE explains
+
+    `edit` is a mapping from latents to the values that they are set to in each row, as {512: 8.0, 17: 0.0}, or a
+    function of the codes. Without one the codes can be read, and with keep_error the network computes what it always
+    does.
+
+    `module` is one of the network's modules or its name, and puts out activations [..., d], alone or first in a tuple
+    or a mapping. With `reads` "input" it is what goes into it that is replaced. A transcoder reads what goes into the
+    module and replaces what comes out of it, whatever `reads` says.
+
+    Gradients: `spliced.codes.values.grad` is that of the loss in each code, which for a small change dz tells what it
+    does to the loss, grad · dz (attribution patching). With keep_error the gradient in x is the network's own, past the
+    SAE; without, it goes through the SAE.
+
+    Sources: Marks et al. 2024, "Sparse Feature Circuits" (the error kept, attributions); Templeton et al. 2024,
+    "Scaling Monosemanticity" (latents set to values).
+
+    Raises:
+        UsageError: the network has no such module, or the SAE no such latent.
+    """
+    if isinstance(edit, Mapping):
+        wrong = [str(latent) for latent in edit if not 0 <= latent < sae.d_sae]
+        if wrong:
+            raise UsageError(f"latents are numbered 0 to {sae.d_sae - 1}, got {', '.join(wrong)}")
+    spliced = Splice(sae, edit or None, keep_error)
+    transcodes = sae.config.transcodes
+    places: tuple[Reads, Reads] = ("input", "output") if transcodes else (reads, reads)
+    with replaced(module_named(network, module), spliced.replace, *places):
+        yield spliced
+
+
+def _of_latent(codes: SparseCodes, latent: int) -> Float[Tensor, " n"]:
+    """z of one latent in every row."""
+    if codes.indices is None:
+        return codes.values[:, latent]
+    return (codes.values * (codes.indices == latent)).sum(dim=1)
