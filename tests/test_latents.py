@@ -124,6 +124,7 @@ def test_the_page_shows_texts_around_the_largest_codes(tiny, run, run_cli):
     shown = json.loads((run / "latents.json").read_text())
     tensors = load_file(run / "latents.safetensors")
     assert len(shown["latents"]) == 5
+    assert ('href="report.html"' in page) == (run / "report.html").exists()
     tokenizer, texts = tiny.tokenizer(), open_texts(config_of(tiny, run).source, 10**9)
     for latent in shown["latents"]:
         number = latent["latent"]

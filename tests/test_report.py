@@ -126,6 +126,14 @@ def test_where_the_activations_are_from(tmp_path: Path, source: dict | None, sai
     assert said in Page(write_report([run])).text
 
 
+def test_a_run_that_began_with_another_sae_says_so(tmp_path: Path) -> None:
+    run = fabricate(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"]["start_from"] = "runs/old"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "it began with the weights of runs/old." in Page(write_report([run])).text
+
+
 @pytest.mark.parametrize(
     ("fvu", "said"),
     [

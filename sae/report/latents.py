@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sae.directory import REPORT
 from toymodels.files import write_text
 from toymodels.pages import Html, join, page, tag
 
@@ -20,12 +21,13 @@ SHOWN_AS = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
 def write_page(data: Path, target: Path) -> Path:
     """Draws what `sae latents` found, and returns where the page is."""
     found = json.loads(data.read_text(encoding="utf-8"))
-    write_text(target, page(f"What latents fire for: {found['sae']}", contents(found)))
+    report = REPORT if (target.parent / REPORT).is_file() else None
+    write_text(target, page(f"What latents fire for: {found['sae']}", contents(found, report)))
     return target
 
 
-def contents(found: Mapping[str, Any]) -> Html:
-    """Every latent of the file, in its order."""
+def contents(found: Mapping[str, Any], report: str | None = None) -> Html:
+    """Every latent of the file, in its order; and a link to the run's report, where it lies beside."""
     latents, n_rows = found["latents"], found["n_rows"]
     how = (
         "Those that were asked for"
@@ -43,11 +45,12 @@ def contents(found: Mapping[str, Any]) -> Html:
             "residual stream, by the model's last norm and unembedding alone; what it lowers, less likely."
         )
     firing = f"{found['n_firing']:,} of {found['d_sae']:,} latents fire for at least one of these tokens."
-    what = f"{found['sae']}, on {found['activations']}. "
+    what = f"{found['sae']}, on {found['activations']}."
+    more = [] if report is None else [" Its metrics are in the ", tag("a", "report", href=report), "."]
     header = tag(
         "header",
         tag("h1", "What latents fire for"),
-        tag("p", what, class_="reading"),
+        tag("p", what, *more, class_="reading"),
         tag("p", firing, class_="verdict"),
         tag("p", lines, class_="reading"),
     )

@@ -72,7 +72,8 @@ def trained(run: Run) -> str:
     setting = "".join(f", {key.replace('_', ' ')} = {options[key]:g}" for key in shown)
     amount = f"; {train['n_samples']:,} activations, seed {train['seed']}" if "n_samples" in train else ""
     name = f"{tables.method_name(sae['kind'])} with {len(run.W_dec):,} latents{setting}"
-    return f"{name}, trained on {_origin(run, source)}{amount}."
+    start = f"; it began with the weights of {train['start_from']}" if train.get("start_from") else ""
+    return f"{name}, trained on {_origin(run, source)}{amount}{start}."
 
 
 def _origin(run: Run, source: Mapping[str, object]) -> str:
