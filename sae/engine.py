@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae import losses
-from sae.codes import SparseCodes
+from sae.by_autograd import differentiated
 from sae.config import KernelName, MomentsName, PrecisionName
 from sae.errors import UsageError
 from sae.gradients import Change, Gradients, clipped, inner_product_, with_extra
@@ -46,6 +45,7 @@ from sae.model import SAE
 from sae.optim import Now, adam_
 from sae.parts import whole_batch
 from sae.ranks import ALONE, Ranks
+from sae.refine import First, select_first, through_both
 from sae.sparsifiers import Decode, Sparsifier
 
 logger = logging.getLogger("sae")
@@ -65,11 +65,13 @@ class Terms(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A step up to its codes: centred activations, what is to be reconstructed, and the codes where they are sparse."""
+    """A step up to its codes: what these were selected from, which is x or what a second selection reads, what is to be
+    reconstructed, and the codes where they are sparse."""
 
     x: Float[Tensor, "batch d_in"]
     target: Float[Tensor, "batch d_out"]
     codes: Codes | None
+    first: First | None = None
 
 
 class Engine:
@@ -170,12 +172,19 @@ class Engine:
     def _begin(self, activations: Tensor, unit: float, target: Tensor | None) -> Begun:
         state = self.state
         x = self.kernels.centre(activations, unit, state.b_dec if self.sae.centre is None else self.sae.centre)
-        if target is None and state.tied:
-            return Begun(x, x, self._choose(x))
-        wanted = (activations.to(x.dtype) / unit if target is None else target.to(x.dtype)) - state.b_dec
-        if self.sae.W_skip is not None:
-            wanted -= x @ self.sae.W_skip.detach()
-        return Begun(x, wanted.contiguous(), self._choose(x))
+        wanted = x
+        if target is not None or not state.tied:
+            wanted = (activations.to(x.dtype) / unit if target is None else target.to(x.dtype)) - state.b_dec
+            if self.sae.W_skip is not None:
+                wanted -= x @ self.sae.W_skip.detach()
+            wanted = wanted.contiguous()
+        codes, rate = self._choose(x), self.sae.sparsifier.refine
+        if codes is None or not rate:
+            return Begun(x, wanted, codes)
+        first = select_first(self.kernels, state, codes, x, wanted, rate)
+        again = torch.add(x, first.left, alpha=rate)
+        codes = self._choose(again)
+        return Begun(x, wanted, None) if codes is None else Begun(again, wanted, codes, first)
 
     def _choose(self, x: Tensor) -> Codes | None:
         sparsifier = self.sae.sparsifier
@@ -187,9 +196,9 @@ class Engine:
 
     def _measure(self, begun: Begun, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """From codes to what the weights are to change by; own parameters have their `grad`."""
-        x, target, codes = begun
+        x, target, codes, first = begun
         if codes is not None:
-            return self._sparse(x, target, codes, now, dead)
+            return self._sparse(x, target, codes, first, now, dead)
         if self.dense_products and not self.by_autograd:
             return self._dense(x, target, now, dead)
         return self._by_autograd(x, target, now, dead)
@@ -209,8 +218,10 @@ class Engine:
         sparsifier.constrain_()
         return terms
 
-    def _sparse(self, x: Tensor, target: Tensor, codes: Codes, now: Now, dead: Tensor) -> tuple[Terms, Change]:
-        kernels, state = self.kernels, self.state
+    def _sparse(
+        self, x: Tensor, target: Tensor, codes: Codes, first: First | None, now: Now, dead: Tensor
+    ) -> tuple[Terms, Change]:
+        kernels, state, batch = self.kernels, self.state, len(x)
         if len(self.prefixes) > 1:
             levels = self.level_of.index_select(0, codes.latents)
             codes = codes._replace(levels=levels, weights=self.weights)
@@ -218,20 +229,26 @@ class Engine:
         decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
         auxiliary, extra = self._auxiliary(x, decoded.gradient, dead, codes)
         self._skip(x, decoded.gradient)
+        mse = error if self.error_is_mse and len(codes.weights) == 1 else decoded.squares.mean()
         gradient = decoded.gradient
         if self.sae.sparsifier.pursuit_steps:
             gradient, codes = kernels.unroll(codes, decoded, x, state)
             gradients = torch.zeros_like(codes.values)
-        plan = kernels.invert(codes, gradients, self.sae.d_sae)
-        n_codes, firing = plan.n_codes, None
-        if codes.levels is not None and codes.reading != -1:  # what fires beyond that reading is silent in inference
-            fires = ((codes.values > 0) & (codes.levels <= codes.reading)).long()
-            firing = torch.zeros_like(state.window_firing).index_add_(0, codes.latents, fires)
+        n_codes, firing = None, None
+        by_reading = codes.levels is not None and codes.reading != -1
+        if by_reading or first is not None:  # not all of what the plan has fires in inference
+            fires = codes.values > 0
+            if by_reading and codes.levels is not None:
+                fires &= codes.levels <= codes.reading
+            firing = torch.zeros_like(state.window_firing).index_add_(0, codes.latents, fires.long())
             n_codes = fires.sum()
-        l0 = n_codes / x.shape[0]
+        if first is not None:
+            x, gradient, codes, gradients = through_both(kernels, state, first, codes, gradients, gradient, x, target)
+        plan = kernels.invert(codes, gradients, self.sae.d_sae)
+        l0 = (plan.n_codes if n_codes is None else n_codes) / batch
         cost = cost if state.weighted else 0.0
-        mse = error if self.error_is_mse and len(codes.weights) == 1 else decoded.squares.mean()
-        return Terms(error, mse, auxiliary, penalty, l0), Change(x, gradient, plan, extra, firing, cost, pull)
+        change = Change(x, gradient, plan, extra, firing, cost, pull, batch)
+        return Terms(error, mse, auxiliary, penalty, l0), change
 
     def _skip(self, x: Tensor, gradient: Tensor) -> None:
         """The gradient of x W_skip, which is part of x_hat."""
@@ -279,30 +296,14 @@ class Engine:
 
     def _by_autograd(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
-        state, sparsifier = self.state, self.sae.sparsifier
-        pre_latents = (x @ state.encoder.T).add_(state.b_enc).requires_grad_()
-        W_dec = state.W_dec.detach().requires_grad_()
-        offset = torch.zeros_like(target).requires_grad_()  # its gradient is that of x_hat
-
-        def error(codes: SparseCodes, W_dec: Tensor) -> Tensor:
-            wanted = target - (offset if W_dec.requires_grad else offset.detach())
-            return losses.nested_reconstruction(codes, W_dec, wanted, self.prefixes, self.weights)
-
-        with torch.enable_grad():
-            codes, errors, penalty = sparsifier.objective(pre_latents, W_dec, error)
-            (errors if penalty is None else errors + penalty * now.sparsity).backward()
-        assert offset.grad is not None
-        residual = codes.decode(state.W_dec) - target
-        auxiliary, extra = self._auxiliary(x, residual * (2 / len(x)), dead)
-        gradient = offset.grad
-        self._skip(x, gradient)
-        g_pre, g_decoder = (t.grad if t.grad is not None else torch.zeros_like(t) for t in (pre_latents, W_dec))
-        rows = Rows(None, g_pre.T @ x, g_decoder, g_pre.sum(dim=0))
-        firing = codes.firing()
-        charged = x.new_zeros(()) if penalty is None else penalty.detach() * now.sparsity
+        found = differentiated(self.sae, self.state, x, target, now.sparsity)
+        residual = found.codes.decode(self.state.W_dec) - target
+        auxiliary, extra = self._auxiliary(found.read, residual * (2 / len(x)), dead)
+        self._skip(x, found.gradient)
+        firing = found.codes.firing()
         mse = residual.square().sum(dim=1).mean()
-        terms = Terms(errors.detach(), mse, auxiliary, charged, firing.sum() / len(x))
-        return terms, Change(x, gradient, extra=with_extra(rows, extra), firing=firing)
+        terms = Terms(found.error, mse, auxiliary, found.penalty, firing.sum() / len(x))
+        return terms, Change(x, found.gradient, extra=with_extra(found.rows, extra), firing=firing)
 
     def _auxiliary(
         self, x: Tensor, gradient: Tensor, dead: Tensor, codes: Codes | None = None

@@ -33,6 +33,8 @@ class Change(NamedTuple):
     firing: Int[Tensor, " d_sae"] | None = None
     cost: Scalar = 0.0
     pull: Float[Tensor, " d_sae"] | None = None
+    n_samples: int | None = None
+    """Where x has more rows than there were activations."""
 
 
 class Gradients(NamedTuple):
@@ -46,7 +48,7 @@ class Gradients(NamedTuple):
     @classmethod
     def of(cls, kernels: Kernels, state: State, change: Change) -> Gradients:
         """As the update would have them: those of decoder rows of norm 1 are projected, penalties on norms are in."""
-        x, gradient, plan, extra, firing, cost, pull = change
+        x, gradient, plan, extra, firing, cost, pull, n_samples = change
         (g_encoder, g_decoder, g_bias), sums, fires = _of_codes(kernels, state, x, gradient, plan)
         with_extra(Rows(None, g_encoder, g_decoder, g_bias), extra)
         if state.unit_norm:
@@ -55,7 +57,7 @@ class Gradients(NamedTuple):
             along = cost * sums if pull is None else cost * sums + pull
             g_decoder += (along / state.norms.clamp_min(1e-12))[:, None] * state.W_dec
         fires = (fires if firing is None else firing).long()
-        return cls(Rows(None, g_encoder, g_decoder, g_bias), gradient[: len(x)].sum(dim=0), fires, len(x))
+        return cls(Rows(None, g_encoder, g_decoder, g_bias), gradient[: len(x)].sum(dim=0), fires, n_samples or len(x))
 
     def named(self, state: State) -> dict[str, Tensor]:
         """By the names of the weights that are trained. b_dec also centres the input where it is tied."""

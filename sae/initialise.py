@@ -25,6 +25,6 @@ def cuts(sae: SAE, x: Float[Tensor, "rows d_in"], l0: float) -> Float[Tensor, " 
     x = x[:: max(len(x) // N_ROWS, 1)].to(sae.encoder.dtype)
     rank = min(max(round(l0 / sae.d_sae * len(x)), 1), len(x) - 1)
     latents = torch.arange(sae.d_sae, device=x.device).split(max(ENTRIES // len(x), 1))
-    columns = (column for some in latents for column in sae.pre_latents(x, some).T.contiguous())
+    columns = (column for some in latents for column in sae.affine(x, some).T.contiguous())
     # Strictly above: half-way between the last pre-latent that fires and the first that does not.
     return torch.stack([(kth_largest(column, rank) + kth_largest(column, rank + 1)) / 2 for column in columns])

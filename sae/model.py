@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -35,7 +36,8 @@ class SAE(nn.Module):
     W_enc [d_in, d_sae] is a view of `encoder` [d_sae, d_in]: a latent is a row on both sides. Where `tied_bias` is off,
     a fixed `centre` takes the place of b_dec in `pre`. A transcoder reconstructs something else than x, whose width is
     d_out; one that skips adds (x - centre) W_skip to x_hat. A sparsifier with `pursuit_steps` reads x - b_dec and
-    W_dec, not `pre`; W_enc is then W_dec^T, the same memory.
+    W_dec, not `pre`; W_enc is then W_dec^T, the same memory. One with `refine` selects twice: `refined` takes the place
+    of x the second time.
     """
 
     centre: Tensor | None
@@ -60,7 +62,19 @@ class SAE(nn.Module):
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
         return self.encoder.T
 
-    def pre_latents(
+    def pre_latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """What codes are selected from in inference: (x - b_dec) W_enc + b_enc, of `refined(x)`."""
+        return self.affine(self.refined(x))
+
+    def refined(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """x; where the sparsifier has `refine`, x + refine (x - x_hat), x_hat by the codes that x itself selects."""
+        first = self.sparsifier.first if self.sparsifier.refine else None
+        return x if first is None else self._beyond(x, self._selected(first, x))
+
+    def _beyond(self, x: Float[Tensor, "batch d_in"], codes: SparseCodes) -> Float[Tensor, "batch d_in"]:
+        return x + self.sparsifier.refine * (x - self.decode(codes))
+
+    def affine(
         self, x: Float[Tensor, "batch d_in"], latents: Int[Tensor, " some"] | None = None
     ) -> Float[Tensor, "batch d_sae"] | Float[Tensor, "batch some"]:
         """(x - b_dec) W_enc + b_enc, of all latents or of some.
@@ -119,16 +133,21 @@ class SAE(nn.Module):
         x = x.to(self.encoder.dtype)
         if self.sparsifier.pursuit_steps:
             return self.training_codes(x)
+        return self._selected(self.sparsifier, self.refined(x))
+
+    def _selected(self, sparsifier: Any, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         kernels = None if torch.is_grad_enabled() else for_inference(x.device, x.dtype)
         if kernels is not None and len(x):
-            return self.sparsifier.infer(kernels, self.pre_latents(x))
-        return self.sparsifier.select(self.pre_latents(x))
+            return sparsifier.infer(kernels, self.affine(x))
+        return sparsifier.select(self.affine(x))
 
     def training_codes(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """The latents that fire for each row of x, as training selects them."""
         if self.sparsifier.pursuit_steps:
             return self.sparsifier.pursue(x - (self.b_dec if self.centre is None else self.centre), self.W_dec)
-        codes: SparseCodes = self.sparsifier(self.pre_latents(x))
+        first = self.sparsifier.first if self.sparsifier.refine else None
+        x = x if first is None else self._beyond(x, first(self.affine(x)))
+        codes: SparseCodes = self.sparsifier(self.affine(x))
         return codes
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:

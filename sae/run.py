@@ -241,6 +241,8 @@ def ready_(sae: SAE, unit: float, target_unit: float, calibration: HeldOut, done
     sae.eval().requires_grad_(False)
     sae.sparsifier.anneal_(done)
     chunks = calibration.x.split(chunk_rows(sae.d_sae))
+    if sae.sparsifier.refine and sae.sparsifier.first is not None:
+        sae.sparsifier.first.calibrate_((sae.affine(chunk / unit) for chunk in chunks), len(calibration.x))
     sae.sparsifier.calibrate_((sae.pre_latents(chunk / unit) for chunk in chunks), len(calibration.x))
     sae.rescale_(unit, target_unit)
     return sae

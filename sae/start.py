@@ -65,7 +65,7 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut, ranks: Rank
     else:
         start_from_(sae, config.train.start_from, unit, target_unit, start_sparsifier)
     if not sae.sparsifier.pursuit_steps:
-        sae.sparsifier.require_codes(sae.pre_latents(rows[:64] / unit))
+        sae.sparsifier.require_codes(sae.affine(rows[:64] / unit))
     if source.n_training_rows is not None:
         times = config.n_steps * config.train.batch_size / source.n_training_rows
         often = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"

@@ -105,8 +105,15 @@ class Judge:
     def step(self, activations: Tensor, now: Now, dead: Tensor) -> Terms:
         encoder, W_dec, b_enc, b_dec = (self.weights[name] for name in WEIGHTS)
         x = activations / UNIT
-        pre = (x - (b_dec if self.centre is None else self.centre)) @ encoder.T + b_enc
+
+        def pre_latents(read: Tensor) -> Tensor:
+            return (read - (b_dec if self.centre is None else self.centre)) @ encoder.T + b_enc
+
+        pre = for_aux = pre_latents(x)
         z = self.select(pre)
+        if getattr(self.config, "refine", 0):
+            read = x + self.config.refine * (x - z @ W_dec - b_dec)
+            z, for_aux = self.select(pre_latents(read)), pre_latents(read.detach())
         x_hat = z @ W_dec + b_dec
         mse = (x - x_hat).square().sum(dim=1).mean()
         ends = self.config.widths
@@ -116,8 +123,8 @@ class Judge:
         penalty = now.sparsity * self.penalty(z, W_dec)
         auxiliary = x.new_zeros(())
         if len(dead):
-            largest = pre[:, dead].topk(min(self.config.aux_k, len(dead)), dim=1)
-            sketch = torch.zeros_like(pre[:, dead]).scatter(1, largest.indices, largest.values.relu()) @ W_dec[dead]
+            largest = for_aux[:, dead].topk(min(self.config.aux_k, len(dead)), dim=1)
+            sketch = torch.zeros_like(for_aux[:, dead]).scatter(1, largest.indices, largest.values.relu()) @ W_dec[dead]
             auxiliary = ((x - x_hat).detach() - sketch).square().sum(dim=1).mean()
         self.optimizer.zero_grad()
         (error + penalty + self.config.aux_coefficient * auxiliary).backward()

@@ -119,8 +119,10 @@ def portable(sae: SAE) -> Portable:
     """What an SAE of ours comes to.
 
     Raises:
-        UsageError: its sparsifier is a user's own.
+        UsageError: its sparsifier is a user's own, or selects twice.
     """
+    if sae.sparsifier.refine:
+        raise UsageError("this SAE selects twice (sae.refine), which no other library's does; train one without")
     shift = _shift(sae.sparsifier)
     centre, b_dec = sae.centre, sae.b_dec.detach().clone()
     if sae.W_skip is not None and centre is not None:

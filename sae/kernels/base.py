@@ -342,10 +342,12 @@ class Kernels(Protocol):
         firing: Tensor | None = None,
         cost: Scalar = 0.0,
         pull: Tensor | None = None,
+        n_samples: int | None = None,
     ) -> None:
         """Weight gradients, projection, Adam, renormalisation and counters: all that changes the state.
 
         Gradients are those of the codes in `plan` (from `invert`) plus the `extra` rows; `firing` counts in place of
         the plan. For rows that are free: `cost` is what the penalty charges a unit of z |W_dec_j|, and `pull` [d_sae]
-        is what any other penalty adds to the gradient in |W_dec_j|.
+        is what any other penalty adds to the gradient in |W_dec_j|. `n_samples` activations are counted, where `x` has
+        more rows than there were.
         """

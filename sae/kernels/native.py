@@ -176,6 +176,7 @@ class Native(Selection):
         firing: Tensor | None = None,
         cost: Scalar = 0.0,
         pull: Tensor | None = None,
+        n_samples: int | None = None,
     ) -> None:
         batch, d_in = x.shape
         d_sae, d_out = state.W_dec.shape
@@ -199,7 +200,7 @@ class Native(Selection):
             *(state.W_dec, first["W_dec"], second["W_dec"], state.scales.get("W_dec"), int(now.step)),
             *(state.b_enc, first["b_enc"], second["b_enc"]),
             *(kept.get("encoder_rounded"), kept.get("encoder_tiles"), state.norms, kept.get("encoder_norms")),
-            *(state.silent_samples, state.window_firing, firing, batch, blocks),
+            *(state.silent_samples, state.window_firing, firing, n_samples or batch, blocks),
         )
         moments = (first["b_dec"], second["b_dec"])
         n_blocks = 0 if blocks is None else blocks.shape[0]

@@ -120,6 +120,7 @@ class Reference:
         firing: Tensor | None = None,
         cost: Scalar = 0.0,
         pull: Tensor | None = None,
+        n_samples: int | None = None,
     ) -> None:
         rows, sums, fires = self.gradient_rows(state, x, gradient, plan)
         fires = firing if firing is not None else fires
@@ -140,7 +141,7 @@ class Reference:
         if state.unit_norm:
             state.W_dec.div_(state.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
         self.refresh(state)
-        state.silent_samples.add_(len(x)).masked_fill_(fires > 0, 0)
+        state.silent_samples.add_(len(x) if n_samples is None else n_samples).masked_fill_(fires > 0, 0)
         state.window_firing.add_(fires)
 
     def gradient_rows(

@@ -74,6 +74,10 @@ class Sparsifier(nn.Module, ABC):
     """Codes are max(0, pre): while many fire, the engine computes them as a matrix."""
     pursuit_steps = 0
     """Where positive, codes are found from x and W_dec in so many steps: `pursue` takes the place of `forward`."""
+    refine = 0.0
+    """Where positive, codes are selected twice: first by `first`, then from x + refine (x - x_hat of those)."""
+    first: Sparsifier | None
+    """The first selection, where there are two; it has thresholds of its own."""
     raises_dead = False
     """Where there is AuxK, the negative biases of dead latents shrink (`resampling.raise_`): it reaches none whose
     pre-latents are negative on all rows."""

@@ -24,7 +24,7 @@ class BatchTopKConfig(BudgetConfig):
     """Mean number of latents that fire for one activation; may be fractional."""
 
     def build(self) -> BatchTopK:
-        return BatchTopK(self.k, self.k_start, self.k_anneal_fraction)
+        return BatchTopK(self.k, self.k_start, self.k_anneal_fraction, self.refine)
 
 
 class BatchTopK(Budget):
@@ -37,8 +37,10 @@ class BatchTopK(Budget):
     passes_pre_latents = raises_dead = True
     threshold: Float[Tensor, ""]
 
-    def __init__(self, k: float, k_start: float | None = None, k_anneal_fraction: float = 0.1) -> None:
-        super().__init__(k, k_start, k_anneal_fraction)
+    def __init__(
+        self, k: float, k_start: float | None = None, k_anneal_fraction: float = 0.1, refine: float = 0.0
+    ) -> None:
+        super().__init__(k, k_start, k_anneal_fraction, refine)
         self.register_buffer("threshold", torch.tensor(torch.nan))
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
@@ -62,6 +64,8 @@ class BatchTopK(Budget):
 
     def rescale_(self, scale: float) -> None:
         self.threshold.mul_(scale)
+        if self.first is not None:
+            self.first.rescale_(scale)
 
     def _n_codes(self, batch: int) -> int:
         return max(round(self.k * batch), 1)

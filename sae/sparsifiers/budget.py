@@ -20,6 +20,8 @@ class BudgetConfig(SAEConfig):
     """k at the beginning, from where it falls linearly to k; default k throughout."""
     k_anneal_fraction: float = Field(default=0.1, gt=0, le=1)
     """First part of the run over which k falls, where k_start is given."""
+    refine: float = Field(default=0.0, ge=0, le=1)
+    """Select twice: the second time from the activation plus this part of what the first codes leave over; 0: once."""
     # Not the paper's 1/32: on the toy model BatchTopK's FVU .070 -> .053 and MCC .958 -> .991, TopK's .069 -> .068 and
     # .996 -> .998; on the Zipf set FVU stays, MCC rises by .005 to .015; synth1k stays.
     aux_coefficient: float = Field(default=1.0, ge=0)
@@ -40,17 +42,22 @@ class Budget(Sparsifier):
     """A sparsifier with a `k`, which may fall from `k_start` to it over the first part of a run.
 
     k(t) = k_start + (k - k_start) min(1, t / k_anneal_fraction) at the share t of training: many latents learn before
-    few may fire (He et al. 2024, "Llama Scope", K-annealing).
+    few may fire (He et al. 2024, "Llama Scope", K-annealing). With `refine` there are two selections, both of k.
     """
 
     k: int | float
 
-    def __init__(self, k: int | float, k_start: float | None = None, k_anneal_fraction: float = 0.1) -> None:
+    def __init__(
+        self, k: int | float, k_start: float | None = None, k_anneal_fraction: float = 0.1, refine: float = 0.0
+    ) -> None:
         super().__init__()
         self.k = self.k_end = k
-        self.k_start, self.k_anneal_fraction = k_start, k_anneal_fraction
+        self.k_start, self.k_anneal_fraction, self.refine = k_start, k_anneal_fraction, refine
+        self.first = type(self)(k, k_start, k_anneal_fraction) if refine else None
 
     def anneal_(self, done: float) -> None:
+        if self.first is not None:
+            self.first.anneal_(done)
         if self.k_start is not None:
             left = max(1 - done / self.k_anneal_fraction, 0.0)
             self.k = self.allowed(self.k_end + left * (self.k_start - self.k_end))

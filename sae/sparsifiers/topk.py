@@ -39,11 +39,13 @@ class TopKConfig(BudgetConfig):
             )
         if len(self.widths) > 1:
             raise ValueError(f"multi_k={self.multi_k} and prefixes both read the codes several times; leave one out")
+        if self.refine:
+            raise ValueError(f"multi_k={self.multi_k} and refine={self.refine:g} do not go together; leave one out")
         return self
 
     def build(self) -> TopK:
         own = (self.k, self.k_start, self.k_anneal_fraction)
-        return TopK(*own) if self.multi_k is None else MultiTopK(*own, multi_k=self.multi_k)
+        return TopK(*own, self.refine) if self.multi_k is None else MultiTopK(*own, multi_k=self.multi_k)
 
 
 class TopK(Budget):

@@ -58,6 +58,8 @@ class _Transcoding(SAEConfig):
         kind = _selection(base, info.data["d_sae"])
         if kind.transcodes or kind.kind in ("matching_pursuit", "matryoshka"):
             raise ValueError(f"base must be a kind that selects, got {kind.kind!r}; take topk or batchtopk")
+        if getattr(kind, "refine", 0):
+            raise ValueError("base cannot refine: what a transcoder leaves over is no activation that it reads")
         return {name: value for name, value in kind.model_dump(mode="json").items() if name not in shared}
 
     @field_validator("resample_every")

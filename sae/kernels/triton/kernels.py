@@ -137,10 +137,11 @@ class Triton(Plain):
         firing: Tensor | None = None,
         cost: Scalar = 0.0,
         pull: Tensor | None = None,
+        n_samples: int | None = None,
     ) -> None:
         moment = torch.stack([*now[:3], now.step]).to(x)
         batch = len(x)
-        given = (plan, extra, firing, self._scalar(cost), pull, self._encoder, self.buffer)
+        given = (plan, extra, firing, self._scalar(cost), pull, self._encoder, n_samples or batch, self.buffer)
         through_encoder = update.update_rows(state, moment, x, gradient, *given)
         g_b_dec = gradient[:batch].sum(dim=0)
         if through_encoder is not None:

@@ -272,6 +272,7 @@ def update_rows(
     cost: Float[Tensor, ""],
     pull: Float[Tensor, " d_sae"] | None,
     rounded: Float[Tensor, "d_sae d_in"] | None,
+    n_samples: int,
     buffer: Buffers,
 ) -> Float[Tensor, " d_in"] | None:
     """Changes all but b_dec; returns what the encoder sends back to b_dec, sum_j g_bias_j W_enc_j, where it is tied.
@@ -303,7 +304,7 @@ def update_rows(
         *or_nothing(rounded, state.norms),
         *(state.silent_samples, state.window_firing),
         *or_nothing(fires, to_b_dec),
-        *(len(x), d_in, d_out, d_sae),
+        *(n_samples, d_in, d_out, d_sae),
         PLANNED=plan is not None,
         EXTRA=extra is not None,
         PULL=pull is not None,
