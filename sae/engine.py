@@ -243,7 +243,7 @@ class Engine:
             firing = torch.zeros_like(state.window_firing).index_add_(0, codes.latents, fires.long())
             n_codes = fires.sum()
         if first is not None:
-            x, gradient, codes, gradients = through_both(kernels, state, first, codes, gradients, gradient, x, target)
+            x, gradient, codes, gradients = through_both(kernels, state, first, codes, gradients, gradient, x)
         plan = kernels.invert(codes, gradients, self.sae.d_sae)
         l0 = (plan.n_codes if n_codes is None else n_codes) / batch
         cost = cost if state.weighted else 0.0

@@ -61,7 +61,6 @@ def through_both(
     code_gradients: Float[Tensor, " slots"],
     gradient: Float[Tensor, "levels_x_batch d"],
     x: Float[Tensor, "batch d"],
-    target: Float[Tensor, "batch d"],
 ) -> Twice:
     """From the gradients of the second selection, whose `x` is x_1, to those of both."""
     batch, n_levels = len(x), len(codes.weights)
@@ -76,10 +75,12 @@ def through_both(
         per_sample_weights=code_gradients,
         include_last_offset=True,
     )
-    # A decoder's pass gives 2 (z_0 W_dec - wanted) / batch and what it sends back to codes: q and q W_dec^T for this.
-    wanted = target - first.left + h * (first.rate * batch / 2)
-    back = kernels.decode(first.codes, state, wanted, 0.0)
+    # A decoder's pass over codes of 0 gives -2 wanted / batch, which is q for this, and q W_dec^T in every slot.
+    nothing = torch.zeros_like(first.codes.values)
+    wanted = h * (first.rate * batch / 2)
+    back = kernels.decode(first.codes._replace(values=nothing, pre_latents=nothing), state, wanted, 0.0)
     whole[0, batch:] = back.gradient
+    through_first = back.code_gradients * (first.codes.values > 0)
     levels = None
     if codes.levels is not None:
         levels = torch.cat([codes.levels, codes.levels.new_zeros(len(first.codes.latents))])
@@ -90,4 +91,4 @@ def through_both(
         levels=levels,
     )
     x = torch.cat([x, first.x])
-    return Twice(x, whole.flatten(0, 1), both, torch.cat([code_gradients, back.code_gradients]))
+    return Twice(x, whole.flatten(0, 1), both, torch.cat([code_gradients, through_first]))

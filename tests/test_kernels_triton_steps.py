@@ -48,6 +48,9 @@ CASES = {
     "transcoder": {"kind": "transcoder", "k": 4},
     "skip_transcoder": {"kind": "skip_transcoder", "k": 4},
     "matching_pursuit": {"kind": "matching_pursuit", "k": 3},
+    "refined": {"kind": "topk", "k": 4, "refine": 0.5},
+    "refined batchtopk": {"kind": "batchtopk", "k": 2.3, "refine": 0.5, "tied_bias": False},
+    "refined prefixes": {"kind": "matryoshka", "k": 2.3, "refine": 0.5},
 }
 
 
@@ -158,11 +161,15 @@ def launched_by(monkeypatch) -> set[str]:
 # Inference
 
 
-@pytest.mark.parametrize("case", ["topk", "relu", "relu free", "batchtopk", "jumprelu", "gated", "transcoder"])
+@pytest.mark.parametrize(
+    "case",
+    ["topk", "relu", "relu free", "batchtopk", "jumprelu", "gated", "transcoder", "refined", "refined batchtopk"],
+)
 def test_inference(case, monkeypatch):
     model = make_trainer(case, "reference", torch.float32).sae
-    if case in ("relu", "batchtopk", "gated"):
-        model.sparsifier.threshold.fill_(0.4)
+    for name, buffer in model.sparsifier.named_buffers():
+        if name.endswith("threshold"):
+            buffer.fill_(0.4)
     x = batches(D_IN, 4, 1)[0]
     with torch.no_grad():
         monkeypatch.setattr("sae.model.for_inference", lambda device, dtype: None)
@@ -178,7 +185,7 @@ def test_inference(case, monkeypatch):
         torch.testing.assert_close(ours.dense(), z.dense())
         assert ours.indices is not None
         torch.testing.assert_close(model(x), x_hat)
-        assert len(used) == 3
+        assert len(used) == (7 if "refined" in case else 3)
         model.encode(x[:1])
         torch.testing.assert_close(ours.dense(), z.dense())  # codes are nobody's scratch memory
         assert len(model(x[:0])) == 0

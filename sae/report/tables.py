@@ -59,6 +59,7 @@ METHODS = {
     "jumprelu": "JumpReLU",
     "gated": "Gated",
     "matryoshka": "Matryoshka",
+    "refined": "Refined",
     "transcoder": "Transcoder",
     "skip_transcoder": "Skip transcoder",
     "random": "random dictionary",

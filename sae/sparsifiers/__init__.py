@@ -8,6 +8,7 @@ from sae.sparsifiers.jumprelu import JumpReLU, JumpReLUConfig
 from sae.sparsifiers.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from sae.sparsifiers.matryoshka import MatryoshkaConfig
 from sae.sparsifiers.p_annealing import PAnnealing, PAnnealingConfig
+from sae.sparsifiers.refined import RefinedConfig
 from sae.sparsifiers.relu import ReLU, ReLUConfig
 from sae.sparsifiers.topk import TopK, TopKConfig
 from sae.sparsifiers.transcoder import SkipTranscoderConfig, TranscoderConfig
@@ -33,6 +34,7 @@ __all__ = [
     "PenalisedConfig",
     "ReLU",
     "ReLUConfig",
+    "RefinedConfig",
     "SkipTranscoderConfig",
     "Sparsifier",
     "TopK",

@@ -1,0 +1,34 @@
+"""BatchTopK that selects twice, and begins with many codes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from sae.sparsifiers.batchtopk import BatchTopKConfig
+
+# k at the beginning, in units of k. On synth256 with refine 0.3: from 1, MCC .748 and F1 .693; from 4, .825 and .782.
+START = 4
+
+
+class RefinedConfig(BatchTopKConfig):
+    """BatchTopK whose codes are selected a second time, from what the first leave over (after Gregor & LeCun 2010,
+    "Learning Fast Approximations of Sparse Coding")."""
+
+    kind: Literal["refined"] = "refined"  # type: ignore[assignment]
+    refine: float = Field(default=0.3, gt=0, le=1)
+    """The part of what the first codes leave over that is added to the activation."""
+    k_start: float | None = Field(default=None, gt=0)
+    """k at the beginning, from where it falls linearly to k; default 4 k, null: k throughout."""
+    k_anneal_fraction: float = Field(default=0.5, gt=0, le=1)
+    """First part of the run over which k falls."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begins_with_many(cls, given: Any) -> Any:
+        k, d_sae = (given.get(name) for name in ("k", "d_sae")) if isinstance(given, dict) else (None, None)
+        numbers = all(isinstance(number, int | float) for number in (k, d_sae))
+        if not numbers or "k_start" in given or not 0 < k < d_sae:
+            return given
+        return given | {"k_start": min(START * k, d_sae)}
