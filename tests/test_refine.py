@@ -179,6 +179,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(more, tmp_path, monkeypatch):
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+def test_the_kind_begins_with_many_codes():
+    def of(**options):
+        return SAEConfig.of_kind({"kind": "refined", "d_sae": 48, "k": 2.5} | options)
+
+    assert (of().k_start, of().refine, of(k=20).k_start, of(k_start=None).k_start, of(k_start=5).k_start) == (
+        *(10.0, 0.3, 48.0, None, 5.0),
+    )
+    assert SAEConfig.of_kind(of().model_dump()) == of()
+    with pytest.raises(ValidationError, match="k must lie in"):
+        of(k=100)
+    sparsifier = of().build()
+    for done, k in ((0.0, 10.0), (0.25, 6.25), (0.5, 2.5), (1.0, 2.5)):
+        sparsifier.anneal_(done)
+        assert (sparsifier.k, sparsifier.first.k) == (k, k)
+
+
 def test_what_does_not_go_together_is_told(tmp_path):
     topk = {"kind": "topk", "d_sae": 48, "k": 4, "refine": 0.5}
     for options, words in (

@@ -30,6 +30,7 @@ KINDS = [
     {"kind": "jumprelu", "l0": 2.5},
     {"kind": "jumprelu", "penalty": "tanh", "l0_coefficient": 0.003},
     {"kind": "matryoshka", "k": 2.5, "k_start": 9.0, "k_anneal_fraction": 0.8},
+    {"kind": "refined", "k": 2.5},
     {"kind": "transcoder", "k": 3},
     {"kind": "skip_transcoder", "base": {"kind": "batchtopk", "k": 2.5}},
     {"kind": "matching_pursuit", "k": 3, "aux_coefficient": 0.1},

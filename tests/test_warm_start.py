@@ -17,6 +17,7 @@ KINDS = [
     {"kind": "topk", "k": 3},
     {"kind": "batchtopk", "k": 2.5},
     {"kind": "matryoshka", "k": 3},
+    {"kind": "refined", "k": 3},
     {"kind": "relu", "l1_coefficient": 0.02},
     {"kind": "gated", "l0": 2.5},
     {"kind": "jumprelu", "l0": 2.5},

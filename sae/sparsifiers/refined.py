@@ -27,8 +27,9 @@ class RefinedConfig(BatchTopKConfig):
     @model_validator(mode="before")
     @classmethod
     def _begins_with_many(cls, given: Any) -> Any:
-        k, d_sae = (given.get(name) for name in ("k", "d_sae")) if isinstance(given, dict) else (None, None)
-        numbers = all(isinstance(number, int | float) for number in (k, d_sae))
-        if not numbers or "k_start" in given or not 0 < k < d_sae:
+        if not isinstance(given, dict) or "k_start" in given:
             return given
+        k, d_sae = given.get("k"), given.get("d_sae")
+        if not isinstance(k, int | float) or not isinstance(d_sae, int) or not 0 < k < d_sae:
+            return given  # refused elsewhere
         return given | {"k_start": min(START * k, d_sae)}
