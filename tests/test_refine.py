@@ -58,6 +58,18 @@ def test_steps_are_those_of_autograd(case, unit_norm, kernels, precision, option
 
 
 @every_kernel
+def test_the_selections_may_have_codes_in_different_number(kernels, precision):
+    """Fewer pre-latents are positive than may fire, and not as many in both."""
+    model = make_sae("batchtopk", refine=0.4, k=40.0)
+    engine, judge = make_engine("batchtopk", model, kernels, precision), Judge(model)
+    for number, x in enumerate(batches(3), 1):
+        terms, expected = (by(x, Now.at(number, RATE, 1.0), DEAD) for by in (with_unit(engine), judge.step))
+        assert expected.l0 < 35
+        same_terms(terms, expected)
+    same_weights(engine, judge, 1e-9)
+
+
+@every_kernel
 @both_kinds
 @pytest.mark.parametrize("n_parts", [1, 3])
 def test_gradients_as_matrices_and_clipped(case, n_parts, kernels, precision):
@@ -75,6 +87,8 @@ def test_gradients_as_matrices_and_clipped(case, n_parts, kernels, precision):
     engine.step(x, UNIT, Now.at(1, RATE, 1.0), DEAD)
     for name, gradient in gradients.items():
         torch.testing.assert_close(engine.state.first[name] / 0.1, gradient / 2, rtol=0, atol=1e-9, msg=name)
+    if case == "topk" or n_parts == 1:
+        assert torch.equal(engine.state.silent_samples, judge.silent)
 
 
 @both_kinds
@@ -184,13 +198,13 @@ def test_the_kind_begins_with_many_codes():
         return SAEConfig.of_kind({"kind": "refined", "d_sae": 48, "k": 2.5} | options)
 
     assert (of().k_start, of().refine, of(k=20).k_start, of(k_start=None).k_start, of(k_start=5).k_start) == (
-        *(10.0, 0.3, 48.0, None, 5.0),
+        *(5.0, 0.3, 40.0, None, 5.0),
     )
     assert SAEConfig.of_kind(of().model_dump()) == of()
     with pytest.raises(ValidationError, match="k must lie in"):
         of(k=100)
     sparsifier = of().build()
-    for done, k in ((0.0, 10.0), (0.25, 6.25), (0.5, 2.5), (1.0, 2.5)):
+    for done, k in ((0.0, 5.0), (0.25, 3.75), (0.5, 2.5), (1.0, 2.5)):
         sparsifier.anneal_(done)
         assert (sparsifier.k, sparsifier.first.k) == (k, k)
 

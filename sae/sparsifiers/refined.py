@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from sae.sparsifiers.batchtopk import BatchTopKConfig
 
-# k at the beginning, in units of k. On synth256 with refine 0.3: from 1, MCC .748 and F1 .693; from 4, .825 and .782.
-START = 4
+# k at the beginning, in units of k. More finds more features in small worlds and leaves more of a language model's
+# activations unexplained (docs/architectures.md).
+START = 2
 
 
 class RefinedConfig(BatchTopKConfig):
@@ -20,7 +21,7 @@ class RefinedConfig(BatchTopKConfig):
     refine: float = Field(default=0.3, gt=0, le=1)
     """The part of what the first codes leave over that is added to the activation."""
     k_start: float | None = Field(default=None, gt=0)
-    """k at the beginning, from where it falls linearly to k; default 4 k, null: k throughout."""
+    """k at the beginning, from where it falls linearly to k; default 2 k, null: k throughout."""
     k_anneal_fraction: float = Field(default=0.5, gt=0, le=1)
     """First part of the run over which k falls."""
 
