@@ -68,14 +68,14 @@ def test_what_is_none(words):
 
 
 @pytest.mark.parametrize("format", ["saelens", "dictionary_learning", "sparsify"])
-def test_reads_what_any_library_put_there(server, run, tmp_path, format):
+def test_reads_what_any_library_put_there(server, run, tmp_path, format, monkeypatch):
     sae.formats.save(run.sae, tmp_path / "theirs", format)
     (tmp_path / "theirs" / "activations.bin").write_bytes(b"much that nobody asked for")
     server.put("me/saes", tmp_path / "theirs", "layer_8/width_16k")
     model = sae.formats.load("hf://me/saes/layer_8/width_16k")
     assert torch.equal(model.encode(X).dense(), sae.formats.load(tmp_path / "theirs").encode(X).dense())
     assert not list((tmp_path / "cache").rglob("activations.bin"))
-    server.close()  # and from the cache when the Hub is out of reach
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # and from the cache without a network
     assert sae.formats.load("hf://me/saes/layer_8/width_16k").d_sae == 16
 
 
@@ -152,7 +152,7 @@ def test_a_run_begins_with_one_and_one_is_measured(server, run, run_cli, tmp_pat
     assert "hf://me/saes/a on other activations" in outcome.out
 
 
-def test_what_cannot_be_read_is_told_with_where_it_might_be(server, run, run_cli, tmp_path):
+def test_what_cannot_be_read_is_told_with_where_it_might_be(server, run, run_cli, tmp_path, monkeypatch):
     for layer in (3, 8, 12):
         sae.formats.save(run.sae, f"hf://me/saes/layer_{layer}/width_16k", "saelens")
     run_cli("convert", "hf://me/saes/layer_8/width_32k").assert_refused(
@@ -165,8 +165,10 @@ def test_what_cannot_be_read_is_told_with_where_it_might_be(server, run, run_cli
     new = {"train": {"start_from": "hf://me/saes/none"}, "sae": {"kind": "topk", "d_sae": 16, "k": 3}, "source": TOY}
     (tmp_path / "new.yaml").write_text(json.dumps(new | {"out": str(tmp_path / "new")}))
     run_cli("train", tmp_path / "new.yaml").assert_refused("train.start_from: hf://me/saes/none has none of")
-    server.close()
+    sae.formats.load("hf://me/saes/layer_8/width_16k")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     run_cli("convert", "hf://me/other").assert_refused("hf://me/other cannot be read")
+    run_cli("convert", "hf://me/saes/layer_9").assert_refused("hf://me/saes/layer_9 is not in the cache")
     run_cli("convert", run.out, "--out", "hf://me/other").assert_refused("hf://me/other cannot be")
 
 
