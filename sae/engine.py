@@ -45,7 +45,7 @@ from sae.model import SAE
 from sae.optim import Now, adam_
 from sae.parts import whole_batch
 from sae.ranks import ALONE, Ranks
-from sae.refine import First, select_first, through_both
+from sae.refine import First, Refinement
 from sae.sparsifiers import Decode, Sparsifier
 
 logger = logging.getLogger("sae")
@@ -115,6 +115,7 @@ class Engine:
         self.dense_products = sae.sparsifier.passes_positive and len(self.prefixes) == 1
         self.dense = sae.sparsifier.passes_positive
         self.buffer = Buffers(sae.W_dec.dtype, sae.W_dec.device)
+        self.refinement = Refinement(sae.sparsifier.refine, self.buffer) if sae.sparsifier.refine else None
         self.l0 = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
 
     def step(
@@ -178,13 +179,11 @@ class Engine:
             if self.sae.W_skip is not None:
                 wanted -= x @ self.sae.W_skip.detach()
             wanted = wanted.contiguous()
-        codes, rate = self._choose(x), self.sae.sparsifier.refine
-        if codes is None or not rate:
+        codes = self._choose(x)
+        if codes is None or self.refinement is None:
             return Begun(x, wanted, codes)
-        first = select_first(self.kernels, state, codes, x, wanted, rate)
-        again = torch.add(x, first.left, alpha=rate)
-        codes = self._choose(again)
-        return Begun(x, wanted, None) if codes is None else Begun(again, wanted, codes, first)
+        first, codes = self.refinement.again(self.kernels, state, codes, x, wanted, self._choose)
+        return Begun(x, wanted, None) if codes is None else Begun(first.x[: len(x)], wanted, codes, first)
 
     def _choose(self, x: Tensor) -> Codes | None:
         sparsifier = self.sae.sparsifier
@@ -242,8 +241,8 @@ class Engine:
                 fires &= codes.levels <= codes.reading
             firing = torch.zeros_like(state.window_firing).index_add_(0, codes.latents, fires.long())
             n_codes = fires.sum()
-        if first is not None:
-            x, gradient, codes, gradients = through_both(kernels, state, first, codes, gradients, gradient, x)
+        if first is not None and self.refinement is not None:
+            x, gradient, codes, gradients = self.refinement.back(kernels, state, first, codes, gradients, gradient)
         plan = kernels.invert(codes, gradients, self.sae.d_sae)
         l0 = (plan.n_codes if n_codes is None else n_codes) / batch
         cost = cost if state.weighted else 0.0
