@@ -65,7 +65,8 @@ class SparseCodes:
         """z W_dec: a dense product for the full layout, k_cap decoder rows a sample for the padded one."""
         if self.indices is None:
             return self.values @ W_dec
-        return F.embedding_bag(self.indices, W_dec, per_sample_weights=self.values, mode="sum")
+        values = self.values.to(W_dec.dtype)  # under autocast they may be of another one
+        return F.embedding_bag(self.indices, W_dec, per_sample_weights=values, mode="sum")
 
     def firing(self) -> Int[Tensor, " d_sae"]:
         """In how many rows each latent fires, found without a host synchronisation."""

@@ -158,6 +158,12 @@ class TrainSection(Section):
     """What computes a step: C on a CPU (native), triton on CUDA, torch elsewhere or where these cannot work; reference
     is slow and plain."""
 
+    @field_validator("start_from")
+    @classmethod
+    def _is_whole_as_an_address(cls, start_from: Path | None) -> Path | None:
+        said(start_from or "")  # refuses what begins as one and is none
+        return start_from
+
     @field_serializer("start_from", when_used="json")
     def _as_it_was_written(self, start_from: Path | None) -> str | None:
         return None if start_from is None else said(start_from)

@@ -359,6 +359,7 @@ class Engine:
             "precision": self.kernels.precision,
             "kernels": self.kernels.name,
             "cut": self.kernels.cut,
+            "refined_cut": 0.0 if self.refinement is None else self.refinement.cut,
         }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -388,6 +389,8 @@ class Engine:
         state.window_firing.copy_(tensors["window_firing"])
         self.l0.copy_(tensors["l0"])
         self.dense, self.kernels.cut = values["dense"], values["cut"]
+        if self.refinement is not None:
+            self.refinement.cut = values["refined_cut"]
         self.kernels.refresh(state)
         state.norms.copy_(tensors["norms"])
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from sae.errors import UsageError
 
@@ -23,9 +24,9 @@ logger = logging.getLogger("sae")
 
 CARD = "README.md"
 # A path that was made of an address has one slash.
-SCHEME = re.compile(r"hf:/{1,2}")
+SCHEME = re.compile(r"^hf:/{1,2}")
 ADDRESS = re.compile(
-    r"hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(?:/(?P<inside>.*?))?/*"
+    r"hf://(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(?:/(?P<inside>.*?))?/*"
 )
 # What an SAE that is a file of its own is called.
 FILES = (".pt", ".npz")
@@ -61,15 +62,17 @@ def address_of(path: str | Path) -> Address | None:
     Raises:
         UsageError: they begin as an address and are none.
     """
-    words = str(path)
-    if not SCHEME.match(words):
+    words = SCHEME.sub("hf://", str(path))
+    if not words.startswith("hf://"):
         return None
-    found = ADDRESS.fullmatch(words.replace("hf:/models/", "hf:/").replace("hf://models/", "hf://"))
-    if found is None or found["repo"].split("/")[0] in OTHERS:
+    found = ADDRESS.fullmatch(words)
+    inside = "" if found is None else re.sub("/+", "/", found["inside"] or "").strip("/")
+    if found is None or found["repo"].split("/")[0] in OTHERS or {".", ".."} & set(inside.split("/")):
         raise UsageError(
             f"{words} must name a model's repository, as in hf://OWNER/NAME/FOLDER or hf://OWNER/NAME@main"
         )
-    return Address(found["repo"], found["revision"], found["inside"] or "")
+    revision = found["revision"]
+    return Address(found["repo"], None if revision is None else unquote(revision), inside)
 
 
 def said(path: str | Path) -> str:
@@ -130,12 +133,12 @@ def existing(path: str | Path, names: Sequence[str]) -> list[str]:
         places = {address.beside(name): name for name in names}
         found = api.get_paths_info(address.repo, list(places), revision=address.revision)
     except Exception as error:  # as above
-        raise _refused(address, "read", error) from error
+        raise _refused(address, "looked at", error) from error
     return [places[one.path] for one in found]
 
 
 @contextmanager
-def written(path: str | Path, library: str, base_model: str | None = None) -> Iterator[Path]:
+def written(path: str | Path, library: str, base_model: object = None) -> Iterator[Path]:
     """The folder to write files into. At an address they are put there in the end, in one commit.
 
     A repository that does not exist is made, private. One without a README.md gets a card, which names the library that
@@ -153,26 +156,35 @@ def written(path: str | Path, library: str, base_model: str | None = None) -> It
         yield Path(folder)
         made = sorted(file for file in Path(folder).iterdir() if not file.name.startswith("."))
         files = {address.beside(file.name): file for file in made}
-        api = hub.HfApi()
+        api, card = hub.HfApi(), _card(address, library, base_model)
         try:
+            changes: list[Any] = [hub.CommitOperationAdd(place, file) for place, file in files.items()]
             new = not api.repo_exists(address.repo)
+            if new and address.revision is not None:
+                raise UsageError(
+                    f"{address}: there is no such repository, and a new one has no revisions; leave it out"
+                )
+            if new or not api.file_exists(address.repo, CARD, revision=address.revision):
+                changes.append(hub.CommitOperationAdd(CARD, card.encode()))
             if new:
                 api.create_repo(address.repo, private=True)
                 logger.info("made %s, which is private; its settings make it public", Address(address.repo, None, ""))
-            changes: list[Any] = [hub.CommitOperationAdd(place, file) for place, file in files.items()]
-            if new or not api.file_exists(address.repo, CARD, revision=address.revision):
-                card = _card(address, library, base_model)
-                changes.append(hub.CommitOperationAdd(CARD, card.encode()))
             message = f"Put {', '.join(files)} here"
             api.create_commit(address.repo, changes, commit_message=message, revision=address.revision)
+        except UsageError:
+            raise
         except Exception as error:  # as above
             raise _refused(address, "written", error) from error
 
 
-def _card(address: Address, library: str, base_model: str | None) -> str:
+def _card(address: Address, library: str, base_model: object) -> str:
     """What the repository's page says: the Hub reads its first lines, people the rest."""
     lines = ["---", f"library_name: {library}", "tags:", "- sparse-autoencoder", "- interpretability"]
-    if base_model is not None and re.fullmatch(r"([\w.-]+/)?[\w.-]+", base_model) and not Path(base_model).exists():
+    if (
+        isinstance(base_model, str)
+        and re.fullmatch(r"([\w.-]+/)?[\w.-]+", base_model)
+        and not Path(base_model).exists()
+    ):
         lines.append(f"base_model: {base_model}")
     lines += ["---", "", f"# {address.repo.split('/')[1]}", ""]
     lines += ["Sparse autoencoders, one in each folder. To load one:", "", "```python", "import sae", ""]
@@ -186,7 +198,8 @@ def _card(address: Address, library: str, base_model: str | None) -> str:
 def _listed(hub: Any, address: Address) -> list[str] | None:
     """All files of the repository; None where the Hub does not tell: without a network the cache may do."""
     try:
-        return list(hub.HfApi().list_repo_files(address.repo, revision=address.revision))
+        found = hub.HfApi().model_info(address.repo, revision=address.revision)
+        return [file.rfilename for file in found.siblings]
     except Exception:  # whatever else is wrong is met again
         return None
 
@@ -203,8 +216,9 @@ def _elsewhere(address: Address, files: Sequence[str], names: Sequence[str]) -> 
 
 def _refused(address: Address, verb: str, error: Exception) -> UsageError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    remedy = "is the name right, and are you logged in (`hf auth login`) where it is private or gated?"
-    return UsageError(f"{address} cannot be {verb}: {reason[:300]}; {remedy}")
+    reason = f"{reason[:300]}…" if len(reason) > 300 else reason.rstrip(".")
+    remedy = "is there a network, is the name right, and are you logged in (`hf auth login`) where it is private?"
+    return UsageError(f"{address} cannot be {verb}: {reason}; {remedy}")
 
 
 def _library() -> Any:
@@ -212,4 +226,6 @@ def _library() -> Any:
         import huggingface_hub  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise UsageError("the Hub needs huggingface_hub; pip install 'sae[hub]'") from error
+    for name in ("huggingface_hub", "httpx", "httpx2"):  # a line for each request
+        logging.getLogger(name).setLevel(logging.ERROR)
     return huggingface_hub

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sae.errors import UsageError
+from sae.hub import address_of
 
 logger = logging.getLogger("sae")
 
@@ -29,6 +30,7 @@ def hold(out: Path, name: str = LOCK) -> FileLock:
     Raises:
         UsageError: another one is at work there, or it cannot be written to.
     """
+    require_here(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         return _acquired(out, name)
@@ -46,8 +48,22 @@ def held(out: Path, name: str = LOCK) -> Iterator[None]:
         lock.release()
 
 
+def require_here(out: Path) -> None:
+    """Refuses an address on the Hub, where nothing can be at work.
+
+    Raises:
+        UsageError: it is one.
+    """
+    address = address_of(out)
+    if address is not None:
+        raise UsageError(
+            f"{address} is on the Hub; give a directory as --out, and put the SAE there by `sae convert` afterwards"
+        )
+
+
 def require_free(out: Path) -> None:
     """Refuses a directory that another process is at work in: better told before data are opened than after."""
+    require_here(out)
     if (out / LOCK).exists():
         with suppress(OSError):  # whether it can be written to is seen when it must be
             _acquired(out, LOCK).release()

@@ -208,9 +208,12 @@ class SAE(nn.Module):
                 self.W_skip.mul_(target_scale / scale)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `sae.safetensors` (W_enc, W_dec, b_enc, b_dec, those of centre and W_skip that there are, and the
-        sparsifier's buffers) and `sae.json`."""
-        folder = Path(folder)
+        """Writes, into a folder or to an address on the Hub, `sae.safetensors` (W_enc, W_dec, b_enc, b_dec, those of
+        centre and W_skip that there are, and the sparsifier's buffers) and `sae.json`."""
+        with hub.written(folder, "sae") as place:
+            self._write(place)
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         W_enc = self.W_enc.clone(memory_format=torch.contiguous_format)  # a file holds no memory twice
         tensors = {"W_enc": W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc, "b_dec": self.b_dec}
@@ -239,14 +242,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         UsageError: nothing is saved there, the files do not belong together, or they are damaged.
     """
     require_device(str(device), "device")
-    folder = hub.local(folder, (MANIFEST, WEIGHTS), "; sae.formats.load reads those of other libraries")
+    given, folder = folder, hub.local(folder, (MANIFEST, WEIGHTS), "; sae.formats.load reads those of other libraries")
     for name in (MANIFEST, WEIGHTS):
         if not (folder / name).is_file():
             if (folder / "sweep.json").is_file():
                 raise UsageError(f"{folder} is a sweep's directory; give one of its members, {folder}/NAME")
             raise UsageError(
-                f"{folder} holds no SAE: {name} is missing; give a run directory that finished training, or use "
-                "sae.load_checkpoint for one that has not, sae.formats.load for the files of another library"
+                f"{hub.said(given)} holds no SAE: {name} is missing; give a run directory that finished training, or "
+                "use sae.load_checkpoint for one that has not, sae.formats.load for the files of another library"
             )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

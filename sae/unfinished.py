@@ -72,9 +72,9 @@ def _opened(out: Path, given: object) -> tuple[SAE, TrainConfig, Source, int]:
 def _as_of(config: SAEConfig, done: float) -> SAEConfig:
     """With the k that the run is at, where that falls: what is saved must fire alike when it is loaded."""
     base = getattr(config, "base", None) or {}
-    if getattr(config, "k_start", None) is None and base.get("k_start") is None:
-        return config
     sparsifier: Any = config.build()
+    if getattr(sparsifier, "k_start", None) is None:
+        return config
     sparsifier.anneal_(done)
-    now = {"k": sparsifier.k, "k_start": None}
+    now = {"k": sparsifier.k, "k_start": float(sparsifier.k)}
     return config.model_copy(update={"base": base | now} if base else now)

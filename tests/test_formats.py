@@ -201,7 +201,22 @@ def test_a_target_of_another_width(tmp_path, d_out):
     same(model, by_saelens(tmp_path))
     same(formats.load(tmp_path), by_saelens(tmp_path))
     with pytest.raises(UsageError, match=f"targets are as wide as x, got d_in=7, d_out={d_out}"):
-        formats.save(made({"kind": "transcoder", "k": 3}, d_out), tmp_path, "sparsify")
+        formats.save(made({"kind": "transcoder", "k": 3}, d_out), tmp_path / "other", "sparsify")
+
+
+def test_no_folder_holds_two_saes(tmp_path):
+    ours, theirs = made({"kind": "topk", "k": 3}), made({"kind": "topk", "k": 5})
+    ours.save(tmp_path / "own")
+    for format in ("saelens", "sparsify"):
+        with pytest.raises(UsageError, match=r"own holds .*sae.json.* of another format; give another folder"):
+            formats.save(theirs, tmp_path / "own", format)
+    assert formats.load(tmp_path / "own").sparsifier.k == 3
+    formats.save(ours, tmp_path / "theirs", "saelens")
+    with pytest.raises(UsageError, match=r"theirs holds cfg.json, sae_weights.safetensors; give another"):
+        formats.save(theirs, tmp_path / "theirs", "saelens", overwrite=False)
+    formats.save(theirs, tmp_path / "theirs", "saelens")
+    assert formats.load(tmp_path / "theirs").sparsifier.k == 5
+    assert "overwrite" not in (tmp_path / "theirs" / "cfg.json").read_text()
 
 
 def test_a_threshold_below_zero_raises_pre_latents(tmp_path):

@@ -50,6 +50,9 @@ def run(tmp_path_factory):
         ("hf://me/saes@refs/pr/3/a", ("me/saes", "refs/pr/3", "a")),
         ("hf://models/me/saes/a", ("me/saes", None, "a")),
         (Path("hf://me/saes/a"), ("me/saes", None, "a")),
+        ("hf://me/saes@refs%2Fpr%2F3/a", ("me/saes", "refs/pr/3", "a")),
+        ("hf://me/saes/a//b/", ("me/saes", None, "a/b")),
+        ("hf://me/saes/models/b", ("me/saes", None, "models/b")),
         ("runs/mine", None),
         ("hf", None),
     ],
@@ -57,11 +60,13 @@ def run(tmp_path_factory):
 def test_what_is_an_address(words, address):
     found = hub.address_of(words)
     assert (found and tuple(found)) == address
-    if address is not None and "models" not in str(words):
+    if address is not None and not {"models", "%", "//b"} & {
+        part for part in ("models", "%", "//b") if part in str(words)
+    }:
         assert hub.said(words) == str(words).replace("hf:/", "hf://").replace("///", "//").rstrip("/")
 
 
-@pytest.mark.parametrize("words", ["hf://", "hf://me", "hf://datasets/me/texts", "hf://me/sa es"])
+@pytest.mark.parametrize("words", ["hf://", "hf://me", "hf://datasets/me/texts", "hf://me/sa es", "hf://me/saes/../a"])
 def test_what_is_none(words):
     with pytest.raises(UsageError, match="must name a model's repository"):
         hub.address_of(words)
@@ -124,6 +129,37 @@ def test_puts_an_sae_there_and_takes_it_back(server, run, run_cli, caplog):
     assert len(server.commits) == 2
     assert torch.equal(sae.load("hf://me/saes/own").W_dec, run.sae.W_dec)
     assert run_cli("convert", run.out, "--to", "sae", "--out", "hf://me/saes/own", "--overwrite").code == 0
+
+
+def test_what_cannot_be_put_there_leaves_nothing_behind(server, run, run_cli, tmp_path):
+    run_cli("convert", run.out, "--to", "sae", "--out", "hf://me/new@v9/x").assert_refused(
+        "hf://me/new@v9/x: there is no such repository, and a new one has no revisions"
+    )
+    assert not server.repos
+    run.sae.save("hf://me/saes/own")
+    assert torch.equal(sae.load("hf://me/saes/own").W_dec, run.sae.W_dec)
+    run_cli("convert", run.out, "--out", "hf://me/saes/own").assert_refused("of another format; give another folder")
+    new = {"train": {"n_samples": 512}, "sae": {"kind": "topk", "d_sae": 16, "k": 3}, "source": TOY}
+    (tmp_path / "new.yaml").write_text(json.dumps(new))
+    run_cli("train", tmp_path / "new.yaml", "--out", "hf://me/saes/run").assert_refused(
+        "is on the Hub; give a directory"
+    )
+    with pytest.raises(ValueError, match=r"hf://gpt2 must name a model's repository"):
+        sae.TrainConfig(sae=new["sae"], train={"start_from": "hf://gpt2"})
+
+
+def test_no_path_of_this_machine_is_published(server, run, run_cli, tmp_path, caplog):
+    caplog.set_level("INFO", "sae")
+    origin = {"kind": "model", "model": str(tmp_path), "module": "h.1", "texts": "me/texts", "context_length": 8}
+    origin |= {"bos": True, "reads": "output", "target": None}
+    folder = tmp_path / "run"
+    run.sae.save(folder)
+    (folder / "config.yaml").write_text(json.dumps({"source": origin}))
+    assert run_cli("convert", folder, "--out", "hf://me/saes/a").code == 0
+    said = json.loads(server.repos["me/saes"]["main"]["a/cfg.json"])["metadata"]
+    assert said["dataset_path"] == "me/texts"
+    assert "model_name" not in said
+    assert "left out model_name, a path of this machine" in caplog.text
 
 
 def test_what_is_made_of_one_lies_in_the_working_directory(server, run, run_cli, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ CASES = [
     {"kind": "topk", "k": 5, "aux_k": 3, "multi_k": 11},
     {"kind": "batchtopk", "k": 2.3, "aux_k": 3},
     {"kind": "matryoshka", "k": 2.3, "aux_k": 3, "k_start": 6.0, "k_anneal_fraction": 0.8},
-    {"kind": "refined", "k": 2.3, "aux_k": 3, "k_start": None},
+    {"kind": "refined", "k": 2.3, "aux_k": 3, "k_start": 2.3},
     {"kind": "matching_pursuit", "k": 3, "aux_k": 3, "aux_coefficient": 0.1},
     {"kind": "relu", "l1_coefficient": 0.3, "unit_norm_decoder": False},
     {"kind": "jumprelu", "l0": 20.0, "aux_k": 3},

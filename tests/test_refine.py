@@ -111,6 +111,20 @@ def test_a_batch_whose_codes_do_not_fit_is_differentiated(case, options, monkeyp
     same_weights(engine, judge, 1e-9)
 
 
+def test_a_stop_keeps_where_both_searches_begin():
+    model = make_sae("batchtopk", refine=0.4)
+    engine = make_engine("batchtopk", model)
+    for number, x in enumerate(batches(3), 1):
+        engine.step(x, UNIT, Now.at(number, RATE, 1.0), DEAD)
+    tensors, values = engine.saved()
+    again = make_engine("batchtopk", make_sae("batchtopk", refine=0.4))
+    again.restore({name: tensor.clone() for name, tensor in tensors.items()}, values)
+    cuts = (engine.kernels.cut, engine.refinement.cut)
+    assert (again.kernels.cut, again.refinement.cut) == cuts
+    assert cuts[0] != cuts[1]
+    assert 0 not in cuts
+
+
 def test_with_no_second_look_it_is_the_plain_kind():
     """An eta of next to nothing: both selections are the same, and q vanishes."""
     plain, refined = (make_sae("topk", **options) for options in ({}, {"refine": 1e-12}))
@@ -197,10 +211,15 @@ def test_the_kind_begins_with_many_codes():
     def of(**options):
         return SAEConfig.of_kind({"kind": "refined", "d_sae": 48, "k": 2.5} | options)
 
-    assert (of().k_start, of().refine, of(k=20).k_start, of(k_start=None).k_start, of(k_start=5).k_start) == (
-        *(5.0, 0.3, 40.0, None, 5.0),
-    )
+    def starts(**options):
+        return of(**options).build().k_start
+
+    assert (starts(), starts(k=20), starts(k_start=2.5), starts(k_start=5)) == (5.0, 40.0, 2.5, 5.0)
+    assert (starts(k=30), of().refine) == (48, 0.3)
     assert SAEConfig.of_kind(of().model_dump()) == of()
+    with pytest.raises(ValidationError, match="must lie above 0, got 0; kind batchtopk selects once"):
+        of(refine=0)
+    assert "k" not in of(k_start=2.5).build().details()
     with pytest.raises(ValidationError, match="k must lie in"):
         of(k=100)
     sparsifier = of().build()

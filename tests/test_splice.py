@@ -1,5 +1,8 @@
 """SAEs in the place of a network's activations: exact where nothing is edited, and by hand where something is."""
 
+import inspect
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_language_model import make
@@ -116,6 +119,54 @@ def test_what_goes_in_is_replaced_and_so_is_what_a_transcoder_writes():
         torch.testing.assert_close(NETWORK(X), after(by_hand.view_as(ACTS)))
 
 
+def test_an_edit_is_not_lost_beside_large_activations():
+    model = an_sae(HIDDEN)
+    model.b_dec.data[0] = 1e6  # where bf16 has steps of 8192
+    model.encoder.data[:, 0] = 0
+    model.bfloat16()
+    network = nn.Sequential(nn.Identity())
+    rows = torch.randn(3, HIDDEN)
+    for edit in ({2: 2.0}, lambda codes: _set(codes, 2, 2.0)):
+        with torch.no_grad(), sae.splice(network, "0", model, edit) as spliced:
+            found = network(rows)
+        z = spliced.codes.dense()[:, 2].float()
+        expected = rows + (2.0 - z)[:, None] * model.W_dec[2].float()
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+
+
+def _set(codes: SparseCodes, latent: int, value: float) -> Tensor:
+    dense = codes.dense().clone()
+    dense[:, latent] = value
+    return dense
+
+
+def test_an_edit_may_work_in_place_and_rows_may_have_no_batch():
+    model = an_sae(HIDDEN)
+
+    def silence(codes: SparseCodes) -> SparseCodes:
+        codes.values.mul_(0)
+        return codes
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), sae.splice(NETWORK, "block", model, silence, keep_error=False) as spliced:
+            torch.testing.assert_close(NETWORK(X).detach(), after(model.b_dec.expand_as(ACTS)).detach())
+        assert float(spliced.codes.values.detach().sum()) > 0
+    plain = nn.Sequential(nn.Identity())
+    with torch.no_grad(), sae.splice(plain, "0", model, keep_error=False):
+        torch.testing.assert_close(plain(ACTS[0, 0]), model(ACTS[0, :1])[0])
+
+
+def test_under_autocast():
+    for options in ({}, {"kind": "batchtopk", "k": 3.0}):
+        model = an_sae(HIDDEN, **options)
+        if options:
+            model.sparsifier.threshold.fill_(0.5)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), sae.splice(NETWORK, "block", model, {1: 2.0}):
+            found = NETWORK(X)
+        with torch.no_grad(), sae.splice(NETWORK, "block", model, {1: 2.0}):
+            torch.testing.assert_close(found.float(), NETWORK(X), rtol=0.1, atol=0.5)
+
+
 @pytest.mark.parametrize("keep_error", [True, False])
 def test_gradients_in_codes_are_those_of_the_loss(keep_error):
     model, x = an_sae(HIDDEN), X.clone().requires_grad_()
@@ -139,6 +190,21 @@ def test_gradients_in_codes_are_those_of_the_loss(keep_error):
     assert float(x.grad.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("edit", [None, {1: 3.0}, lambda codes: codes.scaled(0.5)], ids=["none", "values", "function"])
+def test_the_gradient_past_a_skip_transcoder_is_the_networks_own(edit):
+    transcoder = an_sae(D, HIDDEN)
+    x, again = X.clone().requires_grad_(), X.clone().requires_grad_()
+    with sae.splice(NETWORK, "block", transcoder, edit) as spliced:
+        NETWORK(x)[:, -1].sum().backward()
+    NETWORK(again)[:, -1].sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+    factor = 0.5 if callable(edit) else 1.0
+    expected = factor * (transcoder.W_dec @ NETWORK.out).detach()[spliced.codes.indices]
+    if isinstance(edit, dict):  # what a code was does not matter where it is set
+        expected = expected * (spliced.codes.indices != 1)
+    torch.testing.assert_close(spliced.codes.values.grad, expected)
+
+
 def test_a_language_model_writes_with_an_edit(tmp_path):
     tiny = make(tmp_path)
     network = tiny.network()
@@ -156,6 +222,12 @@ def test_a_language_model_writes_with_an_edit(tmp_path):
     with torch.no_grad(), sae.splice(network, "transformer.h.1", model) as spliced:
         assert network(tokens).logits.dtype == torch.bfloat16
     assert spliced.codes.values.dtype == torch.float32
+
+
+def unchecked(module: object, model: object, edit: object, reads: object = "output"):
+    """As a user calls it, without the types that tests check."""
+    function = inspect.unwrap(sae.splice)
+    return contextmanager(function)(NETWORK, module, model, edit, reads=reads)
 
 
 def test_two_at_once_and_an_error_within_leave_nothing_behind():
@@ -180,6 +252,26 @@ def test_what_cannot_be_spliced_is_told():
         pass
     with pytest.raises(UsageError, match="has not run the module"), sae.splice(NETWORK, "block", model) as spliced:
         spliced.codes  # noqa: B018
+    with pytest.raises(UsageError, match="did not run the module while"), sae.splice(NETWORK, "block", model):
+        after(ACTS)
+    for edit, words in (
+        ({"512": 1.0}, "numbered 0 to 23, got '512'"),
+        ({True: 1.0}, "numbered 0 to 23, got True"),
+        ({5: None}, "set to numbers, got None"),
+        ([5, 6], "edit must be {latent: value} or a function"),
+    ):
+        with pytest.raises(UsageError, match=words), unchecked("block", model, edit):
+            pass
+    with pytest.raises(UsageError, match="an SAE is spliced in, got str"), unchecked("block", "runs/mine", None):
+        pass
+    with (
+        pytest.raises(UsageError, match="reads must be output or input, got 'in'"),
+        unchecked("block", model, None, "in"),
+    ):
+        pass
+    with pytest.raises(UsageError, match="must return codes or a matrix of them, got NoneType"):  # noqa: SIM117
+        with unchecked("block", model, lambda codes: None):
+            NETWORK(X)
     with pytest.raises(ValueError, match="d_in=6"), sae.splice(NETWORK, "block", an_sae(D)):
         NETWORK(X)
     with (

@@ -8,7 +8,7 @@ sae.formats.save(model, "for-saelens", "saelens", model_name="gpt2", hook_name="
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,10 +60,13 @@ def load(path: str | Path, device: str = "cpu") -> SAE:
         UsageError: it is of no known format, damaged, or does what no SAE here does.
     """
     require_device(device, "device")
-    path = local(path)
-    if (path / MANIFEST).is_file():
-        return load_own(path, device)
-    return built(FORMATS[recognise(path)].read(path)).to(device)
+    here = local(path)
+    if (here / MANIFEST).is_file():
+        return load_own(here, device)
+    try:
+        return built(FORMATS[recognise(here)].read(here)).to(device)
+    except UsageError as error:
+        raise UsageError(str(error).replace(str(here), hub.said(path))) from error
 
 
 def local(path: str | Path) -> Path:
@@ -75,23 +78,39 @@ def local(path: str | Path) -> Path:
     return hub.local(path, FILES)
 
 
-def save(model: SAE, folder: str | Path, format: str, /, **metadata: Any) -> None:
+def save(model: SAE, folder: str | Path, format: str, /, *, overwrite: bool = True, **metadata: Any) -> None:
     """Writes the files of another library, whose codes and reconstructions are then those of `model`, into a folder, or
-    to an address on the Hub.
+    to an address on the Hub. Without `overwrite` no file is replaced; those of another format never are.
 
     Raises:
-        UsageError: the library has nothing that does the same, or the Hub does not take them.
+        UsageError: the library has nothing that does the same, the folder holds an SAE, or the Hub does not take it.
     """
     if format not in WRITTEN:
         raise UsageError(f"unknown format {format!r}{nearest(format, WRITTEN)}")
     write = FORMATS[format].write
     assert write is not None
+    require_place(folder, FORMATS[format].files, overwrite)
     on_cpu = model if model.W_dec.device.type == "cpu" else copy.deepcopy(model).cpu()
     try:
         with hub.written(folder, format, metadata.get("model_name", metadata.get("lm_name"))) as place:
             write(portable(on_cpu), place, metadata)
     except OSError as error:
         raise cannot_write(Path(folder), error) from error
+
+
+def require_place(folder: str | Path, names: Sequence[str], overwrite: bool) -> None:
+    """Refuses a folder, or an address on the Hub, that holds files of these names, or an SAE in another format, which
+    is what would be read from there.
+
+    Raises:
+        UsageError: it does.
+    """
+    there = hub.existing(folder, FILES)
+    foreign = [name for name in there if name not in names]
+    if foreign:
+        raise UsageError(f"{hub.said(folder)} holds {', '.join(foreign)} of another format; give another folder")
+    if there and not overwrite:
+        raise UsageError(f"{hub.said(folder)} holds {', '.join(there)}; give another --out, or --overwrite")
 
 
 def recognise(path: Path) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import logging
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,6 +16,8 @@ from sae.errors import UsageError
 from sae.formats.network import network_metadata
 from sae.locks import held
 from toymodels.plain_yaml import parse_yaml
+
+logger = logging.getLogger("sae")
 
 OWN = "sae"
 
@@ -29,9 +34,7 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
     if out.is_file():
         raise UsageError(f"{out} is a file; give a folder as --out")
     # A file that is there already is somebody's.
-    there = hub.existing(out, formats.OWN if to == OWN else formats.FORMATS[to].files)
-    if there and not overwrite:
-        raise UsageError(f"{hub.said(out)} holds {', '.join(there)}; give another --out, or --overwrite")
+    formats.require_place(out, formats.OWN if to == OWN else formats.FORMATS[to].files, overwrite)
     if to == OWN:
         if words:
             raise UsageError(f"our own files have no place for metadata, got {', '.join(words)}; leave it out")
@@ -43,8 +46,18 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
         with hub.written(out, OWN) as folder, held(folder):
             model.save(folder)
     else:
-        formats.save(model, out, to, **(network_metadata(path, to) | words))
+        formats.save(model, out, to, **(_known_there(network_metadata(path, to), out) | words))
     return f"wrote {hub.said(out)}/: {model.config.kind}, d_in={model.d_in}, d_sae={model.d_sae}, from {hub.said(path)}"
+
+
+def _known_there(metadata: dict[str, Any], out: Path) -> dict[str, Any]:
+    """What a run knows of its network; on the Hub without paths of this machine, which nobody there can follow."""
+    if hub.address_of(out) is None:
+        return metadata
+    local = [name for name, value in metadata.items() if isinstance(value, str) and glob.glob(value)]
+    for name in local:
+        logger.info("left out %s, a path of this machine; --metadata '{%s: ...}' gives a name", name, name)
+    return {name: value for name, value in metadata.items() if name not in local}
 
 
 def _mapping(text: str) -> dict[str, object]:

@@ -26,6 +26,11 @@ class Splice:
         self._codes: SparseCodes | None = None
 
     @property
+    def never_ran(self) -> bool:
+        """Whether the network has not run the module since."""
+        return self._codes is None
+
+    @property
     def codes(self) -> SparseCodes:
         """z of all rows, before they were edited: batch and position in one axis, the position running faster.
 
@@ -42,16 +47,18 @@ class Splice:
         """What takes the place of `old` [..., d_out] where `read` [..., d_in] was read."""
         if read is None or old is None:
             raise UsageError("the module has no tensor there; name another module")
-        weights = self.sae.W_dec
-        x = read.flatten(0, -2).to(weights)
+        x = read.reshape(-1, read.shape[-1]).to(self.sae.W_dec)
         codes = self._encoded(x)
-        x_hat = self.sae.decode(codes, x)
-        if x_hat.numel() != old.numel():
-            raise UsageError(f"the SAE gives {list(x_hat.shape)} in the place of activations {list(old.shape)}")
-        edited = self._edited(codes, x_hat, x)
+        if old.numel() != len(x) * self.sae.d_out:
+            given = [len(x), self.sae.d_out]
+            raise UsageError(f"the SAE gives {given} in the place of activations {list(old.shape)}")
         if self.keep_error:
-            return old + (edited - x_hat.detach()).to(old).view_as(old)
-        return edited.to(old).view_as(old)
+            change = self._change(codes)
+            return old if change is None else old + change.to(old).view_as(old)
+        x_hat = self.sae.decode(codes, x) if self._sets() else self.sae.decode(self._edited(codes), x)
+        if self._sets():
+            x_hat = x_hat + self._set(codes)
+        return x_hat.to(old).view_as(old)
 
     def _encoded(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
         """Codes whose gradient can be asked for, where gradients are computed at all."""
@@ -63,21 +70,41 @@ class Splice:
         self._codes = codes
         return codes
 
-    def _edited(
-        self, codes: SparseCodes, x_hat: Float[Tensor, "n d_out"], x: Float[Tensor, "n d_in"]
-    ) -> Float[Tensor, "n d_out"]:
-        """The reconstruction by what the codes are made into."""
+    def _change(self, codes: SparseCodes) -> Float[Tensor, "n d_out"] | None:
+        """decode(z') - decode(z), in which neither b_dec nor a skip connection is left; None: nothing changes."""
+        written = codes.decode(self.sae.W_dec) if torch.is_grad_enabled() or (self.edit and not self._sets()) else None
+        # Without an edit the difference is 0, and its gradient is what codes are asked for.
+        still = None if written is None else written - written.detach()
         if self.edit is None:
-            return x_hat
-        if not isinstance(self.edit, Mapping):
-            edited = self.edit(codes)
-            if tuple(edited.shape) != codes.shape:
-                raise UsageError(f"the edit gives {list(edited.shape)} for codes {list(codes.shape)}; keep their shape")
-            return self.sae.decode(edited, x)
-        latents = torch.tensor(list(self.edit), device=x.device)
-        wanted = torch.tensor(list(self.edit.values()), device=x.device, dtype=x.dtype)
-        had = [_of_latent(codes, latent) for latent in self.edit]
-        return x_hat + (wanted - torch.stack(had, dim=1)) @ self.sae.W_dec[latents]
+            return still
+        if self._sets():
+            return self._set(codes) if still is None else still + self._set(codes)
+        assert written is not None
+        edited = self._edited(codes)
+        z = edited @ self.sae.W_dec if isinstance(edited, Tensor) else edited.decode(self.sae.W_dec)
+        return z - written.detach()
+
+    def _sets(self) -> bool:
+        """Whether the edit is a mapping."""
+        return isinstance(self.edit, Mapping)
+
+    def _set(self, codes: SparseCodes) -> Float[Tensor, "n d_out"]:
+        """What x_hat changes by where latents are set to values, in float32."""
+        assert isinstance(self.edit, Mapping)
+        rows = self.sae.W_dec[torch.tensor(list(self.edit), device=codes.values.device)].float()
+        wanted = torch.tensor(list(self.edit.values()), device=rows.device, dtype=rows.dtype)
+        return (wanted - torch.stack([_of_latent(codes, latent) for latent in self.edit], dim=1).float()) @ rows
+
+    def _edited(self, codes: SparseCodes) -> SparseCodes | Tensor:
+        """What a function makes of codes; of a copy, as it may work in place."""
+        if self.edit is None or isinstance(self.edit, Mapping):
+            return codes
+        edited: object = self.edit(SparseCodes(codes.values.clone(), codes.indices, codes.d_sae))
+        if not isinstance(edited, SparseCodes | Tensor):
+            raise UsageError(f"the edit must return codes or a matrix of them, got {type(edited).__name__}")
+        if tuple(edited.shape) != codes.shape:
+            raise UsageError(f"the edit gives {list(edited.shape)} for codes {list(codes.shape)}; keep their shape")
+        return edited.to(self.sae.W_dec.dtype) if isinstance(edited, Tensor) else edited
 
 
 @contextmanager
@@ -107,23 +134,45 @@ def splice(
 
     Gradients: `spliced.codes.values.grad` is that of the loss in each code, which for a small change dz tells what it
     does to the loss, grad · dz (attribution patching). With keep_error the gradient in x is the network's own, past the
-    SAE; without, it goes through the SAE.
+    SAE; without, it goes through the SAE. Where a network computes activations anew on the way back (checkpointing
+    without re-entrance) there is none.
 
     Sources: Marks et al. 2024, "Sparse Feature Circuits" (the error kept, attributions); Templeton et al. 2024,
     "Scaling Monosemanticity" (latents set to values).
 
     Raises:
-        UsageError: the network has no such module, or the SAE no such latent.
+        UsageError: the network has no such module or does not run it, or the SAE has no such latent.
     """
-    if isinstance(edit, Mapping):
-        wrong = [str(latent) for latent in edit if not 0 <= latent < sae.d_sae]
-        if wrong:
-            raise UsageError(f"latents are numbered 0 to {sae.d_sae - 1}, got {', '.join(wrong)}")
+    _require(sae, edit, reads)
     spliced = Splice(sae, edit or None, keep_error)
     transcodes = sae.config.transcodes
     places: tuple[Reads, Reads] = ("input", "output") if transcodes else (reads, reads)
     with replaced(module_named(network, module), spliced.replace, *places):
         yield spliced
+    if spliced.never_ran:
+        raise UsageError(
+            "the network did not run the module while the SAE was spliced in; call it within `with`, and compile it "
+            "there or not at all: what was compiled before ignores it"
+        )
+
+
+def _require(sae: object, edit: object, reads: object) -> None:
+    """Refuses what cannot be spliced in."""
+    if not isinstance(sae, SAE):
+        raise UsageError(f"an SAE is spliced in, got {type(sae).__name__}; sae.load or sae.formats.load gives one")
+    if reads not in ("output", "input"):
+        raise UsageError(f"reads must be output or input, got {reads!r}")
+    if isinstance(edit, Mapping):
+        wrong = [repr(latent) for latent in edit if type(latent) is not int or not 0 <= latent < sae.d_sae]
+        if wrong:
+            raise UsageError(f"latents are numbered 0 to {sae.d_sae - 1}, got {', '.join(wrong)}")
+        strange = [repr(value) for value in edit.values() if not isinstance(value, int | float)]
+        if strange:
+            raise UsageError(
+                f"latents are set to numbers, got {', '.join(strange)}; a function of the codes can do more"
+            )
+    elif edit is not None and not callable(edit):
+        raise UsageError(f"edit must be {{latent: value}} or a function of the codes, got {edit!r}")
 
 
 def _of_latent(codes: SparseCodes, latent: int) -> Float[Tensor, " n"]:

@@ -101,6 +101,7 @@ def _read_member(folder: Path, row: dict[str, Any], varies: Sequence[str]) -> Me
     own_options = [key for key in without_seed if key.startswith("sae.") and key not in ("sae.kind", "sae.d_sae")]
     on = {key: value for key, value in values.items() if key.startswith("source.")}
     kind = f"{method_name(config['sae']['kind'])}, {config['sae']['d_sae']:,} latents"
+    kind += f", refine {config['sae']['refine']:g}" if config["sae"].get("refine") else ""
     point = Point(
         name=row["name"],
         group=", ".join([kind, *(_value(value) for value in on.values())]),

@@ -30,9 +30,9 @@ class BudgetConfig(SAEConfig):
     @model_validator(mode="after")
     def _k_fits(self) -> BudgetConfig:
         require_k_fits(self.k, self.d_sae)
-        if self.k_start is not None and not self.k < self.k_start <= self.d_sae:
+        if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
             raise ValueError(
-                f"k_start must lie above k={self.k:g} and be at most d_sae={self.d_sae}, got {self.k_start:g}; "
+                f"k_start must be at least k={self.k:g} and at most d_sae={self.d_sae}, got {self.k_start:g}; "
                 "k falls from it to k"
             )
         return self
@@ -63,7 +63,7 @@ class Budget(Sparsifier):
             self.k = self.allowed(self.k_end + left * (self.k_start - self.k_end))
 
     def details(self) -> dict[str, Scalar]:
-        return {} if self.k_start is None else {"k": float(self.k)}
+        return {} if self.k_start in (None, self.k_end) else {"k": float(self.k)}
 
     def allowed(self, k: float) -> float:
         """The nearest k that can be asked for."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
-from sae.sparsifiers.batchtopk import BatchTopKConfig
+from sae.sparsifiers.batchtopk import BatchTopK, BatchTopKConfig
 
 # k at the beginning, in units of k. More finds more features in small worlds and leaves more of a language model's
 # activations unexplained (docs/architectures.md).
@@ -21,16 +21,17 @@ class RefinedConfig(BatchTopKConfig):
     refine: float = Field(default=0.3, gt=0, le=1)
     """The part of what the first codes leave over that is added to the activation."""
     k_start: float | None = Field(default=None, gt=0)
-    """k at the beginning, from where it falls linearly to k; default 2 k, null: k throughout."""
+    """k at the beginning, from where it falls linearly to k; default 2 k, or d_sae; k: throughout."""
     k_anneal_fraction: float = Field(default=0.5, gt=0, le=1)
     """First part of the run over which k falls."""
 
-    @model_validator(mode="before")
+    @field_validator("refine", mode="before")
     @classmethod
-    def _begins_with_many(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or "k_start" in given:
-            return given
-        k, d_sae = given.get("k"), given.get("d_sae")
-        if not isinstance(k, int | float) or not isinstance(d_sae, int) or not 0 < k < d_sae:
-            return given  # refused elsewhere
-        return given | {"k_start": min(START * k, d_sae)}
+    def _selects_twice(cls, refine: object) -> object:
+        if isinstance(refine, int | float) and refine <= 0:
+            raise ValueError(f"must lie above 0, got {refine:g}; kind batchtopk selects once")
+        return refine
+
+    def build(self) -> BatchTopK:
+        start = min(START * self.k, float(self.d_sae)) if self.k_start is None else self.k_start
+        return BatchTopK(self.k, start, self.k_anneal_fraction, self.refine)
