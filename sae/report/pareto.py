@@ -90,6 +90,8 @@ def trade_off(
         layout["shapes"].append(
             {**_level(0.0), "xref": "x", "yref": "paper", "x0": truth, "x1": truth, "y0": 0, "y1": 1}
         )
+        l0s = [point.result[L0] for point in done] or [truth]
+        late = truth > (min(l0s) + max(l0s)) / 2  # on the right, where words would leave the figure
         layout["annotations"].append(
             {
                 "text": f"the truth fires {truth:.2f}",
@@ -97,8 +99,8 @@ def trade_off(
                 **{
                     "xref": "x",
                     "x": float(np.log10(truth)) if "type" in across else truth,
-                    "xanchor": "left",
-                    "xshift": 3,
+                    "xanchor": "right" if late else "left",
+                    "xshift": -3 if late else 3,
                 },
                 **{"yref": "paper", "y": 0, "yanchor": "bottom"},
             }
