@@ -52,13 +52,15 @@ class Splice:
         if old.numel() != len(x) * self.sae.d_out:
             given = [len(x), self.sae.d_out]
             raise UsageError(f"the SAE gives {given} in the place of activations {list(old.shape)}")
-        if self.keep_error:
-            change = self._change(codes)
-            return old if change is None else old + change.to(old).view_as(old)
-        x_hat = self.sae.decode(codes, x) if self._sets() else self.sae.decode(self._edited(codes), x)
-        if self._sets():
-            x_hat = x_hat + self._set(codes)
-        return x_hat.to(old).view_as(old)
+        change = self._change(codes)
+        if not self.keep_error:
+            x_hat = self.sae.decode(codes, x)
+            return (x_hat if change is None else x_hat + change).to(old).view_as(old)
+        if torch.is_grad_enabled():  # 0, whose gradient is what codes are asked for
+            written = codes.decode(self.sae.W_dec)
+            still = written - written.detach()
+            change = still if change is None else change + still
+        return old if change is None else old + change.to(old).view_as(old)
 
     def _encoded(self, x: Float[Tensor, "n d_in"]) -> SparseCodes:
         """Codes whose gradient can be asked for, where gradients are computed at all."""
@@ -71,40 +73,24 @@ class Splice:
         return codes
 
     def _change(self, codes: SparseCodes) -> Float[Tensor, "n d_out"] | None:
-        """decode(z') - decode(z), in which neither b_dec nor a skip connection is left; None: nothing changes."""
-        written = codes.decode(self.sae.W_dec) if torch.is_grad_enabled() or (self.edit and not self._sets()) else None
-        # Without an edit the difference is 0, and its gradient is what codes are asked for.
-        still = None if written is None else written - written.detach()
+        """decode(z') - decode(z), in which neither b_dec nor a skip connection is left; None without an edit."""
+        W_dec = self.sae.W_dec
         if self.edit is None:
-            return still
-        if self._sets():
-            return self._set(codes) if still is None else still + self._set(codes)
-        assert written is not None
-        edited = self._edited(codes)
-        z = edited @ self.sae.W_dec if isinstance(edited, Tensor) else edited.decode(self.sae.W_dec)
-        return z - written.detach()
-
-    def _sets(self) -> bool:
-        """Whether the edit is a mapping."""
-        return isinstance(self.edit, Mapping)
-
-    def _set(self, codes: SparseCodes) -> Float[Tensor, "n d_out"]:
-        """What x_hat changes by where latents are set to values, in float32."""
-        assert isinstance(self.edit, Mapping)
-        rows = self.sae.W_dec[torch.tensor(list(self.edit), device=codes.values.device)].float()
-        wanted = torch.tensor(list(self.edit.values()), device=rows.device, dtype=rows.dtype)
-        return (wanted - torch.stack([_of_latent(codes, latent) for latent in self.edit], dim=1).float()) @ rows
-
-    def _edited(self, codes: SparseCodes) -> SparseCodes | Tensor:
-        """What a function makes of codes; of a copy, as it may work in place."""
-        if self.edit is None or isinstance(self.edit, Mapping):
-            return codes
-        edited: object = self.edit(SparseCodes(codes.values.clone(), codes.indices, codes.d_sae))
+            return None
+        if isinstance(self.edit, Mapping):  # in float32: what is small beside x_hat must not be lost
+            rows = W_dec[torch.tensor(list(self.edit), device=W_dec.device)].float()
+            wanted = torch.tensor(list(self.edit.values()), device=rows.device, dtype=rows.dtype)
+            had = torch.stack([_of_latent(codes, latent) for latent in self.edit], dim=1)
+            return (wanted - had.float()) @ rows
+        edited: object = self.edit(
+            SparseCodes(codes.values.clone(), codes.indices, codes.d_sae)
+        )  # it may work in place
         if not isinstance(edited, SparseCodes | Tensor):
             raise UsageError(f"the edit must return codes or a matrix of them, got {type(edited).__name__}")
         if tuple(edited.shape) != codes.shape:
             raise UsageError(f"the edit gives {list(edited.shape)} for codes {list(codes.shape)}; keep their shape")
-        return edited.to(self.sae.W_dec.dtype) if isinstance(edited, Tensor) else edited
+        written = edited.to(W_dec.dtype) @ W_dec if isinstance(edited, Tensor) else edited.decode(W_dec)
+        return written - codes.decode(W_dec)
 
 
 @contextmanager
