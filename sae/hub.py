@@ -51,7 +51,7 @@ class Address(NamedTuple):
         """What the folder or file is called."""
         return posixpath.basename(self.inside or self.repo)
 
-    def beside(self, name: str) -> str:
+    def file(self, name: str) -> str:
         """The path of a file in the folder."""
         return posixpath.join(self.inside, name)
 
@@ -91,7 +91,7 @@ def local(path: str | Path, names: Sequence[str], otherwise: str = "") -> Path:
     address = address_of(path)
     if address is None:
         return Path(path)
-    wanted = [*([address.inside] if address.inside else []), *(address.beside(name) for name in names)]
+    wanted = [*([address.inside] if address.inside else []), *(address.file(name) for name in names)]
     hub = _library()
     files = _listed(hub, address)
     if files is not None and not set(wanted) & set(files):
@@ -130,7 +130,7 @@ def existing(path: str | Path, names: Sequence[str]) -> list[str]:
     try:
         if not api.repo_exists(address.repo):
             return []
-        places = {address.beside(name): name for name in names}
+        places = {address.file(name): name for name in names}
         found = api.get_paths_info(address.repo, list(places), revision=address.revision)
     except Exception as error:  # as above
         raise _refused(address, "looked at", error) from error
@@ -155,7 +155,7 @@ def written(path: str | Path, library: str, base_model: object = None) -> Iterat
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
         made = sorted(file for file in Path(folder).iterdir() if not file.name.startswith("."))
-        files = {address.beside(file.name): file for file in made}
+        files = {address.file(file.name): file for file in made}
         api, card = hub.HfApi(), _card(address, library, base_model)
         try:
             changes: list[Any] = [hub.CommitOperationAdd(place, file) for place, file in files.items()]
