@@ -115,7 +115,7 @@ class Engine:
         self.dense_products = sae.sparsifier.passes_positive and len(self.prefixes) == 1
         self.dense = sae.sparsifier.passes_positive
         self.buffer = Buffers(sae.W_dec.dtype, sae.W_dec.device)
-        self.refinement = Refinement(sae.sparsifier.refine, self.buffer) if sae.sparsifier.refine else None
+        self.refinement = Refinement(sae.sparsifier.refine, self.buffer)
         self.l0 = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
 
     def step(
@@ -180,7 +180,7 @@ class Engine:
                 wanted -= x @ self.sae.W_skip.detach()
             wanted = wanted.contiguous()
         codes = self._choose(x)
-        if codes is None or self.refinement is None:
+        if codes is None or not self.refinement.rate:
             return Begun(x, wanted, codes)
         first, codes = self.refinement.again(self.kernels, state, codes, x, wanted, self._choose)
         return Begun(x, wanted, None) if codes is None else Begun(first.x[: len(x)], wanted, codes, first)
@@ -234,14 +234,13 @@ class Engine:
             gradient, codes = kernels.unroll(codes, decoded, x, state)
             gradients = torch.zeros_like(codes.values)
         n_codes, firing = None, None
-        by_reading = codes.levels is not None and codes.reading != -1
-        if by_reading or first is not None:  # not all of what the plan has fires in inference
+        if first is not None or codes.reading != -1:  # not all of what the plan has fires in inference
             fires = codes.values > 0
-            if by_reading and codes.levels is not None:
-                fires &= codes.levels <= codes.reading
+            if codes.levels is not None:
+                fires &= codes.levels <= codes.reading % len(codes.weights)
             firing = torch.zeros_like(state.window_firing).index_add_(0, codes.latents, fires.long())
             n_codes = fires.sum()
-        if first is not None and self.refinement is not None:
+        if first is not None:
             x, gradient, codes, gradients = self.refinement.back(kernels, state, first, codes, gradients, gradient)
         plan = kernels.invert(codes, gradients, self.sae.d_sae)
         l0 = (plan.n_codes if n_codes is None else n_codes) / batch
@@ -359,7 +358,7 @@ class Engine:
             "precision": self.kernels.precision,
             "kernels": self.kernels.name,
             "cut": self.kernels.cut,
-            "refined_cut": 0.0 if self.refinement is None else self.refinement.cut,
+            "refined_cut": self.refinement.cut,
         }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -389,8 +388,7 @@ class Engine:
         state.window_firing.copy_(tensors["window_firing"])
         self.l0.copy_(tensors["l0"])
         self.dense, self.kernels.cut = values["dense"], values["cut"]
-        if self.refinement is not None:
-            self.refinement.cut = values["refined_cut"]
+        self.refinement.cut = values.get("refined_cut", 0.0)  # not in checkpoints from before
         self.kernels.refresh(state)
         state.norms.copy_(tensors["norms"])
 

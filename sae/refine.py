@@ -45,7 +45,7 @@ class Twice(NamedTuple):
 
 
 class Refinement:
-    """The second selection of an engine's steps; `rate` is eta."""
+    """The second selection of an engine's steps; `rate` is eta, 0 where there is none."""
 
     def __init__(self, rate: float, buffer: Buffers) -> None:
         self.rate, self.buffer = rate, buffer
