@@ -108,6 +108,7 @@ def test_a_batch_whose_codes_do_not_fit_is_differentiated(case, options, monkeyp
         monkeypatch.setattr(engine, "_choose", choose)
         terms, expected = (by(x, Now.at(number + 1, RATE, 1.0), DEAD) for by in (with_unit(engine), judge.step))
         same_terms(terms, expected)
+        assert len(calls) == fails.get(number, 2), "a selection that fails is the last one"
     same_weights(engine, judge, 1e-9)
 
 
