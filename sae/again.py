@@ -25,7 +25,9 @@ from sae.stores import StoreSourceConfig
 DOWNSTREAM = tuple(f"metrics/{name}" for name in ("ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "kl"))
 
 
-def evaluate_run(out: Path, diagnose: bool = False, downstream: bool = False, device: str | None = None) -> Evaluation:
+def evaluate_run(
+    out: str | Path, diagnose: bool = False, downstream: bool = False, device: str | None = None
+) -> Evaluation:
     """Measures a finished run again, on its own source's held-out activations, and writes the result.
 
     With `diagnose` also where its F1 went, and which features it misses and why; with `downstream` what the language
@@ -36,11 +38,12 @@ def evaluate_run(out: Path, diagnose: bool = False, downstream: bool = False, de
         UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
             diagnosis is asked for where the true features are not known.
     """
-    return measure_again(out, *open_again(out, device), diagnose, downstream, device)
+    return measure_again(Path(out), *open_again(out, device), diagnose, downstream, device)
 
 
-def open_again(out: Path, device: str | None = None) -> tuple[SAE, TrainConfig, Source]:
+def open_again(out: str | Path, device: str | None = None) -> tuple[SAE, TrainConfig, Source]:
     """A finished run's SAE, configuration and source; `device` is where that one's language model computes."""
+    out = Path(out)
     sae = load(out)
     if not (out / CONFIG).exists():
         raise UsageError(f"{out} is an SAE without a run ({CONFIG}); say on what to measure it with --source")

@@ -11,6 +11,7 @@ from torch import Tensor
 from sae import losses
 from sae.codes import SparseCodes
 from sae.kernels import Rows, Scalar, State
+from sae.levels import Levels
 from sae.model import SAE
 
 
@@ -28,16 +29,18 @@ class Differentiated(NamedTuple):
     rows: Rows
 
 
-def differentiated(sae: SAE, state: State, x: Tensor, target: Tensor, sparsity: Scalar) -> Differentiated:
+def differentiated(
+    sae: SAE, state: State, levels: Levels, x: Tensor, target: Tensor, sparsity: Scalar
+) -> Differentiated:
     """The sparsifier's objective on centred activations, its penalty times `sparsity`, and their gradients."""
-    sparsifier, config = sae.sparsifier, sae.config
+    sparsifier = sae.sparsifier
     leaves = [weight.detach().requires_grad_() for weight in (state.encoder, state.W_dec, state.b_enc)]
     encoder, W_dec, b_enc = leaves
     offset = torch.zeros_like(target).requires_grad_()  # its gradient is that of x_hat
 
     def error(codes: SparseCodes, W_dec: Tensor) -> Tensor:
         wanted = target - (offset if W_dec.requires_grad else offset.detach())
-        return losses.nested_reconstruction(codes, W_dec, wanted, config.widths, config.shares)
+        return losses.nested_reconstruction(codes, W_dec, wanted, levels.of, levels.weights, levels.detached)
 
     with torch.enable_grad():
         read = x

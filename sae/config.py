@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -69,6 +70,10 @@ class SAEConfig(Family):
     """Matryoshka: widths whose first latents alone must reconstruct, ascending to d_sae; default all latents only."""
     prefix_weights: tuple[float, ...] | None = None
     """Share of each prefix in the loss, normalised to sum to 1; default equal shares."""
+    detach_prefixes: bool = False
+    """Each prefix but the last trains its own latents only, and takes what narrower ones reconstruct as given."""
+    sort_prefixes: bool = False
+    """Prefixes take the latents that fire most often; the trained SAE has them in this order."""
     aux_coefficient: float = Field(default=0.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
     aux_k: int | None = Field(default=None, gt=0)
@@ -88,6 +93,11 @@ class SAEConfig(Family):
                 f"prefix_weights must be positive, one for each of the prefixes {list(self.widths)}, "
                 f"got {list(weights)}; give {len(self.widths)} of them, or set prefixes"
             )
+        for name in ("detach_prefixes", "sort_prefixes"):
+            if getattr(self, name) and len(self.widths) == 1:
+                raise ValueError(
+                    f"{name} needs several prefixes, got {list(self.widths)}; set prefixes, or leave it out"
+                )
         return self
 
     @property
@@ -321,20 +331,19 @@ def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = (), wher
 def override(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The mapping with values under dotted names set: whole sections first, then `kind`, which decides what others
     there are."""
-    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in mapping.items()}
-    for name in sorted(values, key=lambda name: ("." in name, not name.endswith(".kind"))):
-        section, _, key = name.partition(".")
-        value = values[name]
-        if not key:
-            result[section] = value
-            continue
-        if not isinstance(result.get(section), dict):
-            result[section] = {}
-        if key == "kind" and result[section].get("kind") != value:
+    result = deepcopy(dict(mapping))
+    families: dict[str, dict[str, type[Family]]] = {"sae": SAEConfig.kinds, "source": SourceConfig.kinds}
+    for name in sorted(values, key=lambda name: (name.count("."), not name.endswith(".kind"))):
+        *sections, key = name.split(".")
+        place, value = result, values[name]
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
+        family = families.get(sections[0], {}) if sections else {}
+        if key == "kind" and place.get("kind") != value and isinstance(value, str) and value in family:
             # Another kind has other options: keep what both understand, so that the file need not change.
-            family: dict[str, type[Family]] = {"sae": SAEConfig.kinds, "source": SourceConfig.kinds}.get(section, {})
-            if isinstance(value, str) and value in family:
-                known = family[value].model_fields
-                result[section] = {k: v for k, v in result[section].items() if k in known}
-        result[section][key] = value
+            for other in place.keys() - family[value].model_fields.keys():
+                del place[other]
+        place[key] = value
     return result

@@ -24,23 +24,23 @@ from torch import Tensor
 
 from sae.by_autograd import differentiated
 from sae.config import KernelName, MomentsName, PrecisionName
+from sae.dense_step import dense_by_blocks
 from sae.errors import UsageError
-from sae.gradients import Change, Gradients, clipped, inner_product_, with_extra
+from sae.gradients import Gradients, clipped, with_extra
 from sae.kernels import (
     WEIGHTS,
     Buffers,
+    Change,
     Codes,
-    DenseStep,
     Rows,
-    Scalar,
     State,
     base,
-    blocks,
     choose,
     host_sees,
     products,
     sparse_share,
 )
+from sae.levels import Levels
 from sae.model import SAE
 from sae.optim import Now, adam_
 from sae.parts import whole_batch
@@ -109,10 +109,8 @@ class Engine:
         own_penalty = kind.penalty is not Sparsifier.penalty or kind.objective is not Sparsifier.objective
         self.by_autograd = own_penalty and kind.differentiate is Sparsifier.differentiate
         self.error_is_mse = kind.differentiate is Sparsifier.differentiate  # of codes that are read once
-        self.prefixes, self.weights = sae.config.widths, sae.config.shares
-        ends = torch.tensor(self.prefixes, device=sae.W_dec.device)
-        self.level_of = torch.bucketize(torch.arange(sae.d_sae, device=ends.device), ends, right=True, out_int32=True)
-        self.dense_products = sae.sparsifier.passes_positive and len(self.prefixes) == 1
+        self.levels = Levels(sae.config, sae.W_dec.device)
+        self.dense_products = sae.sparsifier.passes_positive and not self.levels.several
         self.dense = sae.sparsifier.passes_positive
         self.buffer = Buffers(sae.W_dec.dtype, sae.W_dec.device)
         self.refinement = Refinement(sae.sparsifier.refine, self.buffer)
@@ -207,7 +205,7 @@ class Engine:
         if self.clip_norm is not None:
             own = [weight.grad for weight, _, _ in self.own.values() if weight.grad is not None]
             change = clipped(self.kernels, self.state, change, own, self.clip_norm)
-        self.kernels.update_(self.state, now, *change)
+        self.kernels.update_(self.state, now, change)
         self.l0.copy_(terms.l0)
         sparsifier.observe_(terms.l0, now.sparsity)
         for weight, first, second in self.own.values():
@@ -221,9 +219,7 @@ class Engine:
         self, x: Tensor, target: Tensor, codes: Codes, first: First | None, now: Now, dead: Tensor
     ) -> tuple[Terms, Change]:
         kernels, state, batch = self.kernels, self.state, len(x)
-        if len(self.prefixes) > 1:
-            levels = self.level_of.index_select(0, codes.latents)
-            codes = codes._replace(levels=levels, weights=self.weights)
+        codes = self.levels.split(codes)
         decode = Decode(kernels, state, target)
         decoded, gradients, error, penalty, cost, pull = self.sae.sparsifier.differentiate(codes, decode, now.sparsity)
         auxiliary, extra = self._auxiliary(x, decoded.gradient, dead, codes)
@@ -257,7 +253,8 @@ class Engine:
         """z = max(0, pre) with most of z positive: five dense products."""
         kernels, state, cost = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity) / len(x)
         at_once = kernels.dense_step(x, state, target, cost)
-        rows, gradient, firing, squares, code_sum, plan = at_once or self._dense_by_blocks(x, target, cost)
+        by_blocks = at_once or dense_by_blocks(kernels, state, self.buffer, x, target, cost)
+        rows, gradient, firing, squares, code_sum, plan = by_blocks
         auxiliary, extra = self._auxiliary(x, gradient, dead)
         self._skip(x, gradient)
         mse = squares / len(x)
@@ -266,35 +263,9 @@ class Engine:
             return terms, Change(x, gradient, plan, extra, firing, cost if state.weighted else 0.0)
         return terms, Change(x, gradient, extra=with_extra(rows, extra), firing=firing)
 
-    def _dense_by_blocks(self, x: Tensor, target: Tensor, cost: Scalar) -> DenseStep:
-        """A block of rows at a time."""
-        kernels, state, buffer = self.kernels, self.state, self.buffer
-        rows = Rows(None, buffer("encoder", state.encoder.shape), buffer("W_dec", state.W_dec.shape), x.new_zeros(0))
-        gradient, squares, code_sum = buffer("gradient", target.shape), x.new_zeros(()), x.new_zeros(())
-        bias, charged = torch.zeros_like(state.b_enc), torch.zeros_like(state.b_enc)
-        firing = torch.zeros_like(state.silent_samples)
-        for block in blocks(len(x), self.sae.d_sae, base.DENSE_BLOCK_ENTRIES):
-            part, add = x[block], block.start > 0
-            z = kernels.relu(part, state)
-            residual = torch.mm(z.values, state.W_dec, out=gradient[block]).sub_(target[block])
-            squares += residual.square().sum()
-            own = residual.mul_(2 / len(x))
-            through = torch.mm(own, state.W_dec.T, out=buffer("through", tuple(z.values.shape)))
-            masked, g_bias = kernels.relu_backward(through, z, state, cost)
-            inner_product_(rows.encoder, masked, part, add)
-            inner_product_(rows.W_dec, z.values, own, add)
-            bias += g_bias
-            firing += z.firing
-            code_sum += z.code_sums.sum()
-            if state.charged_norms is not None:
-                charged += z.values.sum(dim=0)
-        if state.charged_norms is not None:
-            rows.W_dec.addcmul_((cost * charged / state.norms.clamp_min(1e-12))[:, None], state.W_dec)
-        return DenseStep(rows._replace(b_enc=bias), gradient, firing, squares, code_sum)
-
     def _by_autograd(self, x: Tensor, target: Tensor, now: Now, dead: Tensor) -> tuple[Terms, Change]:
         """For any differentiable sparsifier; also what a batch falls back to whose codes do not fit their slots."""
-        found = differentiated(self.sae, self.state, x, target, now.sparsity)
+        found = differentiated(self.sae, self.state, self.levels, x, target, now.sparsity)
         residual = found.codes.decode(self.state.W_dec) - target
         auxiliary, extra = self._auxiliary(found.read, residual * (2 / len(x)), dead)
         self._skip(x, found.gradient)
@@ -325,8 +296,18 @@ class Engine:
             rows = (torch.zeros_like(rows[0]), rows[0] + rows[1], torch.zeros_like(rows[2]))
         return value, Rows(latents, *(alpha * row for row in rows))
 
+    def take_firing(self) -> Int[Tensor, " d_sae"]:
+        """In how many samples each latent fired since the last call."""
+        taken = self.state.window_firing.clone()
+        self.levels.count_(taken)
+        self.state.window_firing.zero_()
+        self.levels.counted.zero_()
+        return taken
+
     def refresh(self, step: int) -> None:
-        """Decides from the last step's L0 whether a ReLU's next steps are dense. Here the host waits for the device."""
+        """Sorts the prefixes, and decides from the last step's L0 whether a ReLU's next steps are dense. Here the host
+        waits for the device."""
+        self.levels.look_(self.state.window_firing)
         if not (self.sae.sparsifier.passes_positive and step):
             return
         share = float(self.l0) / self.sae.d_sae
@@ -353,7 +334,7 @@ class Engine:
             tensors |= {f"adam.{name}.exp_avg": first, f"adam.{name}.exp_avg_sq": second}
         counters = {"silent_samples": state.silent_samples, "window_firing": state.window_firing, "l0": self.l0}
         counters["norms"] = state.norms  # what an update left, to the bit
-        return tensors | counters, {
+        return tensors | counters | self.levels.saved(), {
             "dense": self.dense,
             "precision": self.kernels.precision,
             "kernels": self.kernels.name,
@@ -387,6 +368,7 @@ class Engine:
         state.silent_samples.copy_(tensors["silent_samples"])
         state.window_firing.copy_(tensors["window_firing"])
         self.l0.copy_(tensors["l0"])
+        self.levels.restore(tensors)
         self.dense, self.kernels.cut = values["dense"], values["cut"]
         self.refinement.cut = values.get("refined_cut", 0.0)  # not in checkpoints from before
         self.kernels.refresh(state)

@@ -8,33 +8,16 @@ update serves both ways.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels import Kernels, Rows, Scalar, State
-from sae.kernels.native import DensePlan, Native
-from sae.kernels.plain import rows_of_plan
-from sae.kernels.reference import Reference
+from sae.kernels import Change, Kernels, Rows, Scalar, State
 
 # Columns up to which a product is faster by its transpose.
 NARROW = 256
-
-
-class Change(NamedTuple):
-    """What `Kernels.update_` changes the weights by; it names the parts."""
-
-    x: Float[Tensor, "batch d_in"]
-    gradient: Float[Tensor, "rows d_out"]
-    plan: Any = None
-    extra: Rows | None = None
-    firing: Int[Tensor, " d_sae"] | None = None
-    cost: Scalar = 0.0
-    pull: Float[Tensor, " d_sae"] | None = None
-    n_samples: int | None = None
-    """Where x has more rows than there were activations."""
 
 
 class Gradients(NamedTuple):
@@ -49,7 +32,7 @@ class Gradients(NamedTuple):
     def of(cls, kernels: Kernels, state: State, change: Change) -> Gradients:
         """As the update would have them: those of decoder rows of norm 1 are projected, penalties on norms are in."""
         x, gradient, plan, extra, firing, cost, pull, n_samples = change
-        (g_encoder, g_decoder, g_bias), sums, fires = _of_codes(kernels, state, x, gradient, plan)
+        (g_encoder, g_decoder, g_bias), sums, fires = kernels.gradient_rows(state, x, gradient, plan)
         with_extra(Rows(None, g_encoder, g_decoder, g_bias), extra)
         if state.unit_norm:
             g_decoder -= (g_decoder * state.W_dec).sum(dim=1, keepdim=True) * state.W_dec
@@ -87,19 +70,6 @@ class Gradients(NamedTuple):
         gradient = like.new_zeros(self.n_samples, len(self.through_x_hat))
         gradient[0] = self.through_x_hat
         return Change(x, gradient, extra=rows, firing=self.firing)
-
-
-def _of_codes(
-    kernels: Kernels, state: State, x: Tensor, gradient: Tensor, plan: Any
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """`Reference.gradient_rows`. Those in C have it for dense steps alone: their other plan is torch's."""
-    if isinstance(kernels, Reference):
-        return kernels.gradient_rows(state, x, gradient, plan)
-    if isinstance(plan, DensePlan):
-        return cast(Native, kernels).gradient_rows(state, x, gradient, plan)
-    if plan is None:
-        return Reference().gradient_rows(state, x, gradient, None)
-    return rows_of_plan(state, x, gradient, plan, int(plan.offsets[-1]))
 
 
 def with_extra(rows: Rows, extra: Rows | None) -> Rows:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.codes import SparseCodes
@@ -26,15 +26,22 @@ def nested_reconstruction(
     codes: SparseCodes,
     W_dec: Float[Tensor, "d_sae d"],
     target: Float[Tensor, "batch d"],
-    prefixes: Sequence[int],
+    levels: Int[Tensor, " d_sae"],
     weights: Sequence[float],
+    detached: bool = False,
 ) -> Float[Tensor, ""]:
-    """sum_l w_l |target - z_{:m_l} W_dec_{:m_l}|^2: the first m_l latents alone reconstruct as well as they can.
+    """sum_l w_l |r_l|^2 with r_l = target - sum of z_j W_dec_j over the latents of levels up to l: those of the first
+    levels alone reconstruct as well as they can.
 
-    Matryoshka SAEs (Bussmann et al. 2025, section 3); one prefix of all latents is the plain reconstruction.
+    Matryoshka SAEs (Bussmann et al. 2025, section 3); one level is the plain reconstruction. Where they are
+    `detached`, all but the last term take the levels before their own as given: r_l = constant(r_{l-1}) - own.
     """
-    z = codes.dense()
-    errors = [reconstruction(target, z[:, :m] @ W_dec[:m]) for m in prefixes]
+    z, left, whole, errors = codes.dense(), target, target, []
+    for level in range(len(weights)):
+        own = z.masked_fill(levels != level, 0) @ W_dec
+        whole = whole - own
+        left = whole if level + 1 == len(weights) or not (detached and level) else left.detach() - own
+        errors.append(left.square().sum(dim=1).mean())
     return torch.stack([w * error for w, error in zip(weights, errors, strict=True)]).sum()
 
 

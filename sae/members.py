@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 from types import TracebackType
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -48,9 +49,10 @@ class Members:
             )
         if on_cpu and cores > 1 and len(trainers) > 1 and len(bf16) == 1:
             n = min(cores, len(trainers))
-            self.pool = ThreadPoolExecutor(n, "member", torch.set_num_threads, (cores // n,))
-            list(self.pool.map(lambda _: None, range(n)))
-            torch.set_num_threads(cores)  # a thread sets its own number, and that of threads to come
+            self.pool = ThreadPoolExecutor(n, "member", _set_own_threads, (cores // n,))
+            started = Barrier(n)  # without it, one idle thread may do the work of several that never start
+            list(self.pool.map(lambda _: started.wait(), range(n)))
+            torch.set_num_threads(cores)  # what a thread set is also the number of those to come
 
     def step(self, trainers: Sequence[Trainer], batches: Sequence[Batch]) -> list[Exception | None]:
         """Each of these takes its batch; what one raised stops no other."""
@@ -98,6 +100,13 @@ def _error(act: Callable[[Member], None], member: Member) -> Exception | None:
     except Exception as error:  # one member's end is not the end of the others
         return error
     return None
+
+
+def _set_own_threads(n: int) -> None:
+    """Cores for this thread's operations. The first thing that a thread does with torch takes over the number of the
+    process, so that something has to come before."""
+    torch.get_num_threads()
+    torch.set_num_threads(n)
 
 
 def _device(trainer: Trainer) -> torch.device:

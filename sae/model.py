@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +188,13 @@ class SAE(nn.Module):
             self.W_skip.zero_()
 
     @torch.no_grad()
+    def reorder_(self, order: Int[Tensor, " d_sae"]) -> None:
+        """Puts latent order[i] to place i, with all that is its own."""
+        own = [tensor for tensor in self.sparsifier.state_dict().values() if tensor.shape[:1] == (self.d_sae,)]
+        for tensor in {tensor.data_ptr(): tensor for tensor in (self.encoder, self.W_dec, self.b_enc, *own)}.values():
+            tensor.copy_(tensor[order])
+
+    @torch.no_grad()
     def rescale_(self, scale: float, target_scale: float | None = None) -> None:
         """Makes an SAE of x into the SAE of scale * x that fires alike: z and x_hat grow by `scale`, weights stay.
 
@@ -220,16 +226,14 @@ class SAE(nn.Module):
         tensors |= {} if self.centre is None else {"centre": self.centre}
         tensors |= {} if self.W_skip is None else {"W_skip": self.W_skip}
         tensors |= self.sparsifier.state_dict()
-        partial = folder / f"{WEIGHTS}.partial"
-        save_tensors(partial, tensors)
+        save_tensors(folder / WEIGHTS, tensors)
         manifest = {
             "format_version": FORMAT_VERSION,
             "d_in": self.d_in,
             "d_out": self.d_out,
             "sae": self.config.model_dump(mode="json"),
-            "sha256": sha256(partial),
+            "sha256": sha256(folder / WEIGHTS),
         }
-        os.replace(partial, folder / WEIGHTS)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.gradients import Change, Gradients
-from sae.kernels import Kernels, State
+from sae.gradients import Gradients
+from sae.kernels import Change, Kernels, State
 from sae.ranks import ALONE, Ranks
 from sae.sparsifiers import Sparsifier
 

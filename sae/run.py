@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from sae import checkpoint
 from sae.checkpoint import CHECKPOINTS
@@ -27,6 +29,7 @@ from sae.ensemble import Diverged, Ensemble, OnLine, Record, Run
 from sae.errors import Elsewhere, UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate_on
 from sae.kernels import require_device, require_kernels, resolve_device
+from sae.levels import by_frequency
 from sae.locks import hold
 from sae.log import RunLog, require_wandb
 from sae.model import SAE, load
@@ -232,13 +235,19 @@ def conclude(run: Run, report: bool) -> Result:
 
 def finished(trainer: Trainer, calibration: HeldOut) -> SAE:
     """The trained SAE made ready for inference, in place."""
-    return ready_(trainer.sae.cpu(), trainer.unit, trainer.target_unit, calibration, 1.0)  # a source may end early
+    order = by_frequency(trainer.engine.levels.frequency).cpu()
+    unit, target_unit = trainer.unit, trainer.target_unit
+    return ready_(trainer.sae.cpu(), unit, target_unit, calibration, 1.0, order)  # a source may end early
 
 
-def ready_(sae: SAE, unit: float, target_unit: float, calibration: HeldOut, done: float) -> SAE:
+def ready_(
+    sae: SAE, unit: float, target_unit: float, calibration: HeldOut, done: float, order: Int[Tensor, " d_sae"]
+) -> SAE:
     """An SAE in training, of which the share `done` is over, for inference: in the units of the data, thresholds
-    calibrated."""
+    calibrated, and its latents in this order where prefixes are sorted."""
     sae.eval().requires_grad_(False)
+    if sae.config.sort_prefixes:
+        sae.reorder_(order)
     sae.sparsifier.anneal_(done)
     chunks = calibration.x.split(chunk_rows(sae.d_sae))
     if sae.sparsifier.refine and sae.sparsifier.first is not None:
@@ -296,8 +305,8 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
 
 def require_report() -> None:
     """Names the remedy when the extra is missing."""
-    if importlib.util.find_spec("plotly") is None or importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("plotly and matplotlib are not installed; pip install 'sae[report]' (the demo: 'sae[demo]')")
+    if importlib.util.find_spec("plotly") is None:
+        raise UsageError("plotly is not installed; pip install 'sae[report]' (the demo: 'sae[demo]')")
 
 
 def write_report_if_installed(out: Path) -> Path | None:

@@ -195,9 +195,8 @@ class Trainer:
         values |= {f"details/{name}": float(value) for name, value in self.sae.sparsifier.details().items()}
         if self.sae.config.resample_every is not None:
             values["sparsity/resampled"] = self.n_resampled
-        fired = state.window_firing > 0
+        fired = self.engine.take_firing() > 0
         self.window.zero_()
-        state.window_firing.zero_()
         self.window_steps = 0
         return values, fired
 

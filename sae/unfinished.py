@@ -12,6 +12,7 @@ from sae.config_text import read_yaml
 from sae.directory import CONFIG
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, evaluate_on
+from sae.levels import by_frequency
 from sae.model import MANIFEST, SAE
 from sae.run import calibration_rows, ready_
 from sae.sources import Source, as_source
@@ -65,7 +66,8 @@ def _opened(out: Path, given: object) -> tuple[SAE, TrainConfig, Source, int]:
             f"{newest} has W_dec {list(weights['W_dec'].shape)}, and the source d_in={source.d_in}; give its own"
         )
     sae.load_state_dict(weights)
-    ready_(sae, values["unit"], values["target_unit"], calibration_rows(sae, source), done)
+    rows = calibration_rows(sae, source)
+    ready_(sae, values["unit"], values["target_unit"], rows, done, by_frequency(tensors.get("frequency", sae.b_enc)))
     return sae, config, source, step
 
 

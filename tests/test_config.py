@@ -25,6 +25,19 @@ def test_a_kind_says_what_it_makes():
             unfinished(**({} if base is Sparsifier else {"kind": "unfinished"}))
 
 
+def test_flags_reach_options_within_options():
+    sections = {"sae": {"kind": "transcoder", "d_sae": 8, "base": {"kind": "topk", "k": 2, "multi_k": 4}}}
+    assert parse_config(sections, ["--sae.base.k", "3"]).sae.base["k"] == 3
+    words = ["--sae.base.k", "2.5", "--sae.base.kind", "batchtopk"]
+    base = parse_config(sections, words).sae.base
+    assert (base["kind"], base["k"], "multi_k" in base) == ("batchtopk", 2.5, False)
+    assert sections["sae"]["base"] == {"kind": "topk", "k": 2, "multi_k": 4}
+    whole = parse_config(sections, ["--sae.base.k", "5", "--sae.base", "{kind: topk, k: 1}"]).sae.base
+    assert (whole["k"], whole["multi_k"]) == (5, None)
+    with pytest.raises(UsageError, match=r"train\.lr: .* got \{'peak': 3\}"):
+        parse_config(sections, ["--train.lr.peak", "3"])
+
+
 def test_flags_override_the_file_and_kind_changes_the_family(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("source: {kind: toy}\nsae: {kind: topk, d_sae: 64, k: 3}\ntrain: {lr: 1e-3}\n")

@@ -132,7 +132,7 @@ def test_a_run_is_not_measured_while_it_is_overwritten(tmp_path, monkeypatch):
         return measure(*given)
 
     monkeypatch.setattr(again, "evaluate_on", intrude)
-    sae.evaluate_run(tmp_path / "run")
+    sae.evaluate_run(str(tmp_path / "run"))
     assert tried
 
 

@@ -82,6 +82,7 @@ class Judge:
         self.silent = torch.zeros(sae.d_sae, dtype=torch.int64)
         self.window = torch.zeros_like(self.silent)
         self.gradients: dict[str, Tensor] = {}
+        self.order = torch.arange(sae.d_sae)  # in which latents fill the prefixes
 
     def select(self, pre: Tensor) -> Tensor:
         kind = self.config.kind
@@ -117,7 +118,12 @@ class Judge:
         x_hat = z @ W_dec + b_dec
         mse = (x - x_hat).square().sum(dim=1).mean()
         ends = self.config.widths
-        readings = [(x - z[:, :end] @ W_dec[:end] - b_dec).square().sum(dim=1).mean() for end in ends]
+        parts = [self.order[start:end] for start, end in zip((0, *ends), ends, strict=False)]
+        left, readings = x - b_dec, []
+        for part in parts:
+            left = (left.detach() if self.config.detach_prefixes and readings else left) - z[:, part] @ W_dec[part]
+            readings.append(left.square().sum(dim=1).mean())
+        readings[-1] = mse
         shares = x.new_tensor(self.config.prefix_weights or [1.0] * len(ends))
         error = (torch.stack(readings) * shares).sum() / shares.sum()
         penalty = now.sparsity * self.penalty(z, W_dec)

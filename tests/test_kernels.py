@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae import UsageError
-from sae.kernels import Codes, Rows, Scores, State, build, capacity, choose, products, sparse_share
+from sae.kernels import Change, Codes, Rows, Scores, State, build, capacity, choose, products, sparse_share
 from sae.kernels.native import Native
 from sae.kernels.plain import Plain
 from sae.kernels.precision import slack
@@ -456,7 +456,7 @@ def test_update(name, unit_norm, extra_of, planned, counted, batch, d_in, d_sae)
         for state, by in ((ours, kernels), (theirs, judge)):
             plan = by.invert(codes, through, d_sae) if planned else None
             options = {"plan": plan, "extra": extra, "firing": firing, "cost": 0.2}
-            by.update_(state, Now.at(number, 0.01, 1.0), x, gradient, **options)
+            by.update_(state, Now.at(number, 0.01, 1.0), Change(x, gradient, **options))
         same_state(ours, theirs)
     if unit_norm:
         close(ours.W_dec.norm(dim=1), torch.ones(d_sae).double())
@@ -470,7 +470,7 @@ def test_the_reference_projects_corrects_and_counts(unit_norm):
     state = State.of({name: weight.double() for name, weight in weights.items()}, unit_norm)
     extra = Rows(None, *(torch.tensor(g).double() for g in ([[1.0, 0.0]], [[1.0, 0.0]], [2.0])))
     gradient, firing = torch.tensor([[0.0, 3.0]]).double(), torch.tensor([4])
-    Reference().update_(state, Now.at(1, 0.1, 1.0), gradient, gradient, extra=extra, firing=firing)
+    Reference().update_(state, Now.at(1, 0.1, 1.0), Change(gradient, gradient, extra=extra, firing=firing))
     # (1, 0) less its part along (0.6, 0.8); b_dec: 3 from the residual, less 2 through the encoder's (1, 0).
     tangent = [[1 - 0.36, -0.48]] if unit_norm else [[1.0, 0.0]]
     torch.testing.assert_close(state.first["W_dec"], 0.1 * torch.tensor(tangent).double())
@@ -497,8 +497,8 @@ def test_latents_silent_for_long_go_on_as_in_double():
     kernels, judge = make("native", torch.float32), Reference()
     x = torch.zeros(3, 7)
     for number in range(50):
-        kernels.update_(single, Now.at(number + 10_000, 0.001, 1.0), x, x)
-        judge.update_(double, Now.at(number + 10_000, 0.001, 1.0), x.double(), x.double())
+        kernels.update_(single, Now.at(number + 10_000, 0.001, 1.0), Change(x, x))
+        judge.update_(double, Now.at(number + 10_000, 0.001, 1.0), Change(x.double(), x.double()))
     for name in ("encoder", "W_dec"):
         torch.testing.assert_close(getattr(single, name).double(), getattr(double, name), rtol=0, atol=3e-7)
         torch.testing.assert_close(single.first[name].double(), double.first[name], rtol=1e-4, atol=1e-37)
@@ -586,7 +586,9 @@ def test_the_rounded_encoder_follows_the_encoder(precision, unit_norm):
     codes = kernels.top_k(scores(kernels, x, state), 5)
     decoded = kernels.decode(codes, state, x, 0.0)
     before = state.encoder.clone()
-    kernels.update_(state, Now.at(1, 0.1, 1.0), x, decoded.gradient, kernels.invert(codes, decoded.code_gradients, 61))
+    kernels.update_(
+        state, Now.at(1, 0.1, 1.0), Change(x, decoded.gradient, kernels.invert(codes, decoded.code_gradients, 61))
+    )
     assert (state.encoder - before).abs().max() > 0.05
     fresh = Native(torch.float32, precision)
     ours = kernels.scores(kernels.centre(x, 1.0, state.b_dec), state)

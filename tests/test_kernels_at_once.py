@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.kernels import Codes, DenseStep, Rows, State, build, selection, small
+from sae.kernels import Change, Codes, DenseStep, Rows, State, build, selection, small
 from sae.kernels.native import Native
 from sae.kernels.reference import dense
 from sae.optim import Now
@@ -199,7 +199,7 @@ def test_the_tiles_follow_the_encoder(shape):
     codes = kernels.top_k(kernels.scores(x, state), 2)
     decoded = kernels.decode(codes, state, x, 0.0)
     plan = kernels.invert(codes, decoded.code_gradients, shape[2])
-    kernels.update_(state, Now(0.1, 0.1, 0.001, 1.0, 1.0), x, decoded.gradient, plan=plan)
+    kernels.update_(state, Now(0.1, 0.1, 0.001, 1.0, 1.0), Change(x, decoded.gradient, plan=plan))
     followed = kernels._buffer.kept["encoder_tiles"].clone()
     fresh = Native(torch.float32, "bf16")
     fresh.scores(x, state)
@@ -217,7 +217,7 @@ def updated(x: Tensor, state: State, cost: float, extra: Rows | None = None) -> 
     kernels.refresh(state)
     step = kernels.dense_step(x, state, x, cost)
     now = Now(0.0, 0.1, 0.001, 1.0, 1.0)
-    kernels.update_(state, now, x, step.gradient, plan=step.plan, extra=extra, firing=step.firing, cost=cost)
+    kernels.update_(state, now, Change(x, step.gradient, plan=step.plan, extra=extra, firing=step.firing, cost=cost))
     return step, state
 
 
@@ -264,7 +264,7 @@ def test_gradients_of_a_dense_step_as_matrices():
     kernels = Native(torch.float32, "bf16")
     step = kernels.dense_step(x, state, x, 0.3)
     rows, sums, fires = kernels.gradient_rows(state, x, step.gradient, step.plan)
-    kernels.update_(state, Now(0.0, 0.1, 0.001, 1.0, 1.0), x, step.gradient, plan=step.plan, firing=step.firing)
+    kernels.update_(state, Now(0.0, 0.1, 0.001, 1.0, 1.0), Change(x, step.gradient, plan=step.plan, firing=step.firing))
     for found, name in zip(rows, ("encoder", "W_dec", "b_enc"), strict=True):
         torch.testing.assert_close(found, 10 * state.first[name])
     assert torch.equal(fires.int(), step.firing)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import sae
-from sae.kernels import Rows, State, moments
+from sae.kernels import Change, Rows, State, moments
 from sae.kernels.moments import chance, pack_, unpacked
 from sae.kernels.native import Native
 from sae.kernels.plain import Plain
@@ -42,7 +42,9 @@ def step_(state: State, kernels: object, number: int, silent: Tensor | None = No
     rows = [(sizes * normal(D_SAE, D, seed=100 * number + part)).to(dtype) for part in range(2)]
     extra = Rows(None, *rows, (sizes[:, 0] * normal(D_SAE, seed=number)).to(dtype))
     x = normal(5, D, seed=number).to(dtype)
-    kernels.update_(state, Now.at(number, 0.01, 1.0), x, x, extra=extra, firing=torch.ones(D_SAE, dtype=torch.int64))
+    kernels.update_(
+        state, Now.at(number, 0.01, 1.0), Change(x, x, extra=extra, firing=torch.ones(D_SAE, dtype=torch.int64))
+    )
 
 
 def test_only_matrices_are_kept_small() -> None:
@@ -88,7 +90,7 @@ def test_moments_of_next_to_nothing_are_nothing(kernels: object, size: float) ->
     for number in range(1, 4):
         rows = Rows(None, gradient.clone(), gradient.clone(), torch.zeros(D_SAE))
         fires = torch.ones(D_SAE, dtype=torch.int64)
-        kernels.update_(state, Now.at(number, 0.01, 1.0), x, x, extra=rows, firing=fires)
+        kernels.update_(state, Now.at(number, 0.01, 1.0), Change(x, x, extra=rows, firing=fires))
     assert not state.first["encoder"].any()
     for moment in unpacked(state, "encoder"):
         assert float(moment.abs().max()) <= size
@@ -173,7 +175,7 @@ def test_changes_smaller_than_a_unit_add_up() -> None:
     x, fires = normal(5, D, seed=6), torch.ones(D_SAE, dtype=torch.int64)
     for number in range(1, 3001):
         parts = (part.clone() for part in extra[1:])
-        kernels.update_(state, Now.at(number, 0.0, 1.0), x, x, extra=Rows(None, *parts), firing=fires)
+        kernels.update_(state, Now.at(number, 0.0, 1.0), Change(x, x, extra=Rows(None, *parts), firing=fires))
     first, second = unpacked(state, "encoder")
     torch.testing.assert_close(first, gradient, rtol=0.03, atol=0)
     expected = gradient.square() * (1 - BETA2**3000)
@@ -189,7 +191,7 @@ def test_an_entry_far_smaller_than_its_row_makes_no_leap() -> None:
     x, fires = normal(5, D, seed=6), torch.ones(D_SAE, dtype=torch.int64)
     for number in range(1, 101):
         rows = Rows(None, gradient.clone(), gradient.clone(), torch.zeros(D_SAE, dtype=torch.float64))
-        kernels.update_(state, Now.at(number, 0.001, 1.0), x, x, extra=rows, firing=fires)
+        kernels.update_(state, Now.at(number, 0.001, 1.0), Change(x, x, extra=rows, firing=fires))
         moved, before = (state.encoder - before).abs(), state.encoder.clone()
         assert float(moved.max()) <= 0.005
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.kernels import Codes, State
+from sae.kernels import Change, Codes, State
 from sae.kernels.native import Native
 from sae.kernels.plain import Plain
 from sae.kernels.reference import Reference, dense
@@ -52,20 +52,24 @@ def codes_of(x: Tensor, state: State, k: int, whole: bool, n_levels: int = 3) ->
     return codes._replace(pre_latents=codes.values - 0.1 if whole else None, levels=levels, weights=WEIGHTS[:n_levels])
 
 
+@pytest.mark.parametrize("detached", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
 @both_norms
 @every_size
-def test_the_reference_against_autograd(whole, unit_norm, batch, d_in, d_out, d_sae, k):
+def test_the_reference_against_autograd(whole, detached, unit_norm, batch, d_in, d_out, d_sae, k):
     x, target, state = problem(batch, d_in, d_out, d_sae, k, unit_norm)
-    codes = codes_of(x, state, k, whole)
+    codes = codes_of(x, state, k, whole)._replace(detached=detached)
     decoded = Reference().decode(codes, state, target, 0.3)
     values, W_dec = codes.values.clone().requires_grad_(), state.W_dec.clone().requires_grad_()
     offset = torch.zeros(d_out, dtype=torch.float64, requires_grad=True)
     norms = torch.ones(d_sae).double() if unit_norm else state.W_dec.norm(dim=1)
-    loss, by_reading = target.new_zeros(()), []
+    loss, left, by_reading = target.new_zeros(()), target, []
     for level, weight in enumerate(WEIGHTS):
-        z = dense(codes._replace(values=values * (codes.levels <= level)), d_sae)
-        squares = (target - z @ W_dec - offset).square().sum(dim=1)
+        if detached and 0 < level < len(WEIGHTS) - 1:
+            left = left.detach() - dense(codes._replace(values=values * (codes.levels == level)), d_sae) @ W_dec
+        else:
+            left = target - dense(codes._replace(values=values * (codes.levels <= level)), d_sae) @ W_dec - offset
+        squares = left.square().sum(dim=1)
         loss = loss + weight * squares.mean()
         by_reading.append(squares.detach())
     sums = dense(codes._replace(values=values), d_sae) @ norms
@@ -89,7 +93,8 @@ def test_decode(name, whole, unit_norm, batch, d_in, d_out, d_sae, k):
     x, target, state = problem(batch, d_in, d_out, d_sae, k, unit_norm)
     kernels = make(name)
     read = codes_of(x, state, k, whole)
-    for codes in (read, read._replace(reading=0), read._replace(reading=1), read._replace(levels=None, weights=(1.0,))):
+    others = ({"reading": 0}, {"reading": 1}, {"detached": True}, {"levels": None, "weights": (1.0,)})
+    for codes in (read, *(read._replace(**other) for other in others)):
         theirs = Reference().decode(codes, state, target, 0.3)
         for field, ours, other in zip(theirs._fields, kernels.decode(codes, state, target, 0.3), theirs, strict=True):
             assert ours.shape == other.shape, field
@@ -116,7 +121,7 @@ def test_update(name, n_levels, unit_norm, batch, d_in, d_out, d_sae, k):
         for own, by in ((state, kernels), (judged, judge)):
             plan = by.invert(codes, through, d_sae)
             assert plan.n_codes == fires.sum()
-            by.update_(own, Now.at(number, 0.01, 1.0), x, gradient, plan=plan, cost=0.2, pull=pull)
+            by.update_(own, Now.at(number, 0.01, 1.0), Change(x, gradient, plan=plan, cost=0.2, pull=pull))
         assert torch.equal(judged.window_firing - before, fires)
         for field, weight in state.weights():
             close(weight, getattr(judged, field))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from sae.kernels import Codes, Rows, Scores, State  # noqa: E402
+from sae.kernels import Change, Codes, Rows, Scores, State  # noqa: E402
 from sae.kernels.reference import Reference, dense  # noqa: E402
 from sae.kernels.triton import Triton, dead, index, launch, update  # noqa: E402
 from sae.optim import Now  # noqa: E402
@@ -265,8 +265,8 @@ def test_decode(silent, n_levels, unit_norm, batch, d_in, d_out, d_sae, k):
     state, target = state_of(d_sae, d_in, d_out, unit_norm), normal(batch, d_out)
     codes = codes_of(state, batch, k, silent, n_levels)
     kernels, judge, cost = make(), double(state), torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
-    for reading, given in ((0, 0.3), (-1, cost))[2 - min(n_levels, 2) :]:
-        read = codes._replace(reading=reading)
+    for reading, detached, given in ((0, False, 0.3), (-1, True, 0.3), (-1, False, cost))[3 - min(n_levels, 3) :]:
+        read = codes._replace(reading=reading, detached=detached)
         theirs = Reference().decode(as_double(read), judge, target.double(), 0.3)
         for ours, other in zip(kernels.decode(read, state, target, given), theirs, strict=True):
             close(ours, other)
@@ -389,7 +389,7 @@ def both_update(ours: State, theirs: State, codes: Codes, number: int, d_in: int
         plan = by.invert(own, to(through), d_sae) if planned else None
         rows = extra and Rows(extra.latents, *(to(part) for part in extra[1:]))
         now = Now(*(value.to(DEVICE) for value in Now.at(number, 0.01, 1.0)))
-        by.update_(state, now, to(x), to(gradient), plan=plan, extra=rows, **options)
+        by.update_(state, now, Change(to(x), to(gradient), plan=plan, extra=rows, **options))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ CASES = {
     "refined": {"kind": "topk", "k": 4, "refine": 0.5},
     "refined batchtopk": {"kind": "batchtopk", "k": 2.3, "refine": 0.5, "tied_bias": False},
     "refined prefixes": {"kind": "matryoshka", "k": 2.3, "refine": 0.5},
+    "sorted prefixes": {"kind": "lista_matryoshka", "k": 2.3},
 }
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -143,3 +144,15 @@ def test_on_cuda_each_has_a_stream_and_waits_for_the_batch(monkeypatch):
     with Members([one]) as members:
         members.step([one], [X])
     assert notes == [("step", one)]
+
+
+def test_every_thread_starts_at_once_and_others_keep_their_number():
+    """A thread that starts later would set the number that all threads to come begin with."""
+    torch.set_num_threads(8)
+    with Members(trainers("torch", threads=8)) as members:
+        assert members.pool is not None
+        assert len(members.pool._threads) == len(KINDS)
+        numbers = set(members.pool.map(lambda _: torch.get_num_threads(), range(50)))
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 8
+    assert numbers == {8 // len(KINDS)}

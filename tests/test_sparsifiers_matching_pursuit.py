@@ -10,7 +10,7 @@ import sae
 from sae import SAE, SAEConfig, UsageError
 from sae.config import parse_config
 from sae.engine import Engine, Terms
-from sae.kernels import State, pursuit
+from sae.kernels import Change, State, pursuit
 from sae.kernels.native import Native
 from sae.kernels.plain import Plain
 from sae.kernels.reference import Reference
@@ -222,7 +222,7 @@ def test_unroll_at_odd_sizes(name, tied):
             codes = by.pursue(x, state.W_dec, k)
             gradient, codes = by.unroll(codes, by.decode(codes, state, x + 0.1, 0.0), x, state)
             plan = by.invert(codes, torch.zeros_like(codes.values), d_sae)
-            by.update_(state, Now.at(1, RATE, 1.0), x, gradient, plan=plan)
+            by.update_(state, Now.at(1, RATE, 1.0), Change(x, gradient, plan=plan))
         for weight in ("W_dec", "b_dec"):
             close(states[0].first[weight], states[1].first[weight])
 

@@ -158,7 +158,7 @@ def test_nothing_is_left_of_a_shard_that_could_not_be_written(store, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sae.stores.writer.os.replace", full)
+    monkeypatch.setattr("toymodels.files.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         writer.flush()
     assert list((store / "more").iterdir()) == []

@@ -72,7 +72,7 @@ def resources(ptx: str, num_warps: int) -> dict[str, int]:
 
 def launch_all(shape: tuple[int, int, int, int], device: str) -> None:
     """Every kernel, as a step with levels and AuxK and one of a ReLU launch them."""
-    from sae.kernels import Codes, Rows, State
+    from sae.kernels import Change, Codes, Rows, State
     from sae.kernels.triton import Triton, launch
     from sae.optim import Now
 
@@ -102,7 +102,7 @@ def launch_all(shape: tuple[int, int, int, int], device: str) -> None:
     for moments in ("int8", "float32"):
         state = State.of(weights, unit_norm=False, moments=moments)
         kernels.refresh(state)
-        kernels.update_(state, now, x, decoded.gradient, plan=plan, extra=extra, pull=torch.rand(d_sae))
+        kernels.update_(state, now, Change(x, decoded.gradient, plan=plan, extra=extra, pull=torch.rand(d_sae)))
     kernels.aux_k(x, x, extra.encoder, extra.b_enc, extra.W_dec, d // 2)
     kernels.reconstruct(torch.rand(batch, k), torch.zeros(batch, k, dtype=torch.int64), state.W_dec)
     launch._one[(1,)](torch.zeros(1, dtype=torch.int32), num_warps=1)

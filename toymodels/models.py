@@ -10,11 +10,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from toymodels.errors import UsageError
 from toymodels.features import FeatureBatch
+from toymodels.files import save_tensors
 
 Activation = Literal["relu", "linear"]
 HiddenActivation = Literal["linear", "relu", "solu", "topk"]
@@ -153,8 +153,7 @@ class ToyModel(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Writes the weights as safetensors, the activations in its metadata."""
-        weights = {name: weight.contiguous() for name, weight in self.state_dict().items()}
-        save_file(weights, path, metadata={"kind": "ToyModel", **self.form})
+        save_tensors(Path(path), self.state_dict(), {"kind": "ToyModel", **self.form})
 
     @classmethod
     def load(cls, path: str | Path) -> ToyModel:

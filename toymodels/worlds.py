@@ -120,7 +120,7 @@ def falling_importance(ratio: float, n_reference: int) -> Callable[[int, float],
 
 @dataclass(frozen=True)
 class ToyRecipe(Recipe):
-    """Trains one toy model. `features(n_features, feature_prob)` says what fires."""
+    """Trains one toy model. `make_features(n_features, feature_prob)` says what fires."""
 
     n_features: int = 256
     d_hidden: int = 64

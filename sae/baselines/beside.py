@@ -16,7 +16,7 @@ from toymodels.files import write_text
 
 
 def beside_run(
-    out: Path,
+    out: str | Path,
     diagnose: bool = False,
     on_row: Callable[[str], None] | None = None,
     downstream: bool = False,
@@ -30,6 +30,7 @@ def beside_run(
     Raises:
         UsageError: the run cannot be measured again, or its source has a target.
     """
+    out = Path(out)
     sae, config, source = open_again(out, device)
     names = applicable(source, sae)
     evaluation = measure_again(out, sae, config, source, diagnose, downstream, device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.errors import UsageError
 from sae.formats.files import exactly, field, of_shapes, read_json, read_pickled, to_json
 from sae.formats.portable import Above, Gate, Largest, Portable, Positive
-from toymodels.files import write_text
+from toymodels.files import replaced, write_text
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
@@ -86,9 +86,8 @@ def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
     trainer = {**metadata, "dict_class": name, "activation_dim": given.d_in, "dict_size": given.d_sae, **extra}
     text = to_json({"trainer": trainer, "buffer": {}})
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS}.partial"
-    torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
-    partial.replace(folder / WEIGHTS)
+    with replaced(folder / WEIGHTS) as partial:
+        torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
     write_text(folder / CONFIG, text)
 
 

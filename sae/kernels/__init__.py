@@ -18,6 +18,7 @@ from sae.kernels.base import (
     WEIGHTS,
     Buffers,
     CannotRun,
+    Change,
     Codes,
     Decoded,
     DenseStep,
@@ -41,6 +42,7 @@ from sae.kernels.selection import REALS
 __all__ = [
     "WEIGHTS",
     "Buffers",
+    "Change",
     "Codes",
     "Decoded",
     "DenseStep",

@@ -51,7 +51,8 @@ class Codes(NamedTuple):
 
     Codes may be read several times: reading l takes the slots with `levels` up to l, and the loss is the mean of all
     readings' errors under `weights`, which sum to 1. The last reading takes all. `reading` is the one that inference
-    gives: what the log and AuxK call the reconstruction.
+    gives: what the log and AuxK call the reconstruction. Where readings are `detached`, each takes what the earlier
+    ones give as it is: a slot learns from the reading of its own level and from the last one only.
     """
 
     offsets: Int[Tensor, " batch_plus_1"]
@@ -61,6 +62,7 @@ class Codes(NamedTuple):
     levels: Int[Tensor, " slots"] | None = None
     weights: tuple[float, ...] = (1.0,)
     reading: int = -1
+    detached: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ class Decoded(NamedTuple):
 
     squares: |x_hat - target|^2 of the reading that inference gives. losses: the mean of it over readings. code_sums:
     sum_j z_j |W_dec_j|. gradient: of mean(losses) in what the slots of each level add to x_hat, level after level; a
-    level's slots add to its own reading and all later ones, so that the first `batch` rows are the gradient in b_dec.
+    level's slots add to its own reading and all later ones (where these are detached, to its own and the last), as
+    b_dec does from the first on, so that the first `batch` rows are its gradient.
     code_gradients: of mean(losses) + cost * sum(code_sums) in each code, 0 in empty slots.
     """
 
@@ -150,6 +153,25 @@ class Rows(NamedTuple):
     encoder: Float[Tensor, "n d_in"]
     W_dec: Float[Tensor, "n d_out"]
     b_enc: Float[Tensor, " n"]
+
+
+class Change(NamedTuple):
+    """What an update changes the weights by: gradients of the codes in `plan`, plus the `extra` rows."""
+
+    x: Float[Tensor, "batch d_in"]
+    gradient: Float[Tensor, "rows d_out"]
+    """In x_hat; where codes are read several times, level after level."""
+    plan: Any = None
+    """The codes, from `invert` or a dense step."""
+    extra: Rows | None = None
+    firing: Int[Tensor, " d_sae"] | None = None
+    """How often each latent fired, where that is not what the plan says."""
+    cost: Scalar = 0.0
+    """What the penalty charges a unit of z |W_dec_j|, where rows are free."""
+    pull: Float[Tensor, " d_sae"] | None = None
+    """What any other penalty adds to the gradient in |W_dec_j|, where rows are free."""
+    n_samples: int | None = None
+    """Of how many activations, where x has more rows than that."""
 
 
 @runtime_checkable
@@ -331,23 +353,11 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """`losses.aux_k`."""
 
-    def update_(
-        self,
-        state: State,
-        now: Now,
-        x: Tensor,
-        gradient: Tensor,
-        plan: Any = None,
-        extra: Rows | None = None,
-        firing: Tensor | None = None,
-        cost: Scalar = 0.0,
-        pull: Tensor | None = None,
-        n_samples: int | None = None,
-    ) -> None:
-        """Weight gradients, projection, Adam, renormalisation and counters: all that changes the state.
+    def gradient_rows(
+        self, state: State, x: Tensor, gradient: Tensor, plan: Any
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        """As matrices, what the update makes of the codes in a plan: gradients of encoder, decoder and bias, the sum of
+        each latent's codes, and how often it fired."""
 
-        Gradients are those of the codes in `plan` (from `invert`) plus the `extra` rows; `firing` counts in place of
-        the plan. For rows that are free: `cost` is what the penalty charges a unit of z |W_dec_j|, and `pull` [d_sae]
-        is what any other penalty adds to the gradient in |W_dec_j|. `n_samples` activations are counted, where `x` has
-        more rows than there were.
-        """
+    def update_(self, state: State, now: Now, change: Change) -> None:
+        """Weight gradients, projection, Adam, renormalisation and counters: all that changes the state."""

@@ -1183,10 +1183,11 @@ static void settle_level(real *g, real factor, const real *later, real rest, con
 
 /* The same for codes that are read n_levels times: reading l takes the slots of levels up to l. `gradient`
    [n_levels, batch, d] receives sum over readings m >= l of weights_m * scale * residual_m, which is what a slot of
-   level l gets; row_loss the weighted sum of squares, row_square that of `reading`. */
+   level l gets, or where they are `detached` over m = l and the last one; row_loss the weighted sum of squares,
+   row_square that of `reading`. */
 API void decode_levels(const int64_t *offsets, const int32_t *latents, const real *values, const int32_t *levels,
-                       const real *weights, long n_levels, long reading, long all, const real *W_dec, const real *target,
-                       const real *norms, real cost, real scale, long batch, long d, real *gradient,
+                       const real *weights, long n_levels, long reading, long detached, long all, const real *W_dec,
+                       const real *target, const real *norms, real cost, real scale, long batch, long d, real *gradient,
                        real *code_gradients, real *row_square, real *row_loss, real *row_sum, long threads) {
 #pragma omp parallel for num_threads((int)threads) schedule(dynamic, 16)
     for (long b = 0; b < batch; b++) {
@@ -1219,7 +1220,8 @@ API void decode_levels(const int64_t *offsets, const int32_t *latents, const rea
             long begin = l ? ends[l - 1] : 0, last = l + 1 == n_levels;
             Level level = LEVEL(l);
             real *g = gradient + (l * batch + b) * d;
-            settle_level(g, weights[l] * scale, last ? g : g + batch * d, last ? 0 : 1, &level, d, code_gradients + first);
+            const real *later = last ? g : gradient + ((detached ? n_levels - 1 : l + 1) * batch + b) * d;
+            settle_level(g, weights[l] * scale, later, last ? 0 : 1, &level, d, code_gradients + first);
         }
 #undef LEVEL
         for (long e = 0; e < n; e++) {

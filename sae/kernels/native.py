@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sae import losses
 from sae.kernels import base, pursuit
-from sae.kernels.base import Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, State, blocks
+from sae.kernels.base import Change, Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, State, blocks
+from sae.kernels.plain import rows_of_plan
+from sae.kernels.reference import Reference
 from sae.kernels.selection import Selection
 from sae.kernels.small import is_small, relu_step
 from sae.optim import BETA1, BETA2, EPSILON, Now
@@ -63,7 +65,7 @@ class Native(Selection):
             self._call("decode", *codes[:3], *shared, sums)
         else:
             losses, weights = self._buffer("losses", (batch,)), torch.tensor(codes.weights, dtype=self.dtype)
-            readings = (codes.levels, weights, n_levels, codes.reading % n_levels)
+            readings = (codes.levels, weights, n_levels, codes.reading % n_levels, int(codes.detached))
             self._call("decode_levels", *codes[:3], *readings, *shared, losses, sums)
         return Decoded(squares, losses, sums, gradient, code_gradients)
 
@@ -145,9 +147,12 @@ class Native(Selection):
         return DenseStep(None, gradient, firing, totals[0], totals[1], DensePlan(plan, firing.sum()))
 
     def gradient_rows(
-        self, state: State, x: Tensor, gradient: Tensor, plan: DensePlan
+        self, state: State, x: Tensor, gradient: Tensor, plan: Plan | DensePlan | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-        """As matrices, what the update makes of a dense step's plan (`Reference.gradient_rows`)."""
+        if plan is None:
+            return Reference().gradient_rows(state, x, gradient, None)
+        if isinstance(plan, Plan):
+            return rows_of_plan(state, x, gradient, plan, int(plan.offsets[-1]))
         rows = torch.empty_like(state.encoder), torch.empty_like(state.W_dec), torch.empty_like(state.b_enc)
         sums, fires = torch.empty_like(state.b_enc), torch.empty_like(state.b_enc)
         self._call("dense_gradients", plan.address, *rows, sums, fires)
@@ -165,19 +170,8 @@ class Native(Selection):
 
     # -------------------------------------------------------------------------------------------------- update
 
-    def update_(
-        self,
-        state: State,
-        now: Now,
-        x: Tensor,
-        gradient: Tensor,
-        plan: Plan | DensePlan | None = None,
-        extra: Rows | None = None,
-        firing: Tensor | None = None,
-        cost: Scalar = 0.0,
-        pull: Tensor | None = None,
-        n_samples: int | None = None,
-    ) -> None:
+    def update_(self, state: State, now: Now, change: Change) -> None:
+        x, gradient, plan, extra, firing, cost, pull, n_samples = change
         batch, d_in = x.shape
         d_sae, d_out = state.W_dec.shape
         adam = (*map(float, now[:3]), BETA1, 1 - BETA1, BETA2, 1 - BETA2, EPSILON)

@@ -81,7 +81,10 @@ class Plain(Reference):
         parts[0] = parts[0] - target
         residuals = list(accumulate(parts))
         charged = [r * (2 / len(target) * w) for r, w in zip(residuals, weights, strict=True)]
-        gradients = list(accumulate(reversed(charged)))[::-1]
+        if codes.detached:
+            gradients = [*(own + charged[-1] for own in charged[:-1]), charged[-1]]
+        else:
+            gradients = list(accumulate(reversed(charged)))[::-1]
         norms = torch.ones_like(codes.values) if state.charged_norms is None else state.charged_norms[codes.latents]
         code_gradients = cost * norms
         for level, gradient in enumerate(gradients):
@@ -123,7 +126,9 @@ def rows_of_plan(
     """`Reference.gradient_rows` of any kernels' plan whose first n entries have owners."""
     d_sae = len(state.b_enc)
     owners = torch.repeat_interleave(torch.arange(d_sae, device=x.device), plan.offsets.diff(), output_size=n)
-    codes, through, rows, decoder_rows = (part[:n] for part in (*plan[3:5], *plan[1:3]))
+    codes, through, rows, decoder_rows = (
+        part[:n] for part in (plan.codes, plan.gradients, plan.rows, plan.decoder_rows)
+    )
     given = (codes, through, (codes > 0).to(x.dtype))
     sums, g_bias, firing = (x.new_zeros(d_sae).index_add_(0, owners, values) for values in given)
     offsets = plan.offsets.to(rows.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae import losses
 from sae.kernels import moments, pursuit
-from sae.kernels.base import Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, Scores, State
+from sae.kernels.base import Change, Codes, Decoded, DenseCodes, DenseStep, Scalar, Scores, State
 from sae.kernels.precision import Precision
 from sae.optim import BETA1, BETA2, EPSILON, Now
 
@@ -76,7 +76,8 @@ class Reference:
         residuals = torch.stack([z @ state.W_dec - target for z in readings])
         squares = residuals.square().sum(dim=2)
         shares = residuals.new_tensor(weights)
-        gradient = (2 / len(target) * shares[:, None, None] * residuals).flip(0).cumsum(0).flip(0)
+        own = 2 / len(target) * shares[:, None, None] * residuals
+        gradient = torch.cat([own[:-1] + own[-1:], own[-1:]]) if codes.detached else own.flip(0).cumsum(0).flip(0)
         code_gradients = gradient @ state.W_dec.T + cost * norms
         gathered = code_gradients[levels.long(), rows_of(codes), codes.latents.long()]
         if codes.pre_latents is None:
@@ -109,19 +110,8 @@ class Reference:
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         return losses.aux_k(gradient, x, encoder, b_enc, W_dec, k)
 
-    def update_(
-        self,
-        state: State,
-        now: Now,
-        x: Tensor,
-        gradient: Tensor,
-        plan: Any = None,
-        extra: Rows | None = None,
-        firing: Tensor | None = None,
-        cost: Scalar = 0.0,
-        pull: Tensor | None = None,
-        n_samples: int | None = None,
-    ) -> None:
+    def update_(self, state: State, now: Now, change: Change) -> None:
+        x, gradient, plan, extra, firing, cost, pull, n_samples = change
         rows, sums, fires = self.gradient_rows(state, x, gradient, plan)
         fires = firing if firing is not None else fires
         if extra is not None:
@@ -147,7 +137,6 @@ class Reference:
     def gradient_rows(
         self, state: State, x: Tensor, gradient: Tensor, plan: Any
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-        """Gradients of encoder, decoder and bias from the codes, the sum of each latent's codes, and its firings."""
         if plan is None:
             zero = torch.zeros_like(state.b_enc)
             return (torch.zeros_like(state.encoder), torch.zeros_like(state.W_dec), zero.clone()), zero, zero.long()

@@ -60,6 +60,7 @@ METHODS = {
     "gated": "Gated",
     "matryoshka": "Matryoshka",
     "refined": "Refined",
+    "lista_matryoshka": "LISTA-Matryoshka",
     "transcoder": "Transcoder",
     "skip_transcoder": "Skip transcoder",
     "random": "random dictionary",

@@ -5,6 +5,7 @@ from sae.sparsifiers.batchtopk import BatchTopK, BatchTopKConfig
 from sae.sparsifiers.control import Control, Penalised, PenalisedConfig
 from sae.sparsifiers.gated import Gated, GatedConfig
 from sae.sparsifiers.jumprelu import JumpReLU, JumpReLUConfig
+from sae.sparsifiers.lista_matryoshka import ListaMatryoshkaConfig
 from sae.sparsifiers.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from sae.sparsifiers.matryoshka import MatryoshkaConfig
 from sae.sparsifiers.p_annealing import PAnnealing, PAnnealingConfig
@@ -24,6 +25,7 @@ __all__ = [
     "GatedConfig",
     "JumpReLU",
     "JumpReLUConfig",
+    "ListaMatryoshkaConfig",
     "MatchingPursuit",
     "MatchingPursuitConfig",
     "MatryoshkaConfig",

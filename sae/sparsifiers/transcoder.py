@@ -56,7 +56,7 @@ class _Transcoding(SAEConfig):
             names = ", ".join(sorted(shared & base.keys()))
             raise ValueError(f"base takes only what its kind alone knows, got {names}; put that beside base")
         kind = _selection(base, info.data["d_sae"])
-        if kind.transcodes or kind.kind in ("matching_pursuit", "matryoshka", "refined"):
+        if kind.transcodes or kind.kind in ("matching_pursuit", "matryoshka", "refined", "lista_matryoshka"):
             raise ValueError(f"base must be a kind that selects, got {kind.kind!r}; take topk or batchtopk")
         if getattr(kind, "refine", 0):
             raise ValueError("base cannot refine: what a transcoder leaves over is no activation that it reads")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
@@ -183,16 +182,10 @@ class StoreWriter:
         if not self.shards:
             self._begin()
         file = f"shard-{len(self.shards):05d}.safetensors"
-        partial = self.path / f"{file}.partial"
-        try:
-            save_tensors(partial, tensors)
-            rows = {split: len(tensors.get(f"{split}/acts", ())) for split in SPLITS}
-            shard = Shard(file=file, rows=rows, n_bytes=partial.stat().st_size, sha256=sha256(partial))
-            os.replace(partial, self.path / file)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-        self.shards.append(shard)
+        save_tensors(self.path / file, tensors)
+        rows = {split: len(tensors.get(f"{split}/acts", ())) for split in SPLITS}
+        n_bytes = (self.path / file).stat().st_size
+        self.shards.append(Shard(file=file, rows=rows, n_bytes=n_bytes, sha256=sha256(self.path / file)))
         self._write_manifest(n_inputs, n_batches, complete=False)
 
     def finish(self) -> None:

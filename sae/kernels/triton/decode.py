@@ -41,6 +41,7 @@ def _decode(
     n_levels,
     reading,
     HAS_LEVELS: tl.constexpr,
+    DETACHED: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     WHOLE: tl.constexpr,
     D: tl.constexpr,
@@ -66,7 +67,7 @@ def _decode(
             charged += z
     tl.store(sums + row, tl.sum(charged, axis=0))
     price = tl.load(cost)
-    g = tl.zeros([D], tl.float32)
+    g, of_last = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
     loss = tl.zeros([1], tl.float32)
     # From the last reading, which takes all slots, back to the first: each takes its level's slots out again.
     for back in range(n_levels):
@@ -76,7 +77,12 @@ def _decode(
         loss += weight * square
         if level == reading:
             tl.store(squares + row, square)
-        g += (2.0 / batch * weight) * residual
+        own = (2.0 / batch * weight) * residual
+        if DETACHED:
+            g = own + of_last
+            of_last = tl.where(back == 0, own, of_last)
+        else:
+            g += own
         tl.store(gradient + (level * batch + row) * d + columns, g, mask=inside)
         for first in range(begin, end, K):
             slots = first + tl.arange(0, K)
@@ -122,6 +128,7 @@ def decode(
         *(out.gradient, out.code_gradients, out.squares, out.losses, out.code_sums),
         *(batch, d, n_levels, codes.reading % n_levels),
         HAS_LEVELS=codes.levels is not None,
+        DETACHED=codes.detached,
         HAS_NORMS=norms is not None,
         WHOLE=codes.pre_latents is not None,
         D=width,

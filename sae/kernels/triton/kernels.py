@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae.kernels.base import Buffers, Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, Scores, State
+from sae.kernels.base import Buffers, Change, Codes, Decoded, DenseCodes, DenseStep, Rows, Scalar, Scores, State
 from sae.kernels.plain import Plain
 from sae.kernels.precision import Precision
 from sae.kernels.triton import batch as shared
@@ -126,24 +126,11 @@ class Triton(Plain):
     def invert(self, codes: Codes, code_gradients: Tensor, d_sae: int) -> Any:
         return index.invert(codes, code_gradients, d_sae)
 
-    def update_(
-        self,
-        state: State,
-        now: Now,
-        x: Tensor,
-        gradient: Tensor,
-        plan: Any = None,
-        extra: Rows | None = None,
-        firing: Tensor | None = None,
-        cost: Scalar = 0.0,
-        pull: Tensor | None = None,
-        n_samples: int | None = None,
-    ) -> None:
-        moment = torch.stack([*now[:3], now.step]).to(x)
-        batch = len(x)
-        given = (plan, extra, firing, self._scalar(cost), pull, self._encoder, n_samples or batch, self.buffer)
-        through_encoder = update.update_rows(state, moment, x, gradient, *given)
-        g_b_dec = gradient[:batch].sum(dim=0)
+    def update_(self, state: State, now: Now, change: Change) -> None:
+        moment = torch.stack([*now[:3], now.step]).to(change.x)
+        change = change._replace(cost=self._scalar(change.cost), n_samples=change.n_samples or len(change.x))
+        through_encoder = update.update_rows(state, moment, change, self._encoder, self.buffer)
+        g_b_dec = change.gradient[: len(change.x)].sum(dim=0)
         if through_encoder is not None:
             g_b_dec -= through_encoder
         adam_(state.b_dec, g_b_dec, state.first["b_dec"], state.second["b_dec"], now)

@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.kernels.base import Buffers, Rows, State
+from sae.kernels.base import Buffers, Change, State
 from sae.kernels.triton.index import Plan, at_once, gather, sum_chunks
 from sae.kernels.triton.launch import power, warps
 from sae.kernels.triton.moments import keep, moments_of, read
@@ -264,21 +264,16 @@ def gradient_rows(
 def update_rows(
     state: State,
     now: Float[Tensor, "4"],
-    x: Float[Tensor, "batch d_in"],
-    gradient: Float[Tensor, "rows d_out"],
-    plan: Plan | None,
-    extra: Rows | None,
-    firing: Int[Tensor, " d_sae"] | None,
-    cost: Float[Tensor, ""],
-    pull: Float[Tensor, " d_sae"] | None,
+    change: Change,
     rounded: Float[Tensor, "d_sae d_in"] | None,
-    n_samples: int,
     buffer: Buffers,
 ) -> Float[Tensor, " d_in"] | None:
     """Changes all but b_dec; returns what the encoder sends back to b_dec, sum_j g_bias_j W_enc_j, where it is tied.
 
-    `now` has the learning rate, both of Adam's corrections and the number of the step.
+    `now` has the learning rate, both of Adam's corrections and the number of the step. The change's cost is on the
+    device, and it says the number of samples.
     """
+    x, gradient, plan, extra, firing, cost, pull, n_samples = change
     (d_sae, d_out), d_in = state.W_dec.shape, x.shape[1]
     own = "encoder" in state.first  # else it is W_dec
     group = min(power(triton.cdiv(d_sae, MIN_PROGRAMS)), GROUP)
