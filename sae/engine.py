@@ -15,7 +15,9 @@ sparsifier that knows nothing of kernels is differentiated by autograd.
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,9 @@ from sae.sparsifiers import Decode, Sparsifier
 
 logger = logging.getLogger("sae")
 
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
 
 class Terms(NamedTuple):
     """What a step measured, as scalars on its device: the parts of the loss, and the mean L0.
@@ -72,6 +77,17 @@ class Begun(NamedTuple):
     target: Float[Tensor, "batch d_out"]
     codes: Codes | None
     first: First | None = None
+
+
+def _in_step(method: Callable[Concatenate[Engine, Given], Found]) -> Callable[Concatenate[Engine, Given], Found]:
+    """A method as part of a step: without autograd, on the SAE's device, products in the kernels' precision."""
+
+    @wraps(method)
+    def inside(engine: Engine, *given: Given.args, **named: Given.kwargs) -> Found:
+        with torch.no_grad(), products(engine.kernels.precision), torch.cuda.device_of(engine.l0):
+            return method(engine, *given, **named)
+
+    return inside
 
 
 class Engine:
@@ -105,17 +121,18 @@ class Engine:
         self.aux_k = sae.config.aux_k or max(sae.d_in // 2, 1)
         own = {name: weight for name, weight in sae.named_parameters() if name not in WEIGHTS}
         self.own = {name: (weight, torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in own.items()}
-        kind = type(sae.sparsifier)
-        own_penalty = kind.penalty is not Sparsifier.penalty or kind.objective is not Sparsifier.objective
-        self.by_autograd = own_penalty and kind.differentiate is Sparsifier.differentiate
-        self.error_is_mse = kind.differentiate is Sparsifier.differentiate  # of codes that are read once
+        self.by_autograd = sae.sparsifier.by_autograd
+        self.error_is_mse = (
+            type(sae.sparsifier).differentiate is Sparsifier.differentiate
+        )  # of codes that are read once
         self.levels = Levels(sae.config, sae.W_dec.device)
-        self.dense_products = sae.sparsifier.passes_positive and not self.levels.several
+        self.dense_products = sae.sparsifier.passes_positive and not self.levels.several and not self.by_autograd
         self.dense = sae.sparsifier.passes_positive
         self.buffer = Buffers(sae.W_dec.dtype, sae.W_dec.device)
         self.refinement = Refinement(sae.sparsifier.refine, self.buffer)
         self.l0 = torch.zeros((), dtype=torch.float64, device=sae.W_dec.device)
 
+    @_in_step
     def step(
         self,
         activations: Float[Tensor, "batch d_in"],
@@ -126,18 +143,17 @@ class Engine:
     ) -> Terms:
         """One batch. `dead` are the latents that AuxK trains, as `padded` leaves them. `target` is what to reconstruct,
         in the trainer's units already, where that is not the activations themselves."""
-        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            if self.at_once:
-                return self._conclude(*self._measure(self._begin(activations, unit, target), now, dead), now)
-            terms, whole = self._gradients(activations, unit, now, dead, target)
-            return self._conclude(terms, whole.change(self.state.W_dec), now)
+        if self.at_once:
+            return self._conclude(*self._measure(self._begin(activations, unit, target), now, dead), now)
+        terms, whole = self._gradients(activations, unit, now, dead, target)
+        return self._conclude(terms, whole.change(self.state.W_dec), now)
 
+    @_in_step
     def gradients(
         self, activations: Tensor, unit: float, now: Now, dead: Tensor, target: Tensor | None = None
     ) -> tuple[Terms, dict[str, Tensor]]:
         """What a step would give Adam, by the names of the weights, the sparsifier's own among them; none changes."""
-        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            terms, whole = self._gradients(activations, unit, now, dead, target)
+        terms, whole = self._gradients(activations, unit, now, dead, target)
         found = whole.named(self.state)
         for name, (weight, _, _) in self.own.items():
             if weight.grad is not None:
@@ -156,19 +172,15 @@ class Engine:
         terms, whole = whole_batch(measure, *given)
         return Terms(*terms.unbind()), whole
 
-    def begin(
+    @_in_step
+    def finish(self, begun: Begun, now: Now, dead: Int[Tensor, " n"]) -> Terms:
+        """What is left of a step after `begin`."""
+        return self._conclude(*self._measure(begun, now, dead), now)
+
+    def _begin(
         self, activations: Float[Tensor, "batch d_in"], unit: float, target: Float[Tensor, "batch d_out"] | None = None
     ) -> Begun:
         """A step up to its codes. Nothing that is saved has changed by then."""
-        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            return self._begin(activations, unit, target)
-
-    def finish(self, begun: Begun, now: Now, dead: Int[Tensor, " n"]) -> Terms:
-        """The rest of it."""
-        with torch.no_grad(), products(self.kernels.precision), torch.cuda.device_of(self.l0):
-            return self._conclude(*self._measure(begun, now, dead), now)
-
-    def _begin(self, activations: Tensor, unit: float, target: Tensor | None) -> Begun:
         state = self.state
         x = self.kernels.centre(activations, unit, state.b_dec if self.sae.centre is None else self.sae.centre)
         wanted = x
@@ -183,6 +195,8 @@ class Engine:
         first, codes = self.refinement.again(self.kernels, state, codes, x, wanted, self._choose)
         return Begun(x, wanted, None) if codes is None else Begun(first.x[: len(x)], wanted, codes, first)
 
+    begin = _in_step(_begin)
+
     def _choose(self, x: Tensor) -> Codes | None:
         sparsifier = self.sae.sparsifier
         if sparsifier.pursuit_steps:
@@ -196,7 +210,7 @@ class Engine:
         x, target, codes, first = begun
         if codes is not None:
             return self._sparse(x, target, codes, first, now, dead)
-        if self.dense_products and not self.by_autograd:
+        if self.dense_products:
             return self._dense(x, target, now, dead)
         return self._by_autograd(x, target, now, dead)
 

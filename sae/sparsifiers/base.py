@@ -90,6 +90,15 @@ class Sparsifier(nn.Module, ABC):
     """lambda of the penalty lambda * sum_j z_j |W_dec_j|."""
     initial_l0: float | None = None
     """Mean number of latents that fire at the start, by the cuts that `start_` is given; None: no cuts are wanted."""
+    by_autograd: ClassVar[bool] = False
+    """Steps are differentiated by autograd; by default those of classes with a `penalty` or an `objective` of their
+    own, and no `differentiate` that knows their gradients."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "by_autograd" not in vars(cls):
+            own = cls.penalty is not Sparsifier.penalty or cls.objective is not Sparsifier.objective
+            cls.by_autograd = own and cls.differentiate is Sparsifier.differentiate
 
     @property
     def coefficient(self) -> Scalar:

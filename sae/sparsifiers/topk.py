@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sae.codes import SparseCodes
-from sae.kernels import Codes, Kernels, Scalar, Scores
-from sae.sparsifiers.base import Decode, Error, Flow, Objective
+from sae.kernels import Codes, Kernels, Scores
+from sae.sparsifiers.base import Error, Objective
 from sae.sparsifiers.budget import Budget, BudgetConfig
 
 # L(k) + L(multi_k) / 8, as shares of one loss.
@@ -75,6 +75,8 @@ class MultiTopK(TopK):
     its size. The second reading has all multi_k slots, the first the k largest of them; only these count as firing.
     """
 
+    by_autograd = False  # the levels of its codes say what `objective` does
+
     def __init__(self, k: int, k_start: float | None, k_anneal_fraction: float, *, multi_k: int) -> None:
         super().__init__(k, k_start, k_anneal_fraction)
         self.multi_k = multi_k
@@ -85,9 +87,6 @@ class MultiTopK(TopK):
         levels = torch.ones(values.shape, dtype=torch.int32, device=values.device)
         levels.scatter_(1, values.topk(self.k, dim=1, sorted=False).indices, 0)
         return codes._replace(levels=levels.flatten(), weights=MULTI_WEIGHTS, reading=0)
-
-    def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
-        return super().differentiate(codes, decode, sparsity)  # the levels of the codes say it all
 
     def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
         codes = self(pre_latents)
