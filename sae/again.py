@@ -20,6 +20,7 @@ from sae.networks.source import ModelSourceConfig
 from sae.run import save_evaluation
 from sae.sources import Source
 from sae.stores import StoreSourceConfig
+from sae.toy_source import ToySourceConfig
 
 # What `sae.metrics.Spliced` measures, under the names of the log.
 DOWNSTREAM = tuple(f"metrics/{name}" for name in ("ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "kl"))
@@ -56,6 +57,10 @@ def open_again(out: str | Path, device: str | None = None) -> tuple[SAE, TrainCo
             "sae.evaluation.evaluate(model, sae.HeldOut(x))"
         )
     source = config.source
+    if isinstance(source, ToySourceConfig) and source.weights is not None and not source.weights.exists():
+        for place in (out / source.weights.name, out.parent / source.weights.name):
+            if place.exists():  # where the run lies, wherever that is now
+                source = source.model_copy(update={"weights": place})
     if device is not None and isinstance(source, ModelSourceConfig):
         source = source.model_copy(update={"device": device})
     return sae, config, source.open()

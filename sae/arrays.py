@@ -151,7 +151,12 @@ def table(data: object, name: str) -> Rows:
     names = [f"part {number} of {name}" if len(given) > 1 else name for number in range(len(given))]
     parts = []
     for part, part_name in zip(given, names, strict=True):
+        if isinstance(part, np.ma.MaskedArray):
+            raise UsageError(f"{part_name} is a masked array; pass the rows that are to be used as a plain one")
         tensor = as_tensor(part, part_name) if isinstance(part, np.ndarray) else part
+        if isinstance(tensor, Tensor) and (tensor.layout != torch.strided or tensor.is_meta):
+            kind = "has no values (meta)" if tensor.is_meta else f"is {tensor.layout}"
+            raise UsageError(f"{part_name} {kind}; pass a dense tensor")
         if not isinstance(tensor, Tensor):
             raise UsageError(f"{part_name} is a {type(part).__name__}; it must be a tensor or an array")
         parts.append(tensor.detach())
@@ -194,7 +199,12 @@ def as_tensor(array: np.ndarray, name: str) -> Tensor:
             warnings.simplefilter("ignore", UserWarning)
             return torch.from_numpy(array)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} holds {array.dtype}; it must be floating point, convert it to float32") from None
+        rule = f"{name} holds {array.dtype}; it must be floating point, convert it to float32"
+        if array.dtype.kind == "f" and not array.dtype.isnative:
+            rule = f"{name} holds {array.dtype}, the bytes of another machine; convert it to {array.dtype.name}"
+        elif array.dtype.kind == "f" and array.itemsize <= 8:
+            rule = f"{name} runs backwards through memory, strides {list(array.strides)}; pass a copy of it"
+        raise UsageError(rule) from None
 
 
 def open_rows(pattern: str | Path, key: str | None = None) -> Rows:

@@ -78,15 +78,15 @@ class SAE(nn.Module):
     ) -> Float[Tensor, "batch d_sae"] | Float[Tensor, "batch some"]:
         """(x - b_dec) W_enc + b_enc, of all latents or of some.
 
-        b_dec is folded into the bias: its gradient then costs no product of the batch's size.
+        x is centred first: beside a large mean, what varies would be lost in the rounding of x W_enc.
         """
         encoder: Tensor = self.encoder
         b_enc: Tensor = self.b_enc
         if latents is not None:
             encoder, b_enc = encoder[latents], b_enc[latents]
-        bias = b_enc - encoder @ (self.b_dec if self.centre is None else self.centre)
+        centred = x.to(encoder.dtype) - (self.b_dec if self.centre is None else self.centre)
         # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
-        return (x.to(encoder.dtype) @ encoder.T).add_(bias)
+        return (centred @ encoder.T).add_(b_enc)
 
     def decode(
         self, codes: SparseCodes | Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None

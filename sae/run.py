@@ -215,6 +215,7 @@ def conclude(run: Run, report: bool) -> Result:
     rows = calibration_rows(trainer.sae, source)
     n_steps, sae = trainer.n_steps_done, finished(trainer, rows)
     del run.trainer, trainer  # Adam's moments take twice the memory of the weights
+    sae.save(config.out)  # whatever measuring it may find
     evaluation = evaluate_on(source, sae, config.evaluation.n_samples)
     fvu = evaluation.metrics["metrics/fvu"]
     if fvu > 1:
@@ -225,7 +226,7 @@ def conclude(run: Run, report: bool) -> Result:
             config.lr,
             n_steps,
         )
-    save_result(config.out, sae, evaluation)
+    save_evaluation(config.out, evaluation)
     if n_steps <= config.checkpoint.every_steps:  # what was saved for a stop in the meantime
         shutil.rmtree(config.out / CHECKPOINTS, ignore_errors=True)
     page = write_report_if_installed(config.out) if report else None
@@ -291,14 +292,9 @@ def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:
     return config.model_copy(update={"train": train.model_copy(update={"kernels": name, "precision": precision})})
 
 
-def save_result(out: Path, sae: SAE, evaluation: Evaluation) -> None:
-    """Weights, final metrics, and the tables that the report is drawn from."""
-    sae.save(out)
-    save_evaluation(out, evaluation)
-
-
 def save_evaluation(out: Path, evaluation: Evaluation) -> None:
-    """Final metrics and tables; result.json comes last and whole, since it says that the run is complete."""
+    """Final metrics, and the tables that the report is drawn from; result.json comes last and whole, since it says that
+    the run is complete."""
     save_tensors(out / TABLES, evaluation.tables)
     write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 

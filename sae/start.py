@@ -22,8 +22,8 @@ from toymodels.streams import generator
 
 logger = logging.getLogger("sae")
 
-# Tails are heavy where this share of rows carries more than that share of the variance.
-HEAVIEST, HEAVY = 0.001, 0.1
+# Tails are heavy where this share of the rows, or one of fewer, carries so many times its share of the variance.
+HEAVIEST, HEAVY = 0.001, 100
 
 
 def start(config: TrainConfig, source: Source, calibration: HeldOut, ranks: Ranks = ALONE) -> Trainer:
@@ -93,13 +93,14 @@ def _describe(name: str, rows: Tensor, size: float, config: TrainConfig) -> None
     """A line on their scale, and one on heavy tails that nothing holds back."""
     width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
     logger.info("%s: width %d, sqrt(total variance) %.4g, |mean| / that %.2f", name, width, size, offset)
-    heavy = share_of_heaviest(rows, HEAVIEST)
-    if heavy > HEAVY and config.train.clip_rows is None and config.train.clip_norm is None:
+    share = max(HEAVIEST, 1 / len(rows))
+    heavy = share_of_heaviest(rows, share)
+    if heavy > HEAVY * share and config.train.clip_rows is None and config.train.clip_norm is None:
         remedy = "train.clip_norm=0.03" if config.sae.transcodes else "train.clip_rows=3"
         logger.warning(
             "%.1g %% of the rows carry %.0f %% of the variance of the %s, and lead what is learnt by as much: %s holds "
             "them back (docs/configuration.md, Heavy tails)",
-            100 * HEAVIEST,
+            100 * share,
             100 * heavy,
             name,
             remedy,

@@ -50,6 +50,7 @@ LAYERS = {
         "progress",
         "toymodels",
         "cli",
+        "__main__",
     ],
     "sae": [
         "errors",

@@ -73,6 +73,7 @@ def bad_rows():
         (X[:0], r"has no values"),
         (X.astype(np.int64), r"holds torch.int64; it must be floating point"),
         (X.astype(str), r"it must be floating point"),
+        (X.astype(">f4"), r"holds >f4, the bytes of another machine; convert it to float32"),
         (
             np.array([[None, "a"]]),
             r"x.npy holds Python objects; they are not loaded, as that could run code: save float32",

@@ -6,15 +6,21 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
 import sae
 from sae import UsageError, again, locks
 from sae.directory import OWN, check_out, discard
 from sae.ensemble import Diverged
 from sae.locks import DEMO_LOCK, LOCK, held, hold
+from sae.sources import as_source
 from sae.sweep import run_sweep
 from sae.sweep.plan import parse_sweep
+from sae.toy_source import ToySourceConfig
+from toymodels import ToyModel
 
 SECTIONS = {
     "source": {"kind": "toy", "n_features": 12, "d_hidden": 5, "n_steps": 20},
@@ -199,3 +205,37 @@ def test_a_directory_whose_place_is_taken(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot write to .*: Not a directory; give another --out"):
         hold(tmp_path / "file/run")
+
+
+def test_what_was_trained_stays_when_it_cannot_be_measured(run_cli, tmp_path):
+    """All held-out rows are zero."""
+    x = torch.zeros(400, 4)
+    source = tmp_path / "x.npy"
+    given = as_source(torch.arange(400.0)[:, None].expand(400, 4).contiguous())
+    held = given.held_out("evaluation", 400).x[:, 0].long()
+    x[:] = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    x[held] = 0
+    np.save(source, x.numpy())
+    words = {"source": {"kind": "array", "path": str(source)}, "sae": {"kind": "topk", "d_sae": 8, "k": 2}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(words | {"train": {"n_samples": 6400, "batch_size": 64}}))
+    outcome = run_cli("train", tmp_path / "run.yaml", "--out", tmp_path / "run")
+    said = outcome.err.splitlines()[-1]
+    assert (outcome.code, "Traceback" in outcome.err) == (2, False)
+    assert "sae: error: fvu needs activations that vary, got" in said
+    assert "identical rows; evaluate on more samples" in said
+    assert sae.load(tmp_path / "run").d_sae == 8
+    run_cli("eval", tmp_path / "run").assert_refused("fvu needs activations that vary")
+
+
+def test_a_toy_model_is_found_where_its_run_is_now(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy = {"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 50}
+    ToyModel(16, 6).save("toy.safetensors")
+    Path("made").mkdir()
+    run = config(Path("made/run"))
+    run = run.model_copy(update={"source": ToySourceConfig(**toy, weights=Path("toy.safetensors"))})
+    before = sae.train(run, report=False).metrics
+    Path("toy.safetensors").rename("made/toy.safetensors")
+    Path("made").rename("moved")
+    monkeypatch.chdir("/")
+    assert sae.evaluate_run(tmp_path / "moved" / "run").metrics == before

@@ -329,9 +329,11 @@ def dictionary(folder: Path, name: str, threshold: float = 0.4) -> Path:
 
 @pytest.mark.parametrize("threshold", [0.4, -1.0])
 @pytest.mark.parametrize("name", DICTIONARIES)
-def test_what_dictionary_learning_writes(tmp_path, name, threshold):
+def test_what_dictionary_learning_writes(tmp_path, name, threshold, caplog):
     dictionary(tmp_path, name, threshold)
     same(formats.load(tmp_path), by_dictionary_learning(tmp_path))
+    never_fitted = threshold < 0 and "BatchTopK" in name
+    assert ("ae.pt has a threshold of -1, which was never fitted" in caplog.text) == never_fitted
 
 
 @pytest.mark.parametrize("transcode", [False, True])
@@ -404,6 +406,7 @@ def affine(**changed: object) -> dict[str, object]:
         (affine(architecture="topk", k=31), weights(), "k must lie in 1..d_sae=30, got 31"),
         (affine(architecture=["topk"]), weights(), r"architecture must be a text, got \['topk'\]"),
         (affine(d_in=None), weights(), "d_in must be a whole number, got None"),
+        (affine(d_sae=999), weights(), r"d_sae is 999 in cfg\.json and 30 in sae_weights\.safetensors; copy both"),
         (affine(), weights(W_dec=(F,)), r"W_dec must be a tensor with 2 axes, got \[30\]"),
         (affine(), weights(W_dec=(0, D)), r"W_dec must be a tensor with 2 axes, got \[0, 7\]"),
         (affine(architecture="transcoder"), weights(), "apply_b_dec_to_input must be false in a transcoder"),

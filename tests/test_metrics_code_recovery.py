@@ -14,10 +14,13 @@ from torch import Tensor
 from sae.codes import SparseCodes
 from sae.metrics import (
     Ranking,
+    dictionary_recovery,
+    dimensionality,
     feature_table,
     firing,
     frequency_deciles,
     match_dictionary,
+    polysemanticity,
     recovery,
 )
 from sae.metrics.code_recovery import auroc, code_recovery
@@ -433,6 +436,19 @@ def test_deciles_split_the_table_by_frequency() -> None:
 def test_errors_name_the_value(codes: Tensor | None, acts: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recovery(WORLD.W_dec, WORLD.truth, codes=codes, acts=acts, firing_threshold=0.1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.uint8])
+def test_whole_numbers_count_as_what_they_are(dtype: torch.dtype) -> None:
+    whole = (WORLD.acts.dense() * 4).round()
+    expected = recovery(WORLD.truth, WORLD.truth, codes=whole, acts=whole)
+    assert expected["f1"] == 1
+    for codes, acts in ((whole.to(dtype), whole), (whole, whole.to(dtype)), (whole.to(dtype).numpy(), whole.numpy())):
+        assert recovery(WORLD.truth, WORLD.truth, codes=codes, acts=acts) == pytest.approx(expected, abs=1e-6)
+    assert polysemanticity(whole.to(dtype), whole.to(dtype)) == pytest.approx(polysemanticity(whole, whole), abs=1e-6)
+    rows = torch.eye(4, 6, dtype=dtype)
+    assert dimensionality(rows) == dimensionality(rows.double())
+    assert dictionary_recovery(rows, rows)["mcc"] == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

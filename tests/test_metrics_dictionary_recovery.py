@@ -1,6 +1,8 @@
 """Judges of dictionary recovery: hand-made dictionaries, exhaustive matching, and random dictionaries."""
 
+import inspect
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,9 +187,12 @@ def test_numpy_and_float32_are_accepted() -> None:
         (TRUTH[:, :8], TRUTH, None, r"share their columns, got W_dec \[48, 8\] and truth \[48, 16\]"),
         (TRUTH, TRUTH[:0], None, "truth holds no feature"),
         (TRUTH, TRUTH, torch.ones(3, dtype=torch.bool), "each of the 48 latents, got 3"),
+        (TRUTH, TRUTH, torch.arange(48), "alive must be boolean, one truth value for each latent, got torch.int64"),
+        (TRUTH[0], TRUTH, None, r"W_dec must be a matrix, one direction a row, got \[16\]; pass a 2-d"),
+        (TRUTH, TRUTH.tolist(), None, "truth must be a matrix, one direction a row, got list; pass a 2-d"),
         (TRUTH.index_fill(0, torch.tensor(5), torch.nan), TRUTH, None, "row 5 holds nan or inf"),
     ],
 )
-def test_errors_name_the_value(W_dec: Tensor, truth: Tensor, alive: Tensor | None, message: str) -> None:
+def test_errors_name_the_value(W_dec: Tensor, truth: Any, alive: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dictionary_recovery(W_dec, truth, alive)
+        inspect.unwrap(match_dictionary)(W_dec, truth, alive)  # as users run it, without jaxtyping

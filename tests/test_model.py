@@ -62,3 +62,29 @@ def test_what_is_printed_is_short_and_says_what_it_is():
     assert repr(model).startswith("SAE(\n  kind=topk, d_in=6, d_sae=24")
     assert repr(model.encode(torch.randn(4, 6))) == "SparseCodes(shape=(4, 24), mean L0 3, torch.float32 on cpu)"
     assert "L0 0" in repr(model.encode(torch.randn(0, 6)))
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "relu", "gated", "jumprelu", "matching_pursuit", "refined"])
+def test_no_rows_have_no_codes(kind):
+    options = {"l0": 2} if kind in ("relu", "gated", "jumprelu") else {"k": 2}
+    model = SAE(5, SAEConfig.of_kind({"kind": kind, "d_sae": 8} | options))
+    for name, buffer in model.named_buffers():
+        if "threshold" in name:
+            buffer.fill_(0.1)
+    model.eval().requires_grad_(False)
+    assert model.encode(torch.zeros(0, 5)).dense().shape == (0, 8)
+    assert model(torch.zeros(0, 5)).shape == (0, 5)
+
+
+def test_a_mean_far_larger_than_what_varies_leaves_the_codes_as_they_are():
+    """Folded into the bias, it would drown them in the rounding of x W_enc."""
+    model = SAE(64, SAEConfig.of_kind({"kind": "topk", "d_sae": 256, "k": 4}))
+    stream = torch.Generator().manual_seed(0)
+    mean = 1e5 * torch.randn(64, generator=stream)
+    model.initialise_(mean, stream)
+    model.requires_grad_(False)
+    x = (torch.randn(500, 64, generator=stream) + mean).float()
+    exact = (x.double() - model.b_dec.double()) @ model.W_enc.double()
+    chosen = torch.zeros_like(exact).scatter(1, exact.topk(4).indices, 1.0).bool()
+    assert float(((model.encode(x).dense() > 0) == chosen).all(dim=1).float().mean()) > 0.99
+    torch.testing.assert_close(model.pre_latents(x).double(), exact, rtol=1e-5, atol=1e-5)

@@ -182,3 +182,20 @@ def test_thresholds_are_fitted_on_more_rows_than_the_scale(tmp_path):
     assert asked[-1] == ("calibration", 262_144)
     codes = model.encode(drawn("calibration", 262_144).x)
     assert codes.counts.double().mean() == pytest.approx(1.2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.ones((50, 3))[::-1], r"the source runs backwards through memory, strides \[-24, 8\]; pass a copy of it"),
+        (np.ones((50, 3), dtype=">f8"), "the source holds >f8, the bytes of another machine; convert it to float64"),
+        (np.ones((50, 3), dtype=np.longdouble), "it must be floating point, convert it to float32"),
+        (np.ma.masked_array(np.ones((50, 3))), "the source is a masked array; pass the rows that are to be used"),
+        (torch.ones(50, 3).to_sparse(), "the source is torch.sparse_coo; pass a dense tensor"),
+        (torch.ones(50, 3, device="meta"), r"the source has no values \(meta\); pass a dense tensor"),
+    ],
+    ids=["backwards", "endian", "long", "masked", "sparse", "meta"],
+)
+def test_memory_that_cannot_be_read_as_rows(data, message):
+    with pytest.raises(UsageError, match=message):
+        as_source(data)

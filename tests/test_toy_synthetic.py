@@ -284,6 +284,11 @@ def test_compensation_by_factors_is_that_of_saelens(caplog):
     draws = compensated(forest, crowded, torch.ones(4, dtype=torch.float64), "factors")
     assert draws.tolist() == pytest.approx([0.5, 1.0, 1.0, 0.125])
     assert "2 of 4 features would have to draw with a probability above 1 (up to 1.44)" in caplog.text
+    caplog.clear()
+    alike = torch.full((4,), 0.1, dtype=torch.float64)  # a child that always fires with its parent
+    chain = Forest(np.array([-1, 0, 1, 2]), np.full(4, -1), np.zeros(4, dtype=bool))
+    assert compensated(chain, alike, torch.ones(4, dtype=torch.float64), "factors").tolist() == [0.1, 1, 1, 1]
+    assert not caplog.records
 
 
 def test_synth16k_is_as_published():

@@ -162,7 +162,7 @@ def _by_factors(forest: Forest, probs: Profile) -> Profile:
         if len(members) > 1 and parent[members[0]] > 0:
             factor[members] *= 1 + rivals / parent[members[0]]
     draws = target * factor
-    if n_clamped := int(((draws >= 1) & (target < 1)).sum()):
+    if n_clamped := int((draws > 1 + 1e-9).sum()):
         logger.warning(
             "compensation: %d of %d features would have to draw with a probability above 1 (up to %.3g), and fire less "
             "often than asked",

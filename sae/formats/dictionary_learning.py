@@ -5,6 +5,7 @@ Linear layers keep their weights transposed: `encoder.weight` [d_sae, d_in], `de
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from sae.errors import UsageError
 from sae.formats.files import exactly, field, of_shapes, read_json, read_pickled, to_json
 from sae.formats.portable import Above, Gate, Largest, Portable, Positive
 from toymodels.files import replaced, write_text
+
+logger = logging.getLogger("sae")
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
@@ -73,7 +76,14 @@ def read(path: Path) -> Portable:
         assert k is not None
         rule = Largest(k)
     elif "threshold" in t:
-        # One of -1 was never fitted, and lets everything positive pass.
+        if name in BUDGETS and float(t["threshold"].max()) < 0:
+            logger.warning(
+                "%s has a threshold of %g, which was never fitted: as there, every positive latent fires, however many "
+                "k=%s asked for",
+                path / WEIGHTS,
+                float(t["threshold"].max()),
+                k,
+            )
         rule = Above(t["threshold"].clamp_min(0).expand(d_sae).clone(), None if k is None else float(k))
     return Portable(W_enc, b_enc, W_dec, b_dec, rule, tied)
 

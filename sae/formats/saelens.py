@@ -57,6 +57,8 @@ def read(path: Path) -> Portable:
     axes = {name: 2 if name.startswith("W_") else 1 for name in TENSORS[architecture]}
     t = exactly(read_safetensors(path / WEIGHTS), axes, path / WEIGHTS, f"{architecture!r} of SAELens")
     (d_sae, d_out), d_in = t["W_dec"].shape, field(config, "d_in", int, path / CONFIG)
+    if (said := config.get("d_sae", d_sae)) != d_sae:
+        raise UsageError(f"{path}: d_sae is {said} in {CONFIG} and {d_sae} in {WEIGHTS}; copy both again")
     _require_shapes(path / WEIGHTS, t, d_in, d_sae, d_out)
     transcodes = architecture.endswith("transcoder")
     if d_out != d_in and not transcodes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -62,8 +63,12 @@ def match_dictionary(W_dec: Matrix, truth: Matrix, alive: Mask | None = None) ->
     it is. Rows may have any norm. `alive` None: every nonzero row is.
 
     Raises:
-        ValueError: the dictionaries live in different spaces, one is empty, or `alive` has another length.
+        ValueError: the dictionaries live in different spaces, one is empty, or `alive` has another length or type.
     """
+    for name, rows in (("W_dec", W_dec), ("truth", truth)):
+        if not isinstance(rows, Tensor | np.ndarray) or rows.ndim != 2:
+            given = list(rows.shape) if isinstance(rows, Tensor | np.ndarray) else type(rows).__name__
+            raise ValueError(f"{name} must be a matrix, one direction a row, got {given}; pass a 2-d tensor or array")
     if W_dec.shape[1] != truth.shape[1]:
         raise ValueError(
             f"W_dec and truth must share their columns, got W_dec {list(W_dec.shape)} and truth "
@@ -71,12 +76,18 @@ def match_dictionary(W_dec: Matrix, truth: Matrix, alive: Mask | None = None) ->
         )
     if len(truth) == 0:
         raise ValueError("truth holds no feature, so there is nothing to recover; pass [n_features, d]")
-    if alive is not None and len(alive) != len(W_dec):
-        raise ValueError(f"alive must have one entry for each of the {len(W_dec)} latents, got {len(alive)}")
+    if alive is not None:
+        alive = torch.as_tensor(alive)
+        if len(alive) != len(W_dec):
+            raise ValueError(f"alive must have one entry for each of the {len(W_dec)} latents, got {len(alive)}")
+        if alive.dtype != torch.bool:
+            raise ValueError(
+                f"alive must be boolean, one truth value for each latent, got {alive.dtype}; compare first"
+            )
     learned, norms = directions(W_dec)
     features = directions(truth)[0].to(learned.device)
     usable = norms > 0
-    alive = usable if alive is None else torch.as_tensor(alive, device=norms.device) & usable
+    alive = usable if alive is None else alive.to(norms.device) & usable
 
     if len(features) * len(learned) > PRECISE_PAIRS:
         features, learned = features.float(), learned.float()

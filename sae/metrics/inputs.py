@@ -8,14 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from sae.codes import SparseCodes
 from toymodels import geometry
 from toymodels.features import FeatureBatch
 
-Matrix = Float[Tensor, "_rows _columns"] | Float[np.ndarray, "_rows _columns"]
+Matrix = Real[Tensor, "_rows _columns"] | Real[np.ndarray, "_rows _columns"]
 Mask = Bool[Tensor, " _rows"] | Bool[np.ndarray, " _rows"]
 
 # Samples that a metric reads at once; its value does not depend on this.
@@ -25,8 +25,10 @@ FIRING_SHARE = 1e-6
 
 
 def as_tensor(x: Matrix) -> Float[Tensor, "_rows _columns"]:
-    """x without its gradient, in float32 at least; a numpy array is copied."""
+    """x without its gradient, in float32 at least; integers in float64, and a numpy array is copied."""
     x = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+    if not x.is_floating_point():
+        return x.double()
     return x.float() if x.itemsize < 4 else x
 
 
@@ -89,6 +91,8 @@ def as_acts(acts: FeatureBatch | Matrix) -> FeatureBatch:
     if isinstance(acts, FeatureBatch) and len(acts.shape) != 2:
         raise ValueError(f"true activations must be [samples, n_features], got {list(acts.shape)}; pass one instance")
     acts = acts.to("cpu") if isinstance(acts, FeatureBatch) else FeatureBatch.from_dense(as_tensor(acts).cpu())
+    if not acts.values.is_floating_point():
+        acts = FeatureBatch(acts.indices, acts.values.double(), acts.offsets, acts.shape)
     if not all_finite(acts.values):
         sample = int(rows_of(acts)[~acts.values.isfinite()][0])
         raise ValueError(f"true activations must be finite, sample {sample} holds nan or inf; drop that sample")

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.codes import SparseCodes
+from sae.errors import UsageError
 from sae.metrics.co_statistics import ratio
 from sae.metrics.inputs import Matrix, as_codes, as_tensor, column_sums, firing_counts, row_norms
 
@@ -146,4 +147,4 @@ class Reconstruction:
 
 def _check_variance(total: float, n_samples: int) -> None:
     if total == 0:
-        raise ValueError(f"fvu needs activations that vary, got {n_samples} identical rows; evaluate on more samples")
+        raise UsageError(f"fvu needs activations that vary, got {n_samples} identical rows; evaluate on more samples")

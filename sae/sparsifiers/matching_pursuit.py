@@ -57,6 +57,6 @@ class MatchingPursuit(Sparsifier):
 
     def pursue(self, x: Float[Tensor, "batch d"], W_dec: Float[Tensor, "d_sae d"]) -> SparseCodes:
         codes = pursuit.by_products(x, W_dec, self.pursuit_steps)
-        latents, values = codes.latents.view(len(x), -1), codes.values.view(len(x), -1)
+        latents, values = (slots.view(len(x), self.pursuit_steps) for slots in (codes.latents, codes.values))
         first, _ = pursuit.first_slots(latents, values > 0)
         return SparseCodes(values.new_zeros(values.shape).scatter_add(1, first, values), latents, len(W_dec))

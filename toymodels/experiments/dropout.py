@@ -31,6 +31,7 @@ from typing import cast
 import torch
 from einops import einsum
 from jaxtyping import Float
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from toymodels import geometry, plots
@@ -94,7 +95,7 @@ def run(context: Context) -> Outcome:
         }
     claims = Claims("11")
     half = rates.index(0.5)
-    falls = torch.corrcoef(torch.stack([torch.tensor(represented).argsort().argsort(), torch.arange(len(rates))]))[0, 1]
+    falls = float(spearmanr(rates, represented).statistic)
     claims.at_most("represented_falls", "rank correlation of q and features represented", falls, -0.85, "PROPOSED")
     lost = represented[0] - represented[half]
     claims.at_least("represented_lost", "features that q = .5 gives up", lost, 1.5, "PROPOSED")

@@ -127,7 +127,7 @@ def dimensions(weights: Weights) -> Sequence[Claim]:
     claims = Claims("5a")
     measured = {inverse: geometry.dimensions_per_feature(W).quantile(0.5) for inverse, W in weights.items()}
     for inverse, (target, tolerance) in DIMENSIONS_PER_FEATURE.items():
-        name, text = f"dimensions_per_feature_at_{inverse:g}", f"D* at 1/(1−S) = {inverse:g}"
+        name, text = f"dimensions_per_feature_at_{inverse:g}", f"D* at 1/(1−S) = {inverse:g}, median of the models"
         claims.within(name, text, measured[inverse], target, tolerance, "RUN")
     return claims.made
 
@@ -156,7 +156,7 @@ def clusters(weights: Weights) -> Sequence[Claim]:
         claims.at_least(f"share_half_at_{inverse}", text.format("1/2", ".02", inverse), half[inverse], 0.75, "PROPOSED")
     claims.at_least("share_half_at_3", text.format("1/2", ".02", 3), half[3], 0.95, "RUN")
     largest = sum(float(largest_share(W, 0.02)) for W in weights[4.5]) / len(weights[4.5])
-    text = "mixed at 1/(1−S) = 4.5: the largest share within .02 of any one value"
+    text = "mixed at 1/(1−S) = 4.5: the largest share within .02 of that of one feature"
     claims.at_most("largest_share_at_4.5", text, largest, 0.9, "PROPOSED")
     return claims.made
 
