@@ -53,6 +53,8 @@ class SAEConfig(Family):
     """The kind may reconstruct a target other than its input."""
     skips: ClassVar[bool] = False
     """The input also reaches the reconstruction through a matrix W_skip."""
+    serves_as_base: ClassVar[bool] = True
+    """A transcoder may take its selection: it selects among pre-latents, and the rest are options of every kind."""
     lr_factor: ClassVar[float] = 1.0
     """The kind's default learning rate, as a multiple of that of the others."""
 

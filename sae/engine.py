@@ -182,7 +182,7 @@ class Engine:
     ) -> Begun:
         """A step up to its codes. Nothing that is saved has changed by then."""
         state = self.state
-        x = self.kernels.centre(activations, unit, state.b_dec if self.sae.centre is None else self.sae.centre)
+        x = self.kernels.centre(activations, unit, self.sae.input_centre.detach())
         wanted = x
         if target is not None or not state.tied:
             wanted = (activations.to(x.dtype) / unit if target is None else target.to(x.dtype)) - state.b_dec

@@ -61,6 +61,11 @@ class SAE(nn.Module):
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
         return self.encoder.T
 
+    @property
+    def input_centre(self) -> Float[Tensor, " d_in"]:
+        """What is subtracted from the input: b_dec or, where `tied_bias` is off, the fixed `centre`."""
+        return self.b_dec if self.centre is None else self.centre
+
     def pre_latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """What codes are selected from in inference: (x - b_dec) W_enc + b_enc, of `refined(x)`."""
         return self.affine(self.refined(x))
@@ -84,7 +89,7 @@ class SAE(nn.Module):
         b_enc: Tensor = self.b_enc
         if latents is not None:
             encoder, b_enc = encoder[latents], b_enc[latents]
-        centred = x.to(encoder.dtype) - (self.b_dec if self.centre is None else self.centre)
+        centred = x.to(encoder.dtype) - self.input_centre
         # Not addmm: on a CPU it spreads the bias over the output first, which costs as much as the product.
         return (centred @ encoder.T).add_(b_enc)
 
@@ -143,7 +148,7 @@ class SAE(nn.Module):
     def training_codes(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """The latents that fire for each row of x, as training selects them."""
         if self.sparsifier.pursuit_steps:
-            return self.sparsifier.pursue(x - (self.b_dec if self.centre is None else self.centre), self.W_dec)
+            return self.sparsifier.pursue(x - self.input_centre, self.W_dec)
         first = self.sparsifier.first if self.sparsifier.refine else None
         x = x if first is None else self._beyond(x, first(self.affine(x)))
         codes: SparseCodes = self.sparsifier(self.affine(x))

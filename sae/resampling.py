@@ -49,7 +49,7 @@ def resample_(
     """
     sae, state = engine.sae, engine.state
     a = activations.to(state.W_dec.dtype) / unit
-    x = a - (state.b_dec if sae.centre is None else sae.centre)
+    x = a - sae.input_centre.detach()
     x_hat = sae.decode(sae.training_codes(a))
     if sae.W_skip is not None:
         x_hat = x_hat + x @ sae.W_skip

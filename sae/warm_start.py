@@ -69,11 +69,10 @@ def start_from_(sae: SAE, path: Path, unit: float, target_unit: float, start: Ca
     sae.W_dec.copy_(given.W_dec)
     sae.b_dec.copy_(given.b_dec)
     sae.b_enc.copy_(given.b_enc)
-    centre = given.b_dec if given.centre is None else given.centre
     if sae.centre is not None:
-        sae.centre.copy_(centre)
+        sae.centre.copy_(given.input_centre)
     elif given.centre is not None:  # b_dec is subtracted now: what was subtracted beyond that is a bias
-        sae.b_enc.add_(sae.encoder @ (given.b_dec - centre))
+        sae.b_enc.add_(sae.encoder @ (given.b_dec - given.centre))
     if sae.W_skip is not None and given.W_skip is not None:
         sae.W_skip.copy_(given.W_skip)
     b_enc = sae.b_enc.clone()

@@ -33,6 +33,7 @@ RUNS = {
     "batchtopk": ({"kind": "batchtopk", "d_sae": 24, "k": 2.5, "resample_every": 640}, {"dead_after_samples": 200}),
     "matryoshka": ({"kind": "matryoshka", **SPARSE}, {"clip_norm": 0.05}),
     "refined": ({"kind": "refined", **SPARSE}, {}),
+    "lista_matryoshka": ({"kind": "lista_matryoshka", **SPARSE}, {}),
     "matching_pursuit": ({"kind": "matching_pursuit", **SPARSE}, {}),
     "skip_transcoder": ({"kind": "skip_transcoder", **SPARSE}, {"moments": "int8"}),
     "relu": ({"kind": "relu", **PAID}, {}),

@@ -22,6 +22,7 @@ class MatchingPursuitConfig(SAEConfig):
     # .0532 on the toy model of 256 features, .0829, .0798, .0780 and .0772 on the Zipf set of docs/performance.md; on
     # synth1k, 600,000 samples, .146, .0221, .0207 and .0200, and MCC .688, .703 and .726 from 8 on.
     lr_factor: ClassVar[float] = 20.0
+    serves_as_base: ClassVar[bool] = False
 
     kind: Literal["matching_pursuit"] = "matching_pursuit"
     k: int = Field(gt=0)

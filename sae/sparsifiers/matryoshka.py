@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sae.sparsifiers.batchtopk import BatchTopKConfig
 
@@ -13,6 +13,8 @@ PARTS = (16, 8, 4, 2, 1)
 class MatryoshkaConfig(BatchTopKConfig):
     """BatchTopK SAE whose prefixes reconstruct (Bussmann et al. 2025, "Learning Multi-Level Features with Matryoshka
     Sparse Autoencoders")."""
+
+    serves_as_base: ClassVar[bool] = False
 
     kind: Literal["matryoshka"] = "matryoshka"  # type: ignore[assignment]
 

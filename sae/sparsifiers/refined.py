@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -16,6 +16,8 @@ START = 2
 class RefinedConfig(BatchTopKConfig):
     """BatchTopK whose codes are selected a second time, from what the first leave over (after Gregor & LeCun 2010,
     "Learning Fast Approximations of Sparse Coding")."""
+
+    serves_as_base: ClassVar[bool] = False
 
     kind: Literal["refined"] = "refined"  # type: ignore[assignment]
     refine: float = Field(default=0.3, gt=0, le=1)

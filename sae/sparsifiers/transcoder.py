@@ -14,6 +14,7 @@ class _Transcoding(SAEConfig):
     """What both transcoders share: TopK with k, or the selection of any other kind."""
 
     transcodes: ClassVar[bool] = True
+    serves_as_base: ClassVar[bool] = False
 
     tied_init: bool = False
     """Start the encoder as the decoder's transpose; only where the target is as wide as the input."""
@@ -56,7 +57,7 @@ class _Transcoding(SAEConfig):
             names = ", ".join(sorted(shared & base.keys()))
             raise ValueError(f"base takes only what its kind alone knows, got {names}; put that beside base")
         kind = _selection(base, info.data["d_sae"])
-        if kind.transcodes or kind.kind in ("matching_pursuit", "matryoshka", "refined", "lista_matryoshka"):
+        if not kind.serves_as_base:
             raise ValueError(f"base must be a kind that selects, got {kind.kind!r}; take topk or batchtopk")
         if getattr(kind, "refine", 0):
             raise ValueError("base cannot refine: what a transcoder leaves over is no activation that it reads")
