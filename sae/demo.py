@@ -22,15 +22,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae import baselines
-from sae.baselines import require_sklearn
 from sae.config import TrainConfig
 from sae.console import postfix, print_methods
 from sae.directory import check_out
 from sae.ensemble import Ensemble, Run, SharedSource
+from sae.extras import require
 from sae.kernels import choose
 from sae.locks import DEMO_LOCK, held
 from sae.model import load
-from sae.run import as_it_begins, conclude, open_run, require_report
+from sae.run import as_it_begins, conclude, open_run
 from sae.toy_source import ToySourceConfig
 from toymodels.processes import n_cores, one_thread_each
 from toymodels.worlds import ToyRecipe
@@ -66,8 +66,8 @@ TRAIN = {"n_samples": 6_144_000, "batch_size": 2048, "lr": 3.0e-3}
 
 def run(out: Path, seed: int, overwrite: bool) -> None:
     """Runs the whole demo into `out`, which ends as the run directory of the first TopK."""
-    require_report()
-    require_sklearn()
+    for package in ("plotly", "sklearn"):
+        require(package, "demo", "a demo")
     check_out(out, resume=None, overwrite=overwrite)
     began = time.perf_counter()
     toy = ToySourceConfig(seed=seed, weights=out / TOY)

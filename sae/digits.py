@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae.baselines import require_sklearn
 from sae.config import load_config
 from sae.config_text import config_path
 from sae.console import print_table, progress
 from sae.directory import check_out
 from sae.errors import UsageError
+from sae.extras import require
 from sae.locks import DEMO_LOCK, held
 from sae.metrics.code_recovery import auroc
-from sae.run import require_report, train
+from sae.run import train
 from toymodels.optim import AdamW
 from toymodels.streams import generator
 
@@ -58,8 +58,8 @@ class DigitsNet(nn.Module):
 
 def run(out: Path, seed: int, overwrite: bool) -> None:
     """Runs the whole demo into `out`."""
-    require_sklearn()
-    require_report()
+    for package in ("plotly", "sklearn"):
+        require(package, "demo", "a demo")
     check_out(out, resume=None, overwrite=overwrite)
     if (out / ACTIVATIONS).exists() and not overwrite:
         raise UsageError(f"{out / ACTIVATIONS} exists; give another --out, or --overwrite")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from sae.errors import UsageError
+from sae.extras import require
 
 logger = logging.getLogger("sae")
 
@@ -222,10 +223,9 @@ def _refused(address: Address, verb: str, error: Exception) -> UsageError:
 
 
 def _library() -> Any:
-    try:
-        import huggingface_hub  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise UsageError("the Hub needs huggingface_hub; pip install 'sae[hub]'") from error
+    require("huggingface_hub", "hub", "the Hub")
+    import huggingface_hub  # noqa: PLC0415 - an extra
+
     for name in ("huggingface_hub", "httpx", "httpx2"):  # a line for each request
         logging.getLogger(name).setLevel(logging.ERROR)
     return huggingface_hub

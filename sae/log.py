@@ -7,7 +7,6 @@ without costing a step: the failure is told once, and the run goes on without it
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.config import TrainConfig
-from sae.errors import UsageError
+from sae.extras import require
 
 logger = logging.getLogger("sae")
 LINES = "metrics.jsonl"
@@ -128,11 +127,8 @@ class WandbLog:
 
 def require_wandb(config: TrainConfig) -> None:
     """Refuses a run that asks for W&B where it is not installed: better told before training than after."""
-    if config.log.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise UsageError(
-            f"log.wandb is {config.log.wandb!r} but wandb is not installed; pip install 'sae[wandb]', or set "
-            "log.wandb to disabled"
-        )
+    if config.log.wandb != "disabled":
+        require("wandb", "wandb", f"log.wandb {config.log.wandb}", "set log.wandb to disabled")
 
 
 def _attempt(action: Callable[[], Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import shutil
@@ -28,6 +27,7 @@ from sae.directory import (
 from sae.ensemble import Diverged, Ensemble, OnLine, Record, Run
 from sae.errors import Elsewhere, UsageError
 from sae.evaluation import Evaluation, chunk_rows, evaluate_on
+from sae.extras import installed
 from sae.kernels import require_device, require_kernels, resolve_device
 from sae.levels import by_frequency
 from sae.locks import hold
@@ -299,15 +299,9 @@ def save_evaluation(out: Path, evaluation: Evaluation) -> None:
     write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 
-def require_report() -> None:
-    """Names the remedy when the extra is missing."""
-    if importlib.util.find_spec("plotly") is None:
-        raise UsageError("plotly is not installed; pip install 'sae[report]' (the demo: 'sae[demo]')")
-
-
 def write_report_if_installed(out: Path) -> Path | None:
     """The run's report.html; without the `report` extra a line says what is missing."""
-    if importlib.util.find_spec("plotly") is None:
+    if not installed("plotly"):
         logger.info("no report.html: pip install 'sae[report]', then `sae report %s`", out)
         return None
     from sae.report import write_report  # noqa: PLC0415 - an extra, and slow to import

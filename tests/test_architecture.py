@@ -54,6 +54,7 @@ LAYERS = {
     ],
     "sae": [
         "errors",
+        "extras",
         "stopping",
         "launch",
         "hub",

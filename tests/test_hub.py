@@ -210,5 +210,7 @@ def test_what_cannot_be_read_is_told_with_where_it_might_be(server, run, run_cli
 
 def test_without_the_library_the_remedy_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(UsageError, match=r"the Hub needs huggingface_hub; pip install 'sae\[hub\]'"):
+    with pytest.raises(
+        UsageError, match=r"huggingface_hub is not installed, and the Hub needs it; pip install 'sae\[hub\]'"
+    ):
         sae.load("hf://me/saes")

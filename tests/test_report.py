@@ -298,7 +298,7 @@ def test_nothing_is_loaded(tmp_path: Path) -> None:
 
 def test_missing_extra_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     html.plotly_js.cache_clear()
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(UsageError, match=r"pip install 'sae\[report\]'"):
         write_report([fabricate(tmp_path)])
     assert not (tmp_path / "report.html").exists()

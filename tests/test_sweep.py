@@ -652,8 +652,8 @@ def test_ray_gets_a_task_for_each_group(tmp_path, monkeypatch):
 
 def test_ray_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "ray", raising=False)
-    monkeypatch.setattr("sae.sweep.machines.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"ray is not installed; pip install 'sae\[ray\]'"):
+    monkeypatch.setattr("sae.extras.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"ray is not installed, .*; pip install 'sae\[ray\]', or use sweep.n_jobs"):
         run_sweep(plan(tmp_path / "out", grid={"sae.k": [2, 3]}, ray=True))
     assert not (tmp_path / "out").exists()
 

@@ -20,7 +20,7 @@ from sae.baselines.fixed import data_points, random_dictionary
 from sae.baselines.ksvd import learn_ksvd
 from sae.baselines.linear import pca
 from sae.baselines.orthogonal_pursuit import omp
-from sae.baselines.scikit_learn import dictionary_learning, ica, require_sklearn
+from sae.baselines.scikit_learn import dictionary_learning, ica
 from sae.baselines.semi_nmf import learn_semi_nmf
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "prepare",
     "pursuit",
     "random_dictionary",
-    "require_sklearn",
     "run",
     "sparse_coding",
 ]

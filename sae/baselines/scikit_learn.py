@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from sae.baselines.base import Baseline, signed_pairs, unit_rows
 from sae.baselines.coding import sparse_coding
-from sae.errors import UsageError
+from sae.extras import require
 from sae.held_out import HeldOut
 
 logger = logging.getLogger("sae")
@@ -22,7 +21,7 @@ ICA_ROUNDS = 500
 
 def ica(x: Float[Tensor, "batch d_in"], seed: int) -> Baseline:
     """Independent components (FastICA), d_in of them, with both signs."""
-    require_sklearn()
+    require("sklearn", "baselines", "ica")
     from sklearn.decomposition import FastICA  # noqa: PLC0415
     from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
 
@@ -47,7 +46,7 @@ def dictionary_learning(
     seed: int,
 ) -> Baseline:
     """MiniBatchDictionaryLearning (Mairal et al. 2009), non-negative codes, coded with at most k."""
-    require_sklearn()
+    require("sklearn", "baselines", "dictionary_learning")
     from sklearn.decomposition import MiniBatchDictionaryLearning  # noqa: PLC0415
     from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415
 
@@ -67,9 +66,3 @@ def dictionary_learning(
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit((x - mean).double().numpy())
     return sparse_coding(unit_rows(torch.from_numpy(model.components_).float()), truth, validation, k, mean)
-
-
-def require_sklearn() -> None:
-    """Names the remedy when the extra is missing."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise UsageError("scikit-learn is not installed; pip install 'sae[baselines]'")

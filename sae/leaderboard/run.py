@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae.baselines import require_sklearn
 from sae.bench.machine import machine
 from sae.config import parse_config
 from sae.config_text import read_yaml
 from sae.directory import CONFIG, REPORT, _differences
 from sae.ensemble import SharedSource
 from sae.errors import Interrupted, UsageError
+from sae.extras import require
 from sae.kernels import resolve_device
 from sae.leaderboard.baselines import Fit, fit_all, fits
 from sae.leaderboard.recipe import Definite, Entry, Recipe, definite
@@ -79,8 +79,8 @@ def run_leaderboard(
         UsageError: it cannot begin; nothing was trained or written.
     """
     _check_out(out, resume, overwrite)
-    if SCIKIT & set(recipe.baselines):
-        require_sklearn()
+    for name in sorted(SCIKIT & set(recipe.baselines)):
+        require("sklearn", "baselines", name)
     board = definite(recipe)
     if resume and (out / RECIPE).is_file():
         _require_same(board, out)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.errors import UsageError
+from sae.extras import require
 from sae.networks.pieces import Piece, columns_of
 from sae.networks.reader import Reader, Site
 from sae.networks.texts import Contexts
@@ -140,10 +141,9 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     Raises:
         UsageError: it cannot be loaded.
     """
+    transformers = _transformers()
     try:
-        return _transformers().AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except UsageError:
-        raise
+        return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # as above
         raise _cannot_load(f"{name}'s tokenizer", error) from error
 
@@ -157,10 +157,9 @@ def _cannot_load(name: str, error: Exception) -> UsageError:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise UsageError("reading a language model needs transformers; pip install 'sae[harvest]'") from error
+    require("transformers", "harvest", "reading a language model")
+    import transformers  # noqa: PLC0415 - an extra, and slow to import
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.errors import UsageError
+from sae.extras import require
 
 logger = logging.getLogger("sae")
 
@@ -162,10 +163,9 @@ def special_tokens(tokenizer: Any) -> Int[Tensor, " n"]:
 
 
 def _datasets() -> Any:
-    try:
-        import datasets  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise UsageError("reading texts needs datasets; pip install 'sae[harvest]', or give source.tokens") from error
+    require("datasets", "harvest", "reading texts", "give source.tokens")
+    import datasets  # noqa: PLC0415 - an extra, and slow to import
+
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     return datasets

@@ -7,7 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from sae.errors import UsageError
+from sae.extras import require
 from toymodels import pages
 from toymodels.pages import Html, tag
 
@@ -38,8 +38,7 @@ def plotly_js() -> str:
     Raises:
         UsageError: plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise UsageError("plotly is not installed; pip install 'sae[report]'") from error
+    require("plotly", "report", "a report")
+    from plotly.offline import get_plotlyjs  # noqa: PLC0415 - an extra
+
     return get_plotlyjs()

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sae.errors import UsageError
+from sae.extras import require
 from sae.report.data import Run, read_run
 from sae.report.figures import latents_in_order, shown_features, unit
 from toymodels import palette
@@ -23,8 +24,9 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.font_manager import fontManager
     from matplotlib.image import AxesImage
-except ImportError as missing:
-    raise UsageError("matplotlib is not installed; pip install 'sae[report]'") from missing
+except ImportError:
+    require("matplotlib", "report", "the overview")
+    raise
 
 # In pixels. The maps are MAP high, so that each of 256 features has two rows of its own.
 WIDTH, HEIGHT, MAP, TOP, LEFT = 1640, 740, 512, 130, 60

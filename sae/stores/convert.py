@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae.arrays import open_parts
 from sae.errors import UsageError
+from sae.extras import require
 from sae.locks import held
 from sae.stores.files import MANIFEST, TOKENS, DtypeName, Store, is_store
 from sae.stores.writer import StoreWriter, checked, discard_store, require_own
@@ -80,10 +81,9 @@ def _arrays(path: Path, key: str | None) -> Iterator[Tensor]:
 
 def _cached(path: Path, key: str | None) -> Iterator[Tensor]:
     """Activations [contexts, positions, d] that SAELens cached with `datasets`, in the dtype that they have there."""
-    try:
-        import datasets  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise UsageError("reading what SAELens cached needs datasets; pip install 'sae[harvest]'") from error
+    require("datasets", "harvest", "reading what SAELens cached")
+    import datasets  # noqa: PLC0415 - an extra, and slow to import
+
     try:
         rows: Any = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the library raises for a damaged file

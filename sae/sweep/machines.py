@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from sae.errors import UsageError
 from sae.stopping import Stop, stop_requested
 from sae.sweep.group import Ended, Group, Logged, Tell, opener
-
-
-def require_ray() -> None:
-    """Names the remedy when the extra is missing."""
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError("sweep.ray is true but ray is not installed; pip install 'sae[ray]', or use sweep.n_jobs")
 
 
 def connect() -> None:

@@ -20,6 +20,7 @@ from sae.directory import (
     require_same_run,
 )
 from sae.errors import UsageError
+from sae.extras import require
 from sae.kernels import require_device
 from sae.locks import LOCK, cannot_write, held, require_free
 from sae.log import require_wandb
@@ -27,7 +28,7 @@ from sae.report.data import SWEEP
 from sae.run import as_it_begins, write_report_if_installed
 from sae.stopping import Stop, stop_requested
 from sae.sweep.group import Ended, Group, Logged, OpenSource, Tell, opener
-from sae.sweep.machines import connect, on_machines, require_ray
+from sae.sweep.machines import connect, on_machines
 from sae.sweep.plan import Member, Plan
 from sae.sweep.rules import read_lines, verdict
 from sae.sweep.workers import in_processes
@@ -163,7 +164,7 @@ def check_sweep(plan: Plan, resume: bool, overwrite: bool) -> None:
         except UsageError as error:
             raise UsageError(f"member {member.name}: {error}") from error
     if plan.section.ray:
-        require_ray()
+        require("ray", "ray", "sweep.ray", "use sweep.n_jobs")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give a directory as --out")
     if resume and overwrite:
