@@ -9,15 +9,15 @@ from sae.config import TrainConfig, parse_config
 from sae.config_text import read_yaml
 from sae.diagnosis import diagnose_source, require_truth
 from sae.diagnosis.files import save_diagnosis
-from sae.directory import CONFIG, RESULT
+from sae.directory import save_evaluation
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, evaluate_on
 from sae.kernels import require_device
 from sae.locks import held
 from sae.model import SAE, load
+from sae.names import CONFIG, RESULT
 from sae.networks.downstream import losses_of_store, require_network
 from sae.networks.source import ModelSourceConfig
-from sae.run import save_evaluation
 from sae.sources import Source
 from sae.stores import StoreSourceConfig
 from sae.toy_source import ToySourceConfig

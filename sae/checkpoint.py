@@ -14,8 +14,6 @@ from torch import Tensor
 from sae.errors import UsageError
 from toymodels.files import save_tensors, sha256
 
-CHECKPOINTS = "checkpoints"
-"""The folder of a run's."""
 TENSORS, VALUES = "state.safetensors", "state.json"
 
 

@@ -30,6 +30,7 @@ from sae.extras import require
 from sae.kernels import choose
 from sae.locks import DEMO_LOCK, held
 from sae.model import load
+from sae.names import SUMMARY
 from sae.run import as_it_begins, conclude, open_run
 from sae.toy_source import ToySourceConfig
 from toymodels.processes import n_cores, one_thread_each
@@ -38,7 +39,7 @@ from toymodels.worlds import ToyRecipe
 N_SEEDS = 3
 K = 3
 D_SAE = 256
-SUMMARY, TOY = "summary.json", "toy.safetensors"
+TOY = "toy.safetensors"
 
 # The SAEs. `l1_low` is the control: too little penalty gives low error, many active latents, and the wrong features.
 METHODS: dict[str, tuple[dict[str, Any], int]] = {

@@ -25,6 +25,7 @@ from sae.errors import UsageError
 from sae.extras import require
 from sae.locks import DEMO_LOCK, held
 from sae.metrics.code_recovery import auroc
+from sae.names import CLASSES
 from sae.run import train
 from toymodels.optim import AdamW
 from toymodels.streams import generator
@@ -33,7 +34,7 @@ D_HIDDEN = 32
 N_CLASSES = 10
 N_TRAIN = 1300
 N_SHIFTED = 40  # shifted copies of each training image, so that the file holds more than a thousand rows
-ACTIVATIONS, CLASSES = "activations.npy", "classes.json"
+ACTIVATIONS = "activations.npy"
 
 
 class DigitsNet(nn.Module):

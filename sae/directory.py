@@ -9,44 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sae import checkpoint
-from sae.checkpoint import CHECKPOINTS
 from sae.config import TrainConfig, parse_config
 from sae.config_text import read_yaml
 from sae.errors import UsageError
+from sae.evaluation import Evaluation
 from sae.locks import cannot_write, require_free
-from sae.log import LINES
-from sae.model import MANIFEST, WEIGHTS
-from toymodels.files import write_text
-
-CONFIG, RESULT, TABLES, REPORT = ("config.yaml", "result.json", "evaluation.safetensors", "report.html")
-COMPARISON = "comparison.html"
-"""Of this run with others: written by `sae report`."""
-BASELINES = "baselines.json"
-"""Other methods on the same activations, and this one, when they were asked for."""
-STATUS = "status.json"
-"""Of a member of a sweep that was given up: why."""
-DIAGNOSIS = ("features.csv", "diagnosis.json")
-"""Written by `sae eval --diagnose`."""
-LATENTS = ("latents.html", "latents.json", "latents.safetensors")
-"""Written by `sae latents`."""
-# What a run writes into its directory, and --overwrite deletes: last what it is known by, should that be cut short.
-OWN = (
-    RESULT,
-    TABLES,
-    REPORT,
-    COMPARISON,
-    LINES,
-    WEIGHTS,
-    MANIFEST,
-    CHECKPOINTS,
-    STATUS,
-    BASELINES,
-    *DIAGNOSIS,
-    *LATENTS,
-    "classes.json",
-    "wandb",
-    CONFIG,
-)
+from sae.names import CHECKPOINTS, CONFIG, OWN, RESULT, TABLES
+from toymodels.files import save_tensors, write_text
 
 
 def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
@@ -81,6 +50,13 @@ def claim_out(config: TrainConfig, resume: bool) -> Path | None:
     except OSError as error:
         raise cannot_write(out, error) from error
     return None
+
+
+def save_evaluation(out: Path, evaluation: Evaluation) -> None:
+    """Final metrics, and the tables that the report is drawn from; result.json comes last and whole, since it says that
+    the run is complete."""
+    save_tensors(out / TABLES, evaluation.tables)
+    write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 
 def discard(out: Path) -> None:

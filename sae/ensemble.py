@@ -19,12 +19,12 @@ import torch
 from filelock import FileLock
 
 from sae import checkpoint
-from sae.checkpoint import CHECKPOINTS
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import live_recovery
 from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.log import RunLog
 from sae.members import Members
+from sae.names import CHECKPOINTS
 from sae.ranks import ALONE, Ranks
 from sae.sources import Batch, Own, Reconstruct, Source
 from sae.stopping import CONTINUE, Stop

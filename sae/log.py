@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sae.config import TrainConfig
 from sae.extras import require
+from sae.names import LINES
 
 logger = logging.getLogger("sae")
-LINES = "metrics.jsonl"
 INIT_TIMEOUT_SECONDS = 30.0
 
 

@@ -19,10 +19,10 @@ from sae.config import SAEConfig
 from sae.config_text import explain
 from sae.errors import UsageError
 from sae.kernels import for_inference, require_device
+from sae.names import MANIFEST, SWEEP, WEIGHTS
 from toymodels.files import save_tensors, sha256, write_text
 
 FORMAT_VERSION = 1
-WEIGHTS, MANIFEST = "sae.safetensors", "sae.json"
 
 
 class SAE(nn.Module):
@@ -254,7 +254,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     given, folder = folder, hub.local(folder, (MANIFEST, WEIGHTS), "; sae.formats.load reads those of other libraries")
     for name in (MANIFEST, WEIGHTS):
         if not (folder / name).is_file():
-            if (folder / "sweep.json").is_file():
+            if (folder / SWEEP).is_file():
                 raise UsageError(f"{folder} is a sweep's directory; give one of its members, {folder}/NAME")
             raise UsageError(
                 f"{hub.said(given)} holds no SAE: {name} is missing; give a run directory that finished training, or "

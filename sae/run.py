@@ -14,41 +14,31 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae import checkpoint
-from sae.checkpoint import CHECKPOINTS
 from sae.config import TrainConfig
-from sae.directory import (
-    CONFIG,
-    RESULT,
-    TABLES,
-    check_out,
-    claim_out,
-    require_same_run,
-)
+from sae.directory import check_out, claim_out, require_same_run, save_evaluation
 from sae.ensemble import Diverged, Ensemble, OnLine, Record, Run
 from sae.errors import Elsewhere, UsageError
-from sae.evaluation import Evaluation, chunk_rows, evaluate_on
+from sae.evaluation import chunk_rows, evaluate_on
 from sae.extras import installed
 from sae.kernels import require_device, require_kernels, resolve_device
 from sae.levels import by_frequency
 from sae.locks import hold
 from sae.log import RunLog, require_wandb
 from sae.model import SAE, load
+from sae.names import CHECKPOINTS, CONFIG, RESULT
 from sae.ranks import ALONE, Ranks, joined
 from sae.sources import HeldOut, Source, as_source
 from sae.sparsifiers.base import Sparsifier
-from sae.start import start
+from sae.start import N_CALIBRATION, start
 from sae.stopping import stop_requested
 from sae.stores import recorded
 from sae.trainer import Trainer
 from sae.warm_start import require_start
-from toymodels.files import save_tensors, write_text
 
 logger = logging.getLogger("sae")
 
-# Rows, at most, that the centre and the scale are fitted on; sources that hold fewer rows back give fewer.
-N_CALIBRATION = 65_536
-# Thresholds are fitted on up to four times as many where rows are short, in so many entries. On a toy model an L0 of
-# 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
+# Thresholds are fitted on up to four times as many rows as the scale where rows are short, in so many entries. On a toy
+# model an L0 of 2.56 varies by 3.5 from row to row: over 65,536 rows by .5 %, and over these by .27 %.
 N_THRESHOLDS, THRESHOLD_ENTRIES = 4 * N_CALIBRATION, 2**24
 
 
@@ -290,13 +280,6 @@ def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:
             "or start again in another --out"
         ) from error
     return config.model_copy(update={"train": train.model_copy(update={"kernels": name, "precision": precision})})
-
-
-def save_evaluation(out: Path, evaluation: Evaluation) -> None:
-    """Final metrics, and the tables that the report is drawn from; result.json comes last and whole, since it says that
-    the run is complete."""
-    save_tensors(out / TABLES, evaluation.tables)
-    write_text(out / RESULT, json.dumps(evaluation.metrics, indent=2) + "\n")
 
 
 def write_report_if_installed(out: Path) -> Path | None:

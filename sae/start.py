@@ -22,6 +22,8 @@ from toymodels.streams import generator
 
 logger = logging.getLogger("sae")
 
+# Rows, at most, that the centre and the scale are fitted on; sources that hold fewer rows back give fewer.
+N_CALIBRATION = 65_536
 # Tails are heavy where this share of the rows, or one of fewer, carries so many times its share of the variance.
 HEAVIEST, HEAVY = 0.001, 100
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sae import checkpoint
-from sae.checkpoint import CHECKPOINTS
 from sae.config import SAEConfig, TrainConfig, parse_config
 from sae.config_text import read_yaml
-from sae.directory import CONFIG
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, evaluate_on
 from sae.levels import by_frequency
-from sae.model import MANIFEST, SAE
+from sae.model import SAE
+from sae.names import CHECKPOINTS, CONFIG, MANIFEST
 from sae.run import calibration_rows, ready_
 from sae.sources import Source, as_source
 

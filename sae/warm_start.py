@@ -13,7 +13,8 @@ from sae import formats
 from sae.config import TrainConfig
 from sae.errors import UsageError
 from sae.hub import said
-from sae.model import MANIFEST, SAE
+from sae.model import SAE
+from sae.names import MANIFEST
 
 logger = logging.getLogger("sae")
 

@@ -13,9 +13,10 @@ import yaml
 
 import sae
 from sae import UsageError, again, locks
-from sae.directory import OWN, check_out, discard
+from sae.directory import check_out, discard
 from sae.ensemble import Diverged
 from sae.locks import DEMO_LOCK, LOCK, held, hold
+from sae.names import OWN
 from sae.sources import as_source
 from sae.sweep import run_sweep
 from sae.sweep.plan import parse_sweep

@@ -7,7 +7,7 @@ import torch
 
 import sae
 from sae import UsageError
-from sae.ensemble import CHECKPOINTS
+from sae.names import CHECKPOINTS
 from sae.unfinished import evaluate_checkpoint, is_unfinished
 
 X = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0)) * 7 + 3

@@ -10,8 +10,8 @@ from typing import Any
 from sae.again import measure_again, open_again
 from sae.baselines.by_name import applicable, measured, prepare
 from sae.config import TrainConfig
-from sae.directory import BASELINES
 from sae.evaluation import Evaluation
+from sae.names import BASELINES
 from toymodels.files import write_text
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sae.console import print_methods, print_metrics
-from sae.directory import BASELINES
 from sae.evaluation import Evaluation
+from sae.names import BASELINES
 
 CAPTION = (
     "fit s: seconds to fit a method; the SAE was trained before.\n"

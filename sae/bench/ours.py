@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sae.bench.shapes import L1_COEFFICIENT, N_STEPS, Shape, options_of, parts
 from sae.config import SAEConfig, TrainConfig, parse_config
-from sae.run import N_CALIBRATION
 from sae.sources import as_source
-from sae.start import start
+from sae.start import N_CALIBRATION, start
 from sae.trainer import Trainer
 
 

@@ -116,8 +116,8 @@ class Leaderboard(WithPlugins, SetsFields):
 
     def run(self) -> None:
         from sae.leaderboard import read_recipe, run_leaderboard  # noqa: PLC0415
-        from sae.leaderboard.run import RECIPE  # noqa: PLC0415
         from sae.leaderboard.show import last_line, print_standings, stage_bar  # noqa: PLC0415
+        from sae.names import RECIPE  # noqa: PLC0415
         from sae.report.standings import read_leaderboard  # noqa: PLC0415
         from sae.sweep.show import progress  # noqa: PLC0415
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sae.diagnosis import Diagnosis
+from sae.names import DIAGNOSIS, FEATURES
 from toymodels.files import write_text
-
-FEATURES, SUMMARY = "features.csv", "diagnosis.json"
 
 
 def save_diagnosis(out: Path, diagnosis: Diagnosis) -> None:
@@ -23,7 +22,7 @@ def save_diagnosis(out: Path, diagnosis: Diagnosis) -> None:
     columns = [[_cell(value) for value in column] for column in diagnosis.features.values()]
     writer.writerows(zip(*columns, strict=True))
     write_text(out / FEATURES, text.getvalue())
-    write_text(out / SUMMARY, json.dumps(_defined(diagnosis.summary), indent=1) + "\n")
+    write_text(out / DIAGNOSIS, json.dumps(_defined(diagnosis.summary), indent=1) + "\n")
 
 
 def _cell(value: object) -> object:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from sae.diagnosis.files import FEATURES, SUMMARY
+from sae.names import DIAGNOSIS, FEATURES
 
 MOST_REASONS = 4
 
@@ -20,8 +20,8 @@ def print_diagnosis(out: Path, metrics: Mapping[str, float]) -> None:
         f"\nF1 is {f1:.3f}. Of the {1 - f1:.3f} that are missing, {dictionary:.3f} are the dictionary's and "
         f"{encoder:.3f} the encoder's; {unreachable:.3f} are beyond the true dictionary, too."
     )
-    reasons = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["reasons"]
+    reasons = json.loads((out / DIAGNOSIS).read_text(encoding="utf-8"))["reasons"]
     most = sorted((row for row in reasons if row["n"]), key=lambda row: -row["n"])[:MOST_REASONS]
     why = ", ".join(f"{row['n']} {row['means']}" for row in most)
     print(f"{metrics['diagnosis/missed']:.0f} features are missed{f': {why}' if why else ''}.")
-    print(f"\nwrote {out / FEATURES} and {out / SUMMARY}; `sae report {out}` draws them")
+    print(f"\nwrote {out / FEATURES} and {out / DIAGNOSIS}; `sae report {out}` draws them")

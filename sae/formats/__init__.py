@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae import hub
-from sae.directory import CONFIG
 from sae.errors import UsageError
 from sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from sae.formats.portable import Portable, built, portable
 from sae.kernels import require_device
 from sae.locks import cannot_write
-from sae.model import MANIFEST, SAE, WEIGHTS
+from sae.model import SAE
 from sae.model import load as load_own
+from sae.names import CONFIG, MANIFEST, WEIGHTS
 from toymodels.errors import nearest
 
 __all__ = ["FORMATS", "WRITTEN", "load", "recognise", "save"]

@@ -10,11 +10,10 @@ from typing import Any
 import yaml
 
 from sae import formats, hub
-from sae.checkpoint import CHECKPOINTS
-from sae.directory import CONFIG
 from sae.errors import UsageError
 from sae.formats.network import network_metadata
 from sae.locks import held
+from sae.names import CHECKPOINTS, CONFIG
 from toymodels.plain_yaml import parse_yaml
 
 logger = logging.getLogger("sae")

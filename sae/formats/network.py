@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.config_text import read_yaml
-from sae.directory import CONFIG
+from sae.names import CONFIG
 from sae.stores.files import is_store, read_manifest
 
 

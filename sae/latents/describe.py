@@ -15,13 +15,13 @@ from torch import Tensor
 from sae import formats, hub
 from sae.config import SourceConfig, parse_config
 from sae.config_text import read_yaml
-from sae.directory import CONFIG, LATENTS
 from sae.errors import UsageError
 from sae.latents.examples import NOWHERE, Examples, codes_at, find_examples
 from sae.latents.logits import Logits, logits_of
 from sae.latents.passages import Texts, open_texts, place_of
 from sae.locks import held
 from sae.model import load
+from sae.names import CONFIG, LATENTS
 from sae.networks.language_model import load_tokenizer
 from sae.report.latents import write_page
 from toymodels.files import save_tensors, write_text

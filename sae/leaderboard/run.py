@@ -14,7 +14,7 @@ from typing import Any
 from sae.bench.machine import machine
 from sae.config import parse_config
 from sae.config_text import read_yaml
-from sae.directory import CONFIG, REPORT, _differences
+from sae.directory import _differences
 from sae.ensemble import SharedSource
 from sae.errors import Interrupted, UsageError
 from sae.extras import require
@@ -23,7 +23,7 @@ from sae.leaderboard.baselines import Fit, fit_all, fits
 from sae.leaderboard.recipe import Definite, Entry, Recipe, definite
 from sae.leaderboard.speed import samples_per_second
 from sae.locks import cannot_write, held, require_free
-from sae.report.data import LEADERBOARD, SWEEP
+from sae.names import CONFIG, LEADERBOARD, RECIPE, REPORT, SWEEP
 from sae.run import write_report_if_installed
 from sae.stopping import Stop, stop_requested
 from sae.sweep.plan import Member, Plan, SweepSection
@@ -32,7 +32,7 @@ from toymodels.files import write_text
 
 logger = logging.getLogger("sae")
 
-RECIPE, SAES = "recipe.yaml", "saes"
+SAES = "saes"
 # What decides a row beside its entry: where one of these differs, rows are of two leaderboards.
 SHARED = ("source", "d_sae", "l0", "train", "evaluation")
 SPEED, SECONDS = "details/samples_per_second", "seconds"

@@ -12,11 +12,11 @@ from torch import Tensor
 from sae import checkpoint
 from sae.bench.machine import synchroniser
 from sae.bench.timing import SETTLING_STEPS, WARM_UP_STEPS, Contender, interleaved
-from sae.checkpoint import CHECKPOINTS
 from sae.kernels import resolve_device
-from sae.run import N_CALIBRATION, as_it_begins
+from sae.names import CHECKPOINTS
+from sae.run import as_it_begins
 from sae.sources import Source
-from sae.start import start
+from sae.start import N_CALIBRATION, start
 from sae.sweep.plan import Member
 from sae.trainer import Trainer
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sae.directory import CONFIG
 from sae.errors import Interrupted, UsageError
 from sae.hooks import fingerprint
 from sae.locks import held
+from sae.names import CONFIG
 from sae.networks.pieces import Arrange, Piece, pieces_of
 from sae.networks.reader import Reader, Reads, Site
 from sae.networks.source import ModelSourceConfig, divided, order_of

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sae.errors import UsageError
-from sae.report.data import LEADERBOARD, SWEEP, collect
+from sae.names import COMPARISON, LEADERBOARD, REPORT, SWEEP
+from sae.report.data import collect
 from sae.report.html import page, plotly_js
 from sae.report.leaderboard import leaderboard_contents
 from sae.report.sections import contents, title
 from sae.report.standings import read_leaderboard
 from sae.report.sweep import read_sweep, sweep_contents
-
-NAME, COMPARISON = "report.html", "comparison.html"
 
 
 def write_report(runs: Sequence[Path], target: Path | None = None) -> Path:
@@ -40,7 +39,7 @@ def write_report(runs: Sequence[Path], target: Path | None = None) -> Path:
     else:
         collection = collect([Path(run) for run in runs])
         text = page(title(collection), contents(collection))
-    target = Path(runs[0]) / (NAME if len(runs) == 1 else COMPARISON) if target is None else Path(target)
+    target = Path(runs[0]) / (REPORT if len(runs) == 1 else COMPARISON) if target is None else Path(target)
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:

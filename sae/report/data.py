@@ -21,20 +21,10 @@ from sae.config_text import read_yaml
 from sae.errors import UsageError
 from sae.metrics.dictionary_recovery import match_dictionary
 from sae.metrics.ground_truth import frequency_deciles
+from sae.names import BASELINES, CLASSES, CONFIG, DIAGNOSIS, FEATURES, LINES, RESULT, SUMMARY, TABLES, WEIGHTS
 
-CONFIG, LINES, RESULT, TABLES, WEIGHTS = FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "result.json",
-    "evaluation.safetensors",
-    "sae.safetensors",
-)
-SUMMARY = "summary.json"
-BASELINES = "baselines.json"
-SWEEP = "sweep.json"
-LEADERBOARD = "leaderboard.json"
-CLASSES = "classes.json"
-FEATURES, DIAGNOSIS = "features.csv", "diagnosis.json"
+# What a run has that is finished.
+FILES = (CONFIG, LINES, RESULT, TABLES, WEIGHTS)
 # A feature is found when its own latent has a cosine above this.
 FOUND = 0.9
 # Runs of which maps, densities and frequencies are drawn: more would not be told apart.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae.directory import REPORT
+from sae.names import REPORT
 from toymodels.files import write_text
 from toymodels.pages import Html, join, page, tag
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from sae.errors import UsageError
 from sae.metrics.seeds import Interval, over_seeds
-from sae.report.data import LEADERBOARD, Row
+from sae.names import LEADERBOARD, RECIPE
+from sae.report.data import Row
 from sae.report.tables import DEAD, FVU, L0, MCC, Score
 
 F1, PURITY = "recovery/f1", "polysemanticity/latent_purity"
@@ -110,7 +111,7 @@ def read_leaderboard(path: Path) -> Leaderboard:
     """
     try:
         about = json.loads((path / LEADERBOARD).read_text(encoding="utf-8"))
-        rows, recipe = about.pop("rows"), (path / "recipe.yaml").read_text(encoding="utf-8")
+        rows, recipe = about.pop("rows"), (path / RECIPE).read_text(encoding="utf-8")
         standings = stand(rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path / LEADERBOARD} cannot be read ({error}); run it again with --resume") from error

@@ -14,8 +14,9 @@ from safetensors import safe_open
 
 from sae.config_text import read_yaml
 from sae.errors import UsageError
+from sae.names import CONFIG, LINES, RESULT, SWEEP, TABLES
 from sae.report import keys, pareto
-from sae.report.data import CONFIG, LINES, RESULT, SEEDS, SWEEP, TABLES
+from sae.report.data import SEEDS
 from sae.report.html import plot
 from sae.report.pareto import Point, groups
 from sae.report.tables import DEAD, FVU, L0, MCC, comparison_table, join_words, method_name, number, seed_table

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from sae.directory import STATUS
 from sae.ensemble import Diverged, Ensemble, Run, SharedSource
 from sae.errors import Interrupted, UsageError
+from sae.names import STATUS
 from sae.networks.source import read_together
 from sae.run import as_it_begins, conclude, open_run
 from sae.sources import Source

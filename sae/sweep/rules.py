@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae.config import TrainConfig
 from sae.errors import UsageError
-from sae.log import LINES
+from sae.names import LINES
 from sae.sweep.plan import SweepSection
 
 Line = Mapping[str, float | int]

@@ -10,21 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae.directory import (
-    CONFIG,
-    REPORT,
-    RESULT,
-    STATUS,
-    check_out,
-    discard,
-    require_same_run,
-)
+from sae.directory import check_out, discard, require_same_run
 from sae.errors import UsageError
 from sae.extras import require
 from sae.kernels import require_device
 from sae.locks import LOCK, cannot_write, held, require_free
 from sae.log import require_wandb
-from sae.report.data import SWEEP
+from sae.names import CONFIG, REPORT, RESULT, STATUS, SWEEP
 from sae.run import as_it_begins, write_report_if_installed
 from sae.stopping import Stop, stop_requested
 from sae.sweep.group import Ended, Group, Logged, OpenSource, Tell, opener
