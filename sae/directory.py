@@ -23,17 +23,32 @@ def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
 
     `resume` is None for what cannot be resumed.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a directory as --out")
-    if resume and overwrite:
-        raise UsageError("--resume continues a run and --overwrite discards it; give one of them")
-    require_free(out)
-    if (out / CONFIG).exists() and not (resume or overwrite):
-        remedy = "" if resume is None else "continue it with --resume (in Python resume=True), "
-        raise UsageError(f"{out} already holds a run; {remedy}discard it with --overwrite")
+    require_out(out, "run", CONFIG, resume, overwrite)
     foreign = [name for name in OWN if (out / name).exists()]
     if foreign and not (out / CONFIG).exists():
         raise UsageError(f"{out} holds {', '.join(foreign)} of something else; give another --out")
+
+
+def require_out(
+    out: Path, what: str, mark: str, resume: bool | None, overwrite: bool, others: Mapping[str, str] | None = None
+) -> None:
+    """Refuses a directory in which `what` is, as the file `mark` tells, unless it is to be resumed or overwritten; and
+    one that another process is at work in, or that holds others, which have files to be told by too.
+
+    Raises:
+        UsageError: it is such a directory, or a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a directory as --out")
+    if resume and overwrite:
+        raise UsageError(f"--resume continues a {what} and --overwrite discards it; give one of them")
+    require_free(out)
+    for name, other in (others or {}).items():
+        if (out / name).exists():
+            raise UsageError(f"{out} holds a {other}; give another --out")
+    if (out / mark).exists() and not (resume or overwrite):
+        remedy = "" if resume is None else "continue it with --resume (in Python resume=True), "
+        raise UsageError(f"{out} already holds a {what}; {remedy}discard it with --overwrite")
 
 
 def claim_out(config: TrainConfig, resume: bool) -> Path | None:
@@ -72,12 +87,19 @@ def require_same_run(config: TrainConfig) -> None:
     """Refuses to resume what was started with other values."""
     saved = parse_config(read_yaml(config.out / CONFIG), where=str(config.out / CONFIG))
     ours, theirs = (whole.model_dump(mode="json", include={"source", "sae", "train"}) for whole in (config, saved))
-    differing = _differences(theirs, ours)
+    require_same(config.out, theirs, ours)
+
+
+def require_same(out: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on in `out` with other values than it was begun with.
+
+    Raises:
+        UsageError: some differ; it names all of them.
+    """
+    differing = _differences(was, now)
     if differing:
-        raise UsageError(
-            f"{config.out} cannot be resumed: {'; '.join(differing)}; use the same "
-            f"value{'s' if len(differing) > 1 else ''}, or another --out"
-        )
+        same = f"use the same value{'s' if len(differing) > 1 else ''}, or another --out"
+        raise UsageError(f"{out} cannot be resumed: {'; '.join(differing)}; {same}")
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:

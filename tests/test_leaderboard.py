@@ -365,7 +365,7 @@ def test_resume_trains_what_is_new_and_leaves_the_rest(run_cli, files, tmp_path)
     refused = run_cli(*given, "--resume", "--train.n_samples", "640")
     refused.assert_refused("cannot be resumed: train.n_samples was 1280, now 640; use the same value, or another --out")
     run_cli(*given).assert_refused(
-        "already holds a leaderboard; continue it with --resume, discard it with --overwrite"
+        "already holds a leaderboard; continue it with --resume (in Python resume=True), discard it with --overwrite"
     )
     only = ["--recipe", files / "recipe.yaml", "--entries", "[]", "--baselines", "[oracle]"]
     assert run_cli(*given, *only, "--overwrite").code == 0

@@ -197,7 +197,7 @@ def test_other_weights_do_not_go_on(tmp_path):
 
 def test_a_run_is_no_place_for_a_store(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(UsageError, match="holds a run; give another folder"):
+    with pytest.raises(UsageError, match="holds a run; give another --out"):
         sae.harvest(Network(), "pair", batches(), tmp_path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sae.bench.machine import machine
 from sae.config import parse_config
 from sae.config_text import read_yaml
-from sae.directory import _differences
+from sae.directory import require_out, require_same
 from sae.ensemble import SharedSource
 from sae.errors import Interrupted, UsageError
 from sae.extras import require
@@ -22,7 +22,7 @@ from sae.kernels import resolve_device
 from sae.leaderboard.baselines import Fit, fit_all, fits
 from sae.leaderboard.recipe import Definite, Entry, Recipe, definite
 from sae.leaderboard.speed import samples_per_second
-from sae.locks import cannot_write, held, require_free
+from sae.locks import cannot_write, held
 from sae.names import CONFIG, LEADERBOARD, RECIPE, REPORT, SWEEP
 from sae.run import write_report_if_installed
 from sae.stopping import Stop, stop_requested
@@ -78,7 +78,7 @@ def run_leaderboard(
     Raises:
         UsageError: it cannot begin; nothing was trained or written.
     """
-    _check_out(out, resume, overwrite)
+    require_out(out, "leaderboard", RECIPE, resume, overwrite, {CONFIG: "run", SWEEP: "sweep"})
     for name in sorted(SCIKIT & set(recipe.baselines)):
         require("sklearn", "baselines", name)
     board = definite(recipe)
@@ -281,20 +281,6 @@ def world_name(recipe: Recipe) -> str:
     return experiment or (source.kind if path is None else Path(path).stem)
 
 
-def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses a directory that holds something, unless it is a leaderboard to be resumed or overwritten."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a directory as --out")
-    if resume and overwrite:
-        raise UsageError("--resume continues a leaderboard and --overwrite discards it; give one of them")
-    require_free(out)
-    for name, what in ((CONFIG, "run"), (SWEEP, "sweep")):
-        if (out / name).exists():
-            raise UsageError(f"{out} holds a {what}; give another --out")
-    if (out / RECIPE).exists() and not (resume or overwrite):
-        raise UsageError(f"{out} already holds a leaderboard; continue it with --resume, discard it with --overwrite")
-
-
 def _discard(out: Path) -> None:
     """Deletes what an earlier leaderboard wrote beside its SAEs; the sweep deletes those."""
     for name in (LEADERBOARD, REPORT, RECIPE):
@@ -304,12 +290,7 @@ def _discard(out: Path) -> None:
 def _require_same(board: Definite, out: Path) -> None:
     """Refuses rows that would not be comparable with those that are there."""
     saved, ours = read_yaml(out / RECIPE), board.recipe.model_dump(mode="json")
-    differing = _differences({key: saved.get(key) for key in SHARED}, {key: ours[key] for key in SHARED})
-    if differing:
-        raise UsageError(
-            f"{out} cannot be resumed: {'; '.join(differing)}; use the same value"
-            f"{'s' if len(differing) > 1 else ''}, or another --out"
-        )
+    require_same(out, {key: saved.get(key) for key in SHARED}, {key: ours[key] for key in SHARED})
 
 
 def _commands_before(out: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sae.directory import require_out
 from sae.errors import Interrupted, UsageError
 from sae.hooks import fingerprint
 from sae.locks import held
@@ -65,7 +66,7 @@ def harvest(
         return pieces_of(reader, inputs, start, site, target_site, rows)
 
     path = Path(out)
-    require_out(path, resume, overwrite)
+    _check_out(path, resume, overwrite)
     write_stores({site: path}, pieces, {site: origin}, dtype, resume=resume, overwrite=overwrite)
     return open_store(path)
 
@@ -92,7 +93,7 @@ def harvest_model(
     wanted = [config.model_copy(update={"module": name}) for name in dict.fromkeys(modules)] or [config]
     paths = {one.site: out / one.module if modules else out for one in wanted}
     for path in paths.values():
-        require_out(path, resume, overwrite)
+        _check_out(path, resume, overwrite)
     if resume and all(is_complete(paths[one.site], one.fields, dtype) for one in wanted):
         logger.info("%s is complete; nothing to resume", out)
         return list(paths.values())
@@ -120,18 +121,11 @@ def harvest_model(
     return list(paths.values())
 
 
-def require_out(path: Path, resume: bool, overwrite: bool) -> None:
+def _check_out(path: Path, resume: bool, overwrite: bool) -> None:
     """Refuses a folder that holds a store, unless that is to be gone on with or overwritten."""
-    if resume and overwrite:
-        raise UsageError("--resume goes on with a store and --overwrite discards it; give one of them")
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file; give a folder as --out")
-    if (path / CONFIG).exists():
-        raise UsageError(f"{path} holds a run; give another folder as --out")
+    require_out(path, "store", MANIFEST, resume, overwrite, {CONFIG: "run"})
     if resume and not (path / MANIFEST).exists():
         logger.warning("nothing to resume in %s: the harvest begins", path)
-    if (path / MANIFEST).exists() and not (resume or overwrite):
-        raise UsageError(f"{path} already holds a store; go on with it by --resume, or discard it by --overwrite")
 
 
 def write_stores(

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae.directory import check_out, discard, require_same_run
+from sae.directory import check_out, discard, require_out, require_same_run
 from sae.errors import UsageError
 from sae.extras import require
 from sae.kernels import require_device
-from sae.locks import LOCK, cannot_write, held, require_free
+from sae.locks import LOCK, cannot_write, held
 from sae.log import require_wandb
 from sae.names import CONFIG, REPORT, RESULT, STATUS, SWEEP
 from sae.run import as_it_begins, write_report_if_installed
@@ -157,17 +157,8 @@ def check_sweep(plan: Plan, resume: bool, overwrite: bool) -> None:
             raise UsageError(f"member {member.name}: {error}") from error
     if plan.section.ray:
         require("ray", "ray", "sweep.ray", "use sweep.n_jobs")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a directory as --out")
-    if resume and overwrite:
-        raise UsageError("--resume continues a sweep and --overwrite discards it; give one of them")
-    require_free(out)
-    if (out / CONFIG).exists():
-        raise UsageError(f"{out} holds a single run; give another --out")
-    before = _names_before(out)
-    if before and not (resume or overwrite):
-        raise UsageError(f"{out} already holds a sweep; continue it with --resume, discard it with --overwrite")
-    gone = [name for name in before if name not in {member.name for member in plan.members}]
+    require_out(out, "sweep", SWEEP, resume, overwrite, {CONFIG: "single run"})
+    gone = [name for name in _names_before(out) if name not in {member.name for member in plan.members}]
     if gone and resume:
         raise UsageError(f"{out} has members that this sweep does not have, {gone[0]} for one; give another --out")
     for member in plan.members:
