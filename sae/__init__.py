@@ -26,9 +26,8 @@ from sae.run import Result, train
 from sae.sources import HeldOut, Source
 from sae.sparsifiers import Sparsifier
 from sae.stores import StoreSourceConfig, open_store
-from sae.toy_source import ToySourceConfig
 from sae.unfinished import load_checkpoint
-from sae.world_source import WorldSourceConfig
+from sae.world_source import ToySourceConfig, WorldSourceConfig
 
 __all__ = [
     "SAE",

@@ -20,7 +20,7 @@ from sae.networks.downstream import losses_of_store, require_network
 from sae.networks.source import ModelSourceConfig
 from sae.sources import Source
 from sae.stores import StoreSourceConfig
-from sae.toy_source import ToySourceConfig
+from sae.world_source import ToySourceConfig
 
 # What `sae.metrics.Spliced` measures, under the names of the log.
 DOWNSTREAM = tuple(f"metrics/{name}" for name in ("ce_clean", "ce_spliced", "ce_zero", "ce_recovered", "kl"))

@@ -25,14 +25,15 @@ from sae import baselines
 from sae.config import TrainConfig
 from sae.console import postfix, print_methods
 from sae.directory import check_out
-from sae.ensemble import Ensemble, Run, SharedSource
+from sae.ensemble import Ensemble, Run
 from sae.extras import require
 from sae.kernels import choose
 from sae.locks import DEMO_LOCK, held
 from sae.model import load
 from sae.names import SUMMARY
 from sae.run import as_it_begins, conclude, open_run
-from sae.toy_source import ToySourceConfig
+from sae.sources import SharedSource
+from sae.world_source import ToySourceConfig
 from toymodels.processes import n_cores, one_thread_each
 from toymodels.worlds import ToyRecipe
 

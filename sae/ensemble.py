@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,12 +20,11 @@ from filelock import FileLock
 from sae import checkpoint
 from sae.errors import Interrupted, UsageError
 from sae.evaluation import live_recovery
-from sae.held_out import HeldOut, HeldOutStream, Purpose
 from sae.log import RunLog
 from sae.members import Members
 from sae.names import CHECKPOINTS
 from sae.ranks import ALONE, Ranks
-from sae.sources import Batch, Own, Reconstruct, Source
+from sae.sources import Batch, SharedSource, Source
 from sae.stopping import CONTINUE, Stop
 from sae.trainer import Trainer
 
@@ -118,33 +116,6 @@ class Run:
             self.record.close()
 
 
-class SharedSource(Source):
-    """A source whose held-out rows are drawn once for all that want them at once; streams are drawn anew. `own` is what
-    it takes of a batch that several sources read together."""
-
-    def __init__(self, source: Source, own: Own | None = None) -> None:
-        self.source, self.truth = source, source.truth
-        self.d_in, self.d_out, self.stays = source.d_in, source.d_out, source.stays
-        self.n_training_rows = source.n_training_rows
-        self._held_out: Callable[[Purpose, int], HeldOut] = cache(source.held_out)
-        self._own = own or source.own
-
-    def own(self, batch: Batch) -> Batch:
-        return self._own(batch)
-
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        return self.source.batches(batch_size, seed, start)
-
-    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
-        return self._held_out(purpose, n)
-
-    def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
-        return self.source.held_out_stream(purpose, n)
-
-    def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
-        return self.source.downstream(sae, n)
-
-
 class Ensemble:
     """Runs on one stream: the same source, batch size and order of the data."""
 
@@ -200,7 +171,8 @@ class Ensemble:
             # From a device to the host nothing would wait until the rows are there.
             on = [part.to(device, non_blocking=torch.device(device).type == "cuda") for part in parts]
             there = [run for run in due if run.config.train.device == device]
-            each = [run.source.own((on[0], on[1]) if len(on) == 2 else on[0]) for run in there]
+            whole = (on[0], on[1]) if len(on) == 2 else on[0]
+            each = [run.source.own(whole) if isinstance(run.source, SharedSource) else whole for run in there]
             for run, error in zip(there, members.step([run.trainer for run in there], each), strict=True):
                 try:
                     if error is not None:

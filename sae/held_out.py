@@ -10,13 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from toymodels.features import FeatureBatch
-from toymodels.streams import generator
-from toymodels.worlds import World
 
 Purpose = Literal["calibration", "evaluation"]
-
-# A world's rows are drawn by so many, however many are asked for: the first ones stay the same.
-ROWS_AT_ONCE = 4096
 
 
 class HeldOut(NamedTuple):
@@ -46,20 +41,6 @@ class HeldOutStream(Protocol):
 
     def pieces(self, rows: int) -> Iterator[HeldOut]:
         """All of them from the first on, so many at a time."""
-
-
-class WorldStream:
-    """The first n rows that a world holds back for a purpose, drawn piece after piece when they are wanted."""
-
-    def __init__(self, world: World, seed: int, purpose: Purpose, n: int) -> None:
-        self.world, self.seed, self.purpose, self.n = world, seed, purpose, n
-
-    def pieces(self, rows: int) -> Iterator[HeldOut]:
-        draws = (
-            HeldOut(*self.world.sample(ROWS_AT_ONCE, generator(self.seed, self.purpose, number)))
-            for number in range(-(-self.n // ROWS_AT_ONCE))
-        )
-        return cut(draws, self.n, rows)
 
 
 def cut(parts: Iterable[HeldOut], n: int, rows: int) -> Iterator[HeldOut]:

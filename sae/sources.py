@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -23,9 +24,8 @@ from torch import Tensor
 from sae.arrays import Pairs, Rows, flat_rows, open_rows, open_truth, rebatch, table
 from sae.config import SourceConfig
 from sae.errors import UsageError
-from sae.held_out import HeldOut, HeldOutStream, Purpose, WorldStream
+from sae.held_out import HeldOut, HeldOutStream, Purpose
 from toymodels.streams import generator
-from toymodels.worlds import World
 
 logger = logging.getLogger("sae")
 
@@ -70,40 +70,10 @@ class Source(ABC):
         """The rows of `held_out` as a stream: all at once, unless a source can give them piece by piece."""
         return self.held_out(purpose, n)
 
-    def own(self, batch: Batch) -> Batch:
-        """What of a batch is this source's: all of it, where it is not one of several that are read together."""
-        return batch
-
     def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
         """What is measured in the network that the activations are of, with the SAE's reconstructions of about n
         held-out rows in their place; nothing where there is no network at hand."""
         return {}
-
-
-# A world's batches are drawn by the handful: for one batch of sparse features, calls cost more than draws.
-BATCHES_AT_ONCE = 8
-
-
-class WorldSource(Source):
-    """The hidden activations of a toy world: an endless stream, with known features wherever there are features."""
-
-    def __init__(self, world: World, seed: int = 0) -> None:
-        self.world, self.seed = world, seed
-        self.truth, self.d_in = world.truth, world.d_hidden
-
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        number, skip = divmod(start, BATCHES_AT_ONCE)
-        while True:
-            stream = generator(self.seed, "training", seed, number)
-            yield from self.world.sample(BATCHES_AT_ONCE * batch_size, stream).hidden.split(batch_size)[skip:]
-            number, skip = number + 1, 0
-
-    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
-        (whole,) = self.held_out_stream(purpose, n).pieces(n)
-        return whole
-
-    def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
-        return WorldStream(self.world, self.seed, purpose, n)
 
 
 Epoch: TypeAlias = Callable[[int, int, int, int], Iterator[Tensor]]
@@ -304,6 +274,30 @@ class IterableSource(Source):
             self.widths = widths
             rows = Pairs(*tables) if len(tables) == 2 else tables[0]
             yield rows.read(0, len(rows)).float()
+
+
+class SharedSource(Source):
+    """A source whose held-out rows are drawn once for all that want them at once; streams are drawn anew. `own` is what
+    it takes of a batch that several sources read together."""
+
+    def __init__(self, source: Source, own: Own | None = None) -> None:
+        self.source, self.truth = source, source.truth
+        self.d_in, self.d_out, self.stays = source.d_in, source.d_out, source.stays
+        self.n_training_rows = source.n_training_rows
+        self._held_out: Callable[[Purpose, int], HeldOut] = cache(source.held_out)
+        self.own: Own = own or (lambda batch: batch)
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        return self.source.batches(batch_size, seed, start)
+
+    def held_out(self, purpose: Purpose, n: int) -> HeldOut:
+        return self._held_out(purpose, n)
+
+    def held_out_stream(self, purpose: Purpose, n: int) -> HeldOutStream:
+        return self.source.held_out_stream(purpose, n)
+
+    def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
+        return self.source.downstream(sae, n)
 
 
 def as_source(data: object) -> Source:

@@ -88,7 +88,6 @@ LAYERS = {
         "sources",
         "locks",
         "stores",
-        "toy_source",
         "world_source",
         "prefetch",
         "metrics",

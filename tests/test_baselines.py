@@ -19,7 +19,8 @@ from sae.baselines.ksvd import learn_ksvd, replace_atoms_, update_atoms_
 from sae.baselines.orthogonal_pursuit import SignedCodes, omp
 from sae.baselines.semi_nmf import fitted_directions, learn_semi_nmf, updated_codes
 from sae.report import write_report
-from sae.sources import WorldSource, as_source
+from sae.sources import as_source
+from sae.world_source import WorldSource
 from toymodels.features import Features
 from toymodels.firing import ConstantFiring
 from toymodels.streams import generator

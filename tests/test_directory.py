@@ -20,7 +20,7 @@ from sae.names import OWN
 from sae.sources import as_source
 from sae.sweep import run_sweep
 from sae.sweep.plan import parse_sweep
-from sae.toy_source import ToySourceConfig
+from sae.world_source import ToySourceConfig
 from toymodels import ToyModel
 
 SECTIONS = {
@@ -109,7 +109,7 @@ def test_what_is_held_is_told_before_data_are_opened(tmp_path, monkeypatch):
     sae.train(config(tmp_path / "run"), report=False)
     plan = parse_sweep({**SECTIONS, "out": str(tmp_path / "s"), "sweep": {"grid": {"sae.k": [2]}}})
     run_sweep(plan)
-    monkeypatch.setattr("sae.toy_source.ToySourceConfig.open", lambda self: pytest.fail("opened"))
+    monkeypatch.setattr("sae.world_source.ToySourceConfig.open", lambda self: pytest.fail("opened"))
     with held(tmp_path / "run"), pytest.raises(UsageError, match=HELD):
         sae.train(config(tmp_path / "run"), overwrite=True)
     for held_too in (tmp_path / "s", plan.members[0].config.out):

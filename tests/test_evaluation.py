@@ -7,7 +7,7 @@ from torch import Tensor
 from sae import HeldOut, UsageError
 from sae.baselines import Baseline
 from sae.evaluation import evaluate
-from sae.sources import WorldSource
+from sae.world_source import WorldSource
 from toymodels.features import FeatureBatch
 from toymodels.worlds import ToyRecipe
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import sae
 from sae.config import SourceConfig
-from sae.ensemble import SharedSource
 from sae.errors import Interrupted, UsageError
 from sae.networks.harvest import harvest_model
 from sae.networks.source import ModelSource, ModelSourceConfig
 from sae.networks.texts import Contexts, contexts_of, texts
+from sae.sources import SharedSource
 from sae.stopping import stop_requested
 from sae.stores import Store
 from sae.stores.writer import EVERY, StoreWriter

@@ -8,7 +8,7 @@ import sae
 from sae import UsageError, sources
 from sae.arrays import Rows, rebatch
 from sae.sources import ArraySource, IterableSource, as_source
-from sae.toy_source import ToySourceConfig
+from sae.world_source import ToySourceConfig
 
 
 def numbered(n: int, d: int = 3) -> torch.Tensor:

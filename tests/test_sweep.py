@@ -25,13 +25,13 @@ import sae
 from sae import checkpoint, cli, plugins
 from sae.errors import UsageError
 from sae.members import Members
-from sae.sources import WorldSource
 from sae.sweep import group, run_sweep, workers
 from sae.sweep.group import Ended, Group
 from sae.sweep.plan import Plan, SweepSection, parse_sweep
 from sae.sweep.rules import verdict
 from sae.sweep.workers import in_processes
 from sae.trainer import Trainer
+from sae.world_source import WorldSource
 
 BASE = {
     "source": {"kind": "toy", "n_features": 16, "d_hidden": 6, "feature_prob": 0.1, "n_steps": 50},

@@ -7,8 +7,7 @@ import torch
 
 from sae import UsageError
 from sae.config import parse_config
-from sae.sources import WorldSource
-from sae.toy_source import ToySourceConfig
+from sae.world_source import ToySourceConfig, WorldSource
 from toymodels.co_firing import Together
 from toymodels.experiments import NAMES, experiment
 from toymodels.features import Features
@@ -129,7 +128,7 @@ def test_importance_falls_alike_at_every_size():
 
 
 def test_held_out_rows_come_in_pieces_and_the_first_stay_the_same(monkeypatch):
-    monkeypatch.setattr("sae.held_out.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("sae.world_source.ROWS_AT_ONCE", 64)
     source = WorldSource(ToyRecipe(n_features=12, d_hidden=5, n_steps=2).build(0))
     whole = source.held_out("evaluation", 300)
     assert len(whole.x) == len(whole.acts) == 300

@@ -9,9 +9,7 @@ from dense_worlds import write_saelens_world
 
 from sae import UsageError
 from sae.config import parse_config
-from sae.held_out import ROWS_AT_ONCE
-from sae.sources import WorldSource
-from sae.world_source import ShiftedSource, WorldSourceConfig
+from sae.world_source import ROWS_AT_ONCE, ShiftedSource, WorldSource, WorldSourceConfig
 from toymodels import generator, load_world
 
 WORLD = {

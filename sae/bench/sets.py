@@ -12,7 +12,7 @@ from sae.arrays import Pairs, table
 from sae.bench.shapes import Shape
 from sae.errors import UsageError
 from sae.sources import HELD_OUT_ROWS, ArraySource, PairSource, Source
-from sae.toy_source import ToySourceConfig
+from sae.world_source import ToySourceConfig
 from toymodels.errors import nearest
 from toymodels.streams import generator
 

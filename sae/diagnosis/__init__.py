@@ -29,7 +29,8 @@ from sae.evaluation import Coder, Evaluation, evaluate
 from sae.held_out import HeldOut
 from sae.metrics import match_dictionary
 from sae.metrics.inputs import directions
-from sae.sources import Source, WorldSource
+from sae.sources import Source
+from sae.world_source import WorldSource
 from toymodels.geometry import feature_dimensionality
 
 __all__ = ["Diagnosis", "diagnose", "diagnose_source", "require_truth"]

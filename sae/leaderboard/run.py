@@ -15,7 +15,6 @@ from sae.bench.machine import machine
 from sae.config import parse_config
 from sae.config_text import read_yaml
 from sae.directory import require_out, require_same
-from sae.ensemble import SharedSource
 from sae.errors import Interrupted, UsageError
 from sae.extras import require
 from sae.kernels import resolve_device
@@ -25,6 +24,7 @@ from sae.leaderboard.speed import samples_per_second
 from sae.locks import cannot_write, held
 from sae.names import CONFIG, LEADERBOARD, RECIPE, REPORT, SWEEP
 from sae.run import write_report_if_installed
+from sae.sources import SharedSource
 from sae.stopping import Stop, stop_requested
 from sae.sweep.plan import Member, Plan, SweepSection
 from sae.sweep.run import OnEvent, check_sweep, quiet, run_sweep

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from sae.ensemble import Diverged, Ensemble, Run, SharedSource
+from sae.ensemble import Diverged, Ensemble, Run
 from sae.errors import Interrupted, UsageError
 from sae.names import STATUS
 from sae.networks.source import read_together
 from sae.run import as_it_begins, conclude, open_run
-from sae.sources import Source
+from sae.sources import SharedSource, Source
 from sae.stopping import Stop
 from sae.sweep.plan import Member, SweepSection
 from sae.sweep.rules import Line, Stopped, read_lines, verdict

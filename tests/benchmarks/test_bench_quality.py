@@ -10,7 +10,7 @@ import torch
 
 import sae
 from sae.config import TrainConfig
-from sae.toy_source import ToySourceConfig
+from sae.world_source import ToySourceConfig
 from toymodels.streams import generator
 
 N_SEEDS = 5

@@ -5,8 +5,8 @@ from itertools import cycle
 import pytest
 
 from sae.config import TrainConfig
-from sae.sources import WorldSource
 from sae.start import start
+from sae.world_source import WorldSource
 from toymodels import Features, ToyModel, generator
 from toymodels.worlds import ToyWorld
 
