@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sae.commands import COMMANDS, Runs, SetsFields
+from sae.commands import COMMANDS, Command, SetsFields
 from sae.commands.training import Train
 from sae.errors import Elsewhere, Interrupted, UsageError
 from sae.launch import n_started, speaks
@@ -26,16 +26,8 @@ from toymodels.errors import nearest
 from toymodels.one_line import require_command, understood
 
 ANNOTATED = [Annotated[command, subcommand(name, prefix_name=False)] for name, command in COMMANDS.items()]
-Command: Any = reduce(or_, ANNOTATED)
+ANY_COMMAND: Any = reduce(or_, ANNOTATED)
 REGISTRY = ConstructorRegistry()
-# Flags of commands that read a file, beside those that set a value of it.
-OF_BOTH = ("--out", "--resume", "--no-resume", "--overwrite", "--no-overwrite", "--help")
-OF_COMMANDS = {
-    "train": (*OF_BOTH, "--plugin"),
-    "sweep": (*OF_BOTH, "--plugin"),
-    "leaderboard": (*OF_BOTH, "--plugin", "--add", "--recipe"),
-    "harvest": (*OF_BOTH, "--modules", "--dtype"),
-}
 
 
 @REGISTRY.primitive_rule
@@ -59,7 +51,7 @@ def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
     )
 
 
-def parse(words: Sequence[str]) -> Runs:
+def parse(words: Sequence[str]) -> Command:
     """The command that the words ask for.
 
     Raises:
@@ -67,13 +59,14 @@ def parse(words: Sequence[str]) -> Runs:
         SystemExit: they ask for help, which is printed.
     """
     require_command("sae", words, COMMANDS)
-    overrides, rest = _split_overrides(words) if words[0] in OF_COMMANDS else ([], list(words))
+    asked: type = COMMANDS.get(words[0], object)
+    overrides, rest = _split_overrides(asked, words) if issubclass(asked, SetsFields) else ([], list(words))
     if any(not word or (word.startswith("--") and word.partition("=")[1:] == ("=", "")) for word in rest):
         raise UsageError(f"a word of `sae {shlex.join(words)}` is empty; is a shell variable unset?")
 
-    def read() -> tuple[Runs, list[str]]:
+    def read() -> tuple[Command, list[str]]:
         found: tuple[Any, list[str]] = tyro.cli(
-            OmitArgPrefixes[Command],  # type: ignore[misc]
+            OmitArgPrefixes[ANY_COMMAND],  # type: ignore[misc]
             prog="sae",
             description="Train sparse autoencoders on any activations, and know whether they found the truth.",
             args=rest,
@@ -90,38 +83,27 @@ def parse(words: Sequence[str]) -> Runs:
     return command
 
 
-def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split_overrides(command: type[SetsFields], words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Flags that set the file, a field (--sae.k) or a section (--sae), with their values; and all other words. Such a
     flag may stand before the file.
 
     Raises:
         UsageError: a flag is neither one of these nor one of the command.
     """
-    from sae.config import TrainConfig  # noqa: PLC0415
-
-    own = OF_COMMANDS[words[0]]
-    sections = [f"--{name}" for name in TrainConfig.model_fields if name != "out"]
-    sections += ["--sweep"] if words[0] == "sweep" else []
-    if words[0] == "harvest":
-        sections = ["--source"]
-    if words[0] == "leaderboard":
-        from sae.leaderboard.recipe import Recipe  # noqa: PLC0415
-
-        sections = [f"--{name}" for name in Recipe.model_fields]
-    examples = {"harvest": "--source.n_tokens 1_000_000", "leaderboard": "--train.n_samples 1_000_000"}
-    example = examples.get(words[0], "--sae.k 3")
+    own, sections = command.flags(), [f"--{name}" for name in command.sections()]
     overrides, rest, queue = [], [], list(words)
     while queue:
         word = queue.pop(0)
         name, equals, _ = word.partition("=")
         if not name.startswith("--") or name in own:
             rest.append(word)
-        elif name in sections or ("." in name and (words[0] != "harvest" or name.startswith("--source."))):
+        elif name.partition(".")[0] in sections or ("." in name and command.reads_all):
             overrides.append(word)
             if not equals and queue and not queue[0].startswith("--"):
                 overrides.append(queue.pop(0))
         else:
-            raise UsageError(f"unknown flag {name!r}{nearest(name, [*own, *sections])}; a field is set as in {example}")
+            like = nearest(name, [*own, *sections])
+            raise UsageError(f"unknown flag {name!r}{like}; a field is set as in {command.example}")
     return overrides, rest
 
 
@@ -131,7 +113,7 @@ FULL = "make room on that disk; what has begun, as `sae train` or `sae harvest`,
 REMEDIES = {errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED, errno.ENOSPC: FULL, errno.EDQUOT: FULL}
 
 
-def _require_one_process(command: Runs) -> None:
+def _require_one_process(command: Command) -> None:
     """Refuses to do with several processes what they cannot share."""
     if n_started() == 1 or isinstance(command, Train):
         return

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from sae import cli
-from sae.commands import looking
+from sae.commands import results
 from sae.console import progress
 from sae.directory import _differences
 from sae.kernels.build import CannotBuild
@@ -370,19 +370,19 @@ def test_a_demo_that_cannot_be_written_is_told_at_once(run_cli, tmp_path, monkey
     ],
 )
 def test_what_the_machine_refuses_is_one_line(run_cli, monkeypatch, error, parts):
-    monkeypatch.setattr(looking.Eval, "run", raising(error))
+    monkeypatch.setattr(results.Eval, "run", raising(error))
     run_cli("eval", "run").assert_refused(*parts)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("a fault of ours")])
 def test_other_faults_keep_their_traceback(run_cli, monkeypatch, error):
-    monkeypatch.setattr(looking.Eval, "run", raising(error))
+    monkeypatch.setattr(results.Eval, "run", raising(error))
     with pytest.raises(type(error)):
         run_cli("eval", "run")
 
 
 def test_ctrl_c_is_one_line(run_cli, monkeypatch):
-    monkeypatch.setattr(looking.Eval, "run", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(results.Eval, "run", raising(KeyboardInterrupt()))
     assert run_cli("eval", "run") == (130, "", "sae: stopped\n")
 
 

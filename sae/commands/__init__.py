@@ -1,12 +1,12 @@
 """The commands: what each is asked for, and whom it calls. What is slow to import is imported when it runs."""
 
 from sae.commands.activations import Harvest, Store
-from sae.commands.base import Runs, SetsFields
+from sae.commands.base import Command, SetsFields
 from sae.commands.bench import Bench
-from sae.commands.looking import Convert, Eval, Latents, Report
+from sae.commands.results import Convert, Eval, Latents, Report
 from sae.commands.training import Demo, Leaderboard, Sweep, Train
 
-COMMANDS: dict[str, type[Runs]] = {
+COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     "train": Train,
     "sweep": Sweep,
@@ -20,4 +20,4 @@ COMMANDS: dict[str, type[Runs]] = {
     "bench": Bench,
 }
 
-__all__ = ["COMMANDS", "Runs", "SetsFields"]
+__all__ = ["COMMANDS", "Command", "SetsFields"]

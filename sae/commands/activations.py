@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
@@ -32,6 +32,12 @@ class Harvest(SetsFields):
     """Go on with a harvest that was stopped."""
     overwrite: bool = False
     """Discard the store that the folder holds."""
+    example: ClassVar[str] = "--source.n_tokens 1_000_000"
+    reads_all: ClassVar[bool] = False
+
+    @classmethod
+    def sections(cls) -> list[str]:
+        return ["source"]
 
     def run(self) -> None:
         from sae.console import one_bar  # noqa: PLC0415

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, get_type_hints, runtime_checkable
 
 import tyro
 from tyro.conf import Positional, arg
 
 
 @runtime_checkable
-class Runs(Protocol):
+class Command(Protocol):
     """A command: its fields are what the command line says."""
 
     def run(self) -> None:
@@ -25,6 +25,25 @@ class SetsFields:
 
     overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """These flags and their values."""
+    example: ClassVar[str] = "--sae.k 3"
+    reads_all: ClassVar[bool] = True
+    """The whole file is read, so that what is no section of it is refused there, as an unknown key."""
+
+    @classmethod
+    def flags(cls) -> list[str]:
+        """Those of the command itself."""
+        kinds = get_type_hints(cls, include_extras=True)
+        marks = {field.name: getattr(kinds[field.name], "__metadata__", ()) for field in fields(cls)}
+        own = [name for name, said in marks.items() if Positional not in said and tyro.conf.Suppress not in said]
+        negations = [f"no-{name}" for name in own if kinds[name] is bool]
+        return [f"--{name}" for name in (*own, *negations, "help")]
+
+    @classmethod
+    def sections(cls) -> list[str]:
+        """What can be set, whole or a field of it."""
+        from sae.config import TrainConfig  # noqa: PLC0415
+
+        return [name for name in TrainConfig.model_fields if name != "out"]
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -75,6 +75,10 @@ class Sweep(FromFile):
     `sae train`: `--train.n_samples 1_000_000`, `--sweep.n_jobs 4`, `--sweep.grid '{sae.k: [2, 3]}'`.
     """
 
+    @classmethod
+    def sections(cls) -> list[str]:
+        return [*super().sections(), "sweep"]
+
     def run(self) -> None:
         from sae.sweep import load_sweep, run_sweep  # noqa: PLC0415
         from sae.sweep.show import last_line, print_outcome, progress  # noqa: PLC0415
@@ -113,6 +117,13 @@ class Leaderboard(WithPlugins, SetsFields):
     """Continue what the output directory holds, perhaps with more entries or seeds."""
     overwrite: bool = False
     """Discard what the output directory holds."""
+    example: ClassVar[str] = "--train.n_samples 1_000_000"
+
+    @classmethod
+    def sections(cls) -> list[str]:
+        from sae.leaderboard.recipe import Recipe  # noqa: PLC0415
+
+        return list(Recipe.model_fields)
 
     def run(self) -> None:
         from sae.leaderboard import read_recipe, run_leaderboard  # noqa: PLC0415

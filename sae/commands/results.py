@@ -1,4 +1,4 @@
-"""Commands that look at what was trained."""
+"""Commands for what was trained: measured, shown, drawn, written for others."""
 
 from __future__ import annotations
 
