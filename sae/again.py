@@ -27,7 +27,7 @@ DOWNSTREAM = tuple(f"metrics/{name}" for name in ("ce_clean", "ce_spliced", "ce_
 
 
 def evaluate_run(
-    out: str | Path, diagnose: bool = False, downstream: bool = False, device: str | None = None
+    out: str | Path, *, diagnose: bool = False, downstream: bool = False, device: str | None = None
 ) -> Evaluation:
     """Measures a finished run again, on its own source's held-out activations, and writes the result.
 
@@ -39,7 +39,8 @@ def evaluate_run(
         UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
             diagnosis is asked for where the true features are not known.
     """
-    return measure_again(Path(out), *open_again(out, device), diagnose, downstream, device)
+    opened = open_again(out, device)
+    return measure_again(Path(out), *opened, diagnose=diagnose, downstream=downstream, device=device)
 
 
 def open_again(out: str | Path, device: str | None = None) -> tuple[SAE, TrainConfig, Source]:
@@ -71,6 +72,7 @@ def measure_again(
     sae: SAE,
     config: TrainConfig,
     source: Source,
+    *,
     diagnose: bool = False,
     downstream: bool = False,
     device: str | None = None,
@@ -87,10 +89,12 @@ def measure_again(
             lost = losses_of_store(config.source, sae, n_samples, device or "cpu")
             named = {f"metrics/{name}": value for name, value in lost.items()}
             evaluation = Evaluation(evaluation.metrics | named, evaluation.tables)
-        return _written(out, sae, source, evaluation, n_samples, diagnose)
+        return _written(out, sae, source, evaluation, n_samples, diagnose=diagnose)
 
 
-def _written(out: Path, sae: SAE, source: Source, evaluation: Evaluation, n_samples: int, diagnose: bool) -> Evaluation:
+def _written(
+    out: Path, sae: SAE, source: Source, evaluation: Evaluation, n_samples: int, *, diagnose: bool
+) -> Evaluation:
     """With what a diagnosis found, now or before."""
     before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
     kept = {name: before[name] for name in DOWNSTREAM if name in before and name not in evaluation.metrics}

@@ -20,7 +20,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from sae.commands import COMMANDS, Command, SetsFields
 from sae.commands.training import Train
-from sae.errors import Elsewhere, Interrupted, UsageError
+from sae.errors import Interrupted, OtherProcess, UsageError
 from sae.launch import n_started, speaks
 from toymodels.errors import nearest
 from toymodels.one_line import require_command, understood
@@ -119,7 +119,7 @@ def _require_one_process(command: Command) -> None:
         return
     name = type(command).__name__.lower()
     rule = f"`sae {name}` is not shared by processes, and {n_started()} were started; start it without torchrun"
-    raise UsageError(rule) if speaks() else Elsewhere(rule)
+    raise UsageError(rule) if speaks() else OtherProcess(rule)
 
 
 def _who() -> str:
@@ -134,7 +134,7 @@ def main() -> None:
         command = parse(sys.argv[1:])
         _require_one_process(command)
         command.run()
-    except Elsewhere:
+    except OtherProcess:
         sys.exit(2)
     except UsageError as error:
         print(f"{_who()}: error: {error}", file=sys.stderr)

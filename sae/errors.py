@@ -2,10 +2,10 @@
 
 from toymodels.errors import UsageError
 
-__all__ = ["Elsewhere", "Interrupted", "UsageError"]
+__all__ = ["Interrupted", "OtherProcess", "UsageError"]
 
 
-class Elsewhere(UsageError):
+class OtherProcess(UsageError):
     """A mistake that another process of the run found, and tells."""
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae.errors import Elsewhere, Interrupted, UsageError
+from sae.errors import Interrupted, OtherProcess, UsageError
 from sae.kernels import resolve_device
 from sae.launch import n_started
 from sae.stopping import CONTINUE, Stop, asked
@@ -103,7 +103,7 @@ class Ranks:
 
         Raises:
             Exception: it was raised here.
-            Elsewhere: it was raised in another process, too or alone, of which the first one tells it.
+            OtherProcess: it was raised in another process, too or alone, of which the first one tells it.
         """
         if self.n == 1:
             return act()
@@ -119,7 +119,7 @@ class Ranks:
         if first == self.rank and failure is not None:
             raise failure
         if first is not None:
-            raise Elsewhere(f"process {first}: {told[first]}") from failure
+            raise OtherProcess(f"process {first}: {told[first]}") from failure
         return given  # type: ignore[return-value]
 
     def require_same(self, text: str, what: str, remedy: str) -> None:
@@ -154,7 +154,7 @@ class Ranks:
 
         Raises:
             Exception: one could not be drawn.
-            Elsewhere: one could not be drawn in another process.
+            OtherProcess: one could not be drawn in another process.
         """
         if self.n == 1:
             yield from batches
@@ -177,7 +177,7 @@ class Ranks:
             if failure is not None:
                 raise failure
             if worst == 2:
-                raise Elsewhere("a batch could not be drawn in another process")
+                raise OtherProcess("a batch could not be drawn in another process")
             if drawn is None or worst:
                 return
             yield drawn[0]

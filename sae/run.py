@@ -17,7 +17,7 @@ from sae import checkpoint
 from sae.config import TrainConfig
 from sae.directory import check_out, claim_out, require_same_run, save_evaluation
 from sae.ensemble import Diverged, Ensemble, OnLine, Record, Run
-from sae.errors import Elsewhere, UsageError
+from sae.errors import OtherProcess, UsageError
 from sae.evaluation import chunk_rows, evaluate_on
 from sae.extras import installed
 from sae.kernels import require_device, require_kernels, resolve_device
@@ -104,7 +104,7 @@ def train(
             with stop_requested() as stop:
                 for _, error in Ensemble([run], activations, ranks).feed(stop):
                     if isinstance(error, Diverged) and not ranks.lead:
-                        raise Elsewhere(str(error)) from error
+                        raise OtherProcess(str(error)) from error
                     if error is not None:
                         raise error
             return _of_lead(ranks.of_all(lambda: conclude(run, report) if ranks.lead else None), config, ranks)

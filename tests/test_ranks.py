@@ -359,8 +359,11 @@ def test_what_happens_to_one_ends_all(tmp_path, how):
     first, second = ended(started(ENDS_EARLY, tmp_path / "run", how))
     assert (first.code, second.code) == (0, 0), first.err + second.err
     expected = {
-        "bad rows": ("Elsewhere a batch could not be drawn in another process", "UsageError batch 150 row 0 holds NaN"),
-        "other rows": ("Elsewhere process 1: its held-out rows are not", "UsageError its held-out rows are not"),
+        "bad rows": (
+            "OtherProcess a batch could not be drawn in another process",
+            "UsageError batch 150 row 0 holds NaN",
+        ),
+        "other rows": ("OtherProcess process 1: its held-out rows are not", "UsageError its held-out rows are not"),
         "on_line": ("ValueError mine", "UsageError another process of this run ended, or cannot be reached"),
     }
     if how == "ends":

@@ -17,10 +17,11 @@ from toymodels.files import write_text
 
 def beside_run(
     out: str | Path,
+    *,
     diagnose: bool = False,
-    on_row: Callable[[str], None] | None = None,
     downstream: bool = False,
     device: str | None = None,
+    on_row: Callable[[str], None] | None = None,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Measures a run again, and every baseline that its source has all for: at as many latents, of which as many fire.
 
@@ -33,7 +34,7 @@ def beside_run(
     out = Path(out)
     sae, config, source = open_again(out, device)
     names = applicable(source, sae)
-    evaluation = measure_again(out, sae, config, source, diagnose, downstream, device)
+    evaluation = measure_again(out, sae, config, source, diagnose=diagnose, downstream=downstream, device=device)
     rows: list[dict[str, Any]] = [{"method": config.sae.kind, "seed": config.train.seed, **evaluation.metrics}]
     k = budget(config, evaluation.metrics["metrics/l0"], source.d_in)
     given = prepare(names, source, d_sae=config.sae.d_sae, k=k, seed=config.train.seed, sae=sae)

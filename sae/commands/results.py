@@ -62,14 +62,16 @@ class Eval(WithPlugins):
 
             evaluation, rows = beside_run(
                 self.run_dir,
-                self.diagnose,
-                lambda name: logger.info("fitting %s", name),
-                self.downstream,
-                self.device,
+                diagnose=self.diagnose,
+                downstream=self.downstream,
+                device=self.device,
+                on_row=lambda name: logger.info("fitting %s", name),
             )
             print_beside(self.run_dir, evaluation, rows)
         else:
-            evaluation = evaluate_run(self.run_dir, self.diagnose, self.downstream, self.device)
+            evaluation = evaluate_run(
+                self.run_dir, diagnose=self.diagnose, downstream=self.downstream, device=self.device
+            )
             print_metrics(evaluation.metrics)
         if self.diagnose:
             from sae.diagnosis.show import print_diagnosis  # noqa: PLC0415
