@@ -16,43 +16,21 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sae.launch import speaks
+from sae.scores import CE, COVERAGE, DEAD_LATENTS, F1, FVU, L0, MCC, MMCS, PURITY, SECONDS, scores
 
-LIVE = {"fvu": "metrics/fvu", "L0": "metrics/l0", "dead": "sparsity/dead_features", "MCC": "recovery/mcc"}
-
+LIVE = scores(FVU, L0, DEAD_LATENTS, MCC)
 # What is smaller is what sums of floats leave of a 0.
 ROUNDING = 1e-12
 BESIDE = ("_chance", "_chance_sd", "_truth", "_difference")
-HEADLINES = (
-    "metrics/fvu",
-    "metrics/l0",
-    "metrics/ce_recovered",
-    "sparsity/dead_features",
-    "recovery/mmcs",
-    "recovery/mcc",
-    "recovery/coverage_0.9",
-    "recovery/f1",
-    "polysemanticity/latent_purity",
-    "polysemanticity/neuron_purity",
-)
-
-# Column -> where its values are, and how many digits they deserve.
-METHOD_COLUMNS = {
-    "MCC": ("recovery/mcc", 3),
-    "MMCS": ("recovery/mmcs", 3),
-    "cov": ("recovery/coverage_0.9", 3),
-    "F1": ("recovery/f1", 3),
-    "FVU": ("metrics/fvu", 3),
-    "L0": ("metrics/l0", 2),
-    "dead": ("sparsity/dead_features", 0),
-    "fit s": ("seconds", 0),
-}
+HEADLINES = (FVU, L0, CE, DEAD_LATENTS, MMCS, MCC, COVERAGE, F1, PURITY, "polysemanticity/neuron_purity")
+METHOD_COLUMNS = scores(MCC, MMCS, COVERAGE, F1, FVU, L0, DEAD_LATENTS, SECONDS)
 
 
 def postfix(values: Mapping[str, float]) -> str:
-    """The few numbers worth watching, e.g. `fvu 0.071  L0 2.6  dead 0  MCC 0.998`."""
-    shown = {label: values[key] for label, key in LIVE.items() if key in values}
+    """The few numbers worth watching, e.g. `FVU 0.071  L0 2.6  dead 0  MCC 0.998`."""
+    shown = [score for score in LIVE if score.key in values]
     return "  ".join(
-        f"{label} {value:.4g}" if label != "dead" else f"dead {value:.0f}" for label, value in shown.items()
+        f"{score.narrow.name} {values[score.key]:{'.0f' if score.key == DEAD_LATENTS else '.4g'}}" for score in shown
     )
 
 
@@ -137,22 +115,25 @@ def fits(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
 
 def print_methods(title: str, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
     """A row for each method, mean ± sd over its seeds, a dash for none; columns without any value are left out."""
-    columns = {name: place for name, place in METHOD_COLUMNS.items() if any(place[0] in row for row in rows)}
+    columns = [score.narrow for score in METHOD_COLUMNS if any(score.key in row for row in rows)]
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        table.append(
-            [method, *(mean_sd([row[key] for row in own if key in row], digits) for key, digits in columns.values())]
-        )
-    print_table(title, ["", *columns], table, caption)
+        table.append([method, *(mean_sd([row[s.key] for row in own if s.key in row], s.form) for s in columns)])
+    print_table(title, ["", *(score.name for score in columns)], table, caption)
 
 
-def mean_sd(values: Sequence[float], digits: int) -> str:
-    """`.998` over `±.001`, so that eight columns fit a terminal; or one value alone, or a dash."""
+def mean_sd(values: Sequence[float], form: str) -> str:
+    """A cell of a mean over its standard deviation; or one value alone, or a dash."""
     if not values:
         return "–"
-    spread = f"\n±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}".replace("±0.", "±.")
+    return mean_over(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, form)
+
+
+def mean_over(mean: float, spread: float | None, form: str) -> str:
+    """`0.998` over `±.001`, so that eight columns fit a terminal."""
+    below = "" if spread is None else f"\n±{spread:{form}}".replace("±0.", "±.")
+    return f"{mean:{form}}{below}"
 
 
 def print_headlines(metrics: Mapping[str, float]) -> None:

@@ -61,6 +61,7 @@ LAYERS = {
         "hub",
         "codes",
         "config_text",
+        "scores",
         "console",
         "hooks",
         "config_base",

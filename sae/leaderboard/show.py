@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
 
-from sae.console import fits, one_bar, print_table
+from sae.console import fits, mean_over, one_bar, print_table
 from sae.leaderboard.run import Outcome
 from sae.metrics.seeds import Interval
-from sae.report.standings import SCALES, SECONDS, SPEED, Leaderboard, Standing
-from sae.report.tables import DEAD, L0, Score
+from sae.report.standings import SCALES, Leaderboard, Standing
+from sae.scores import COVERAGE, DEAD, DIMENSIONALITY, L0, SPEED, Score
 
-# Shorter than on a page, and as many digits as tell methods apart.
-NAMES = {"recovery/coverage_0.9": "cov", SECONDS: "s", SPEED: "k/s"}
 # Left out where a terminal is narrow, the first of them first.
-SPARED = ("dimensionality/feature_dimensionality", SPEED, DEAD, L0, "recovery/coverage_0.9")
-FORMS = {DEAD: ".0%", SECONDS: ".0f"}
+SPARED = (DIMENSIONALITY, SPEED, DEAD, L0, COVERAGE)
 
 
 @contextmanager
@@ -29,12 +26,12 @@ def stage_bar(stage: str, n: int) -> Iterator[Callable[[], object]]:
 
 def print_standings(board: Leaderboard) -> None:
     """The table: mean over seeds, below it half of the 95 % interval; of its columns those that there is room for."""
-    columns, spared = board.columns, []
+    columns, spared = [score.narrow for score in board.columns], []
     header, rows = _cells(board, columns)
     for key in SPARED:
         if fits(header, rows):
             break
-        spared += [NAMES.get(score.key, score.name) for score in columns if score.key == key]
+        spared += [score.name for score in columns if score.key == key]
         columns = [score for score in columns if score.key != key]
         header, rows = _cells(board, columns)
     world, n = board.about["world"], board.n_seeds
@@ -56,7 +53,7 @@ def _cells(board: Leaderboard, columns: Sequence[Score]) -> tuple[list[str], lis
     for each in board.standings:
         rank = "" if each.rank is None else f"{each.rank}{' =' if each.level and each.rank > 1 else '  '}"
         rows.append([each.method, rank, *(_cell(each, score) for score in columns)])
-    return ["", "rank", *(NAMES.get(score.key, score.name) for score in columns)], rows
+    return ["", "rank", *(score.name for score in columns)], rows
 
 
 def last_line(outcome: Outcome) -> str:
@@ -69,11 +66,9 @@ def last_line(outcome: Outcome) -> str:
 
 
 def _cell(standing: Standing, score: Score) -> str:
-    """`.998` over `±.001`, or a mean alone, or a dash."""
+    """A mean over half of its interval, or a mean alone, or a dash."""
     found: Interval | None = standing.scores.get(score.key)
     if found is None:
         return "–"
-    form = FORMS.get(score.key, score.form)
     scale = SCALES.get(score.key, 1.0)
-    half = f"\n±{scale * found.half:{form}}" if isfinite(found.half) else ""
-    return f"{scale * found.mean:{form}}{half}".replace("±0.", "±.")
+    return mean_over(scale * found.mean, scale * found.half if isfinite(found.half) else None, score.form)

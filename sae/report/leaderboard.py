@@ -9,8 +9,9 @@ from sae.report import leaderboard_figures as figures
 from sae.report.html import plot
 from sae.report.keys import SHAPES
 from sae.report.leaderboard_figures import FAMILIES, name_of
-from sae.report.standings import F1, PURITY, SCALES, SECONDS, Leaderboard, Standing
-from sae.report.tables import FVU, MCC, Score, join_words, number, seed_table
+from sae.report.standings import SCALES, Leaderboard, Standing
+from sae.report.tables import join_words, number, seed_table
+from sae.scores import F1, FVU, MCC, PURITY, SECONDS, Score
 from toymodels.pages import Html, folded, grid, join, section, table, tag
 
 # Of the figures: where an error is 0, as PCA's, it would stand very far from all others.

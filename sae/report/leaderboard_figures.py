@@ -11,7 +11,8 @@ import numpy as np
 from sae.report.figures import _axis, _figure, _short
 from sae.report.html import Figure
 from sae.report.standings import Standing
-from sae.report.tables import MCC, Score, method_name
+from sae.report.tables import method_name
+from sae.scores import MCC, Score
 
 # One colour and one marker a family: a reader who cannot tell the colours tells these.
 FAMILIES = {

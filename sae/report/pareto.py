@@ -12,7 +12,7 @@ import numpy as np
 from sae.metrics.seeds import interval
 from sae.report.figures import _axis, _figure, _level, _note, _positive_axis, _short, _spread, series, symbol
 from sae.report.html import Figure
-from sae.report.tables import L0
+from sae.scores import L0
 
 # Points of all curves of a figure together.
 MAX_CURVE_POINTS = 20_000

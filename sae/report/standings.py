@@ -13,23 +13,29 @@ from sae.errors import UsageError
 from sae.metrics.seeds import Interval, over_seeds
 from sae.names import LEADERBOARD, RECIPE
 from sae.report.data import Row
-from sae.report.tables import DEAD, FVU, L0, MCC, Score
+from sae.scores import (
+    COVERAGE,
+    DEAD,
+    DIMENSIONALITY,
+    F1,
+    FVU,
+    L0,
+    MCC,
+    PURITY,
+    SCORES,
+    SECONDS,
+    SPEED,
+    Score,
+    scores,
+)
 
-F1, PURITY = "recovery/f1", "polysemanticity/latent_purity"
-SECONDS, SPEED = "seconds", "details/samples_per_second"
 DIGITS = 3
 """To which means are compared: methods with the same MCC are in the order of their F1."""
 COLUMNS = (
-    Score(MCC, "MCC", ".3f", "mean cosine of a feature with its own latent, matched one to one"),
-    Score("recovery/coverage_0.9", "coverage", ".3f", "share of features with a cosine above 0.9 to their own latent"),
-    Score(F1, "F1", ".3f", "agreement on when a feature fires, mean over features"),
-    Score(PURITY, "purity", ".3f", "share of what a latent tells that is about its best feature; 1 is monosemantic"),
-    Score("dimensionality/feature_dimensionality", "dim.", ".3f", "dimensions that a latent has to itself, mean"),
-    Score(FVU, "FVU", ".3f", "share of the variance that the reconstruction misses"),
-    Score(L0, "L0", ".2f", "latents that fire for one activation, mean"),
-    Score(DEAD, "dead", ".1%", "share of latents that never fire"),
-    Score(SECONDS, "seconds", ".1f", "to train or fit on one core"),
-    Score(SPEED, "thousand / s", ".0f", "activations that training takes in a second, on one core, in thousands"),
+    *scores(MCC, COVERAGE, F1, PURITY, DIMENSIONALITY, FVU, L0, DEAD),
+    # On one core, unlike those of other tables.
+    SCORES[SECONDS]._replace(name="seconds", meaning="to train or fit on one core", short="s"),
+    SCORES[SPEED],
 )
 SCALES = {SPEED: 1e-3}
 """What a column multiplies its values by."""

@@ -19,11 +19,11 @@ from sae.report import keys, pareto
 from sae.report.data import SEEDS
 from sae.report.html import plot
 from sae.report.pareto import Point, groups
-from sae.report.tables import DEAD, FVU, L0, MCC, comparison_table, join_words, method_name, number, seed_table
+from sae.report.tables import comparison_table, join_words, method_name, number, seed_table
+from sae.scores import CE, DEAD, F1, FVU, KL, L0, MCC, scores
 from toymodels.pages import Html, folded, grid, join, section, table, tag
 
-F1 = "recovery/f1"
-CE, KL = "metrics/ce_recovered", "metrics/kl"
+COLUMNS = scores(L0, FVU, CE, KL, MCC, F1, DEAD)
 _FREQUENCY = "feature/frequency"
 
 
@@ -187,9 +187,7 @@ def _trade_offs(sweep: SweepPage) -> Html:
 
 
 def _members(sweep: SweepPage) -> Html:
-    scores = [(L0, "L0", ".2f"), (FVU, "FVU", ".4f"), (CE, "CE recovered", ".3f"), (KL, "KL", ".3f")]
-    scores += [(MCC, "MCC", ".3f"), (F1, "F1", ".3f"), (DEAD, "dead", ".1%")]
-    scores = [score for score in scores if any(score[0] in member.point.result for member in sweep.done)]
+    columns = [score for score in COLUMNS if any(score.key in member.point.result for member in sweep.done)]
     best: dict[tuple[str, str], float] = {}
     for key, pick in ((FVU, min), (CE, max), (KL, min), (MCC, max), (F1, max)):
         for member in sweep.done:
@@ -204,7 +202,7 @@ def _members(sweep: SweepPage) -> Html:
         dot = keys.dot(place_of[member.point.group])
         cells: list[object] = [tag("span", dot, member.name, id=f"member-{member.name}")]
         cells += [_varying(_value(member.values.get(key))) for key in sweep.varies]
-        for key, _, form in scores:
+        for key, form in ((score.key, score.form) for score in columns):
             value, most = number(result.get(key), form), best.get((member.point.source, key))
             cells.append(tag("strong", value) if key in result and result[key] == most else value)
         status = tag("span", member.status, class_="status bad" if member.reason else "status")
@@ -213,7 +211,7 @@ def _members(sweep: SweepPage) -> Html:
     header = [
         "",
         *(_varying(key.partition(".")[2]) for key in sweep.varies),
-        *(name for _, name, _ in scores),
+        *(score.name for score in columns),
         "Pareto",
         "status",
     ]

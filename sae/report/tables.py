@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 from sae.metrics.seeds import over_seeds
 from sae.report.data import FOUND, Row, Run
+from sae.scores import CE, COVERAGE, DEAD, F1, FVU, KL, L0, MCC, MMCS, SECONDS, Score, scores
 from toymodels.pages import Html, join, table, tag, text
 
 MAX_MISSED = 30
@@ -17,39 +17,7 @@ TOO_LONG = 1e6
 # Of a column of bars, which narrow pages leave out as a whole.
 NO_BAR = tag("span", class_="no-bar")
 
-
-class Score(NamedTuple):
-    """A column of the table of methods: where its value is, and how it is written."""
-
-    key: str
-    name: str
-    form: str
-    meaning: str
-
-
-MCC, FVU, L0, DEAD = "recovery/mcc", "metrics/fvu", "metrics/l0", "metrics/dead"
-SCORES = (
-    Score(MCC, "MCC", ".3f", "mean cosine of a feature with its own latent, matched one to one"),
-    Score("recovery/mmcs", "MMCS", ".3f", "mean cosine of a feature with its nearest latent"),
-    Score(
-        "recovery/coverage_0.9",
-        "coverage",
-        ".3f",
-        "share of features with a cosine above 0.9 to their own latent",
-    ),
-    Score("recovery/f1", "F1", ".3f", "agreement on when a feature fires, mean over features"),
-    Score(FVU, "FVU", ".4f", "share of the variance that the reconstruction misses"),
-    Score(L0, "L0", ".2f", "latents that fire for one activation, on average"),
-    Score(DEAD, "dead", ".1%", "share of latents that never fire"),
-    Score(
-        "metrics/ce_recovered",
-        "loss recovered",
-        ".3f",
-        "share of what the model loses with zeros that x_hat brings back",
-    ),
-    Score("metrics/kl", "KL", ".3f", "nats that the model's predictions lose with x_hat in the place of x"),
-    Score("seconds", "seconds to fit", ".1f", "time to fit or train"),
-)
+SCORES = scores(MCC, MMCS, COVERAGE, F1, FVU, L0, DEAD, CE, KL, SECONDS)
 METHODS = {
     "topk": "TopK",
     "batchtopk": "BatchTopK",
@@ -129,30 +97,30 @@ def method_name(method: str) -> str:
 def score_table(run: Run) -> Html:
     """One run: each score beside its value by chance, its limit, and its meaning."""
     beside = {"": "this run", "_chance": "by chance", "_truth": "the truth"}
-    scores = [score for score in SCORES if score.key in run.result]
-    columns = [what for what in beside if any(f"{score.key}{what}" in run.result for score in scores)]
+    shown = [score for score in SCORES if score.key in run.result]
+    columns = [what for what in beside if any(f"{score.key}{what}" in run.result for score in shown)]
     rows = [
         [
             score.name,
             *(_value(run, f"{score.key}{what}", score.form) for what in columns),
             _meaning(score.meaning),
         ]
-        for score in scores
+        for score in shown
     ]
     return table(["", *(beside[what] for what in columns), ""], rows, "Final metrics")
 
 
 def comparison_table(rows: Sequence[tuple[str, Sequence[Row]]], label: str) -> Html:
     """A row a method: mean ± sd over its seeds; chance stands beside MCC, and is a tick on its bar."""
-    scores = [score for score in SCORES if any(score.key in row for _, group in rows for row in group)]
+    shown = [score for score in SCORES if any(score.key in row for _, group in rows for row in group)]
     seeds = any(len(group) > 1 for _, group in rows)
     header: list[object] = ["", *(["seeds"] if seeds else [])]
-    for score in scores:
+    for score in shown:
         header += ["MCC", "by chance", NO_BAR] if score.key == MCC else [score.name]
     body = []
     for name, group in rows:
         cells: list[object] = [name, *([len(group)] if seeds else [])]
-        for score in scores:
+        for score in shown:
             cells.append(_spread(group, score))
             if score.key == MCC:
                 chance = _mean(group, f"{MCC}_chance")

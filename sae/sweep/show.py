@@ -6,17 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sae.console import one_bar, postfix, print_table
+from sae.scores import CE, DEAD, FVU, L0, MCC, scores
 from sae.sweep.group import Ended, Logged
 from sae.sweep.plan import Plan
 from sae.sweep.run import Outcome
 
-COLUMNS = {
-    "L0": ("metrics/l0", ".2f"),
-    "FVU": ("metrics/fvu", ".4f"),
-    "CE recovered": ("metrics/ce_recovered", ".3f"),
-    "MCC": ("recovery/mcc", ".3f"),
-}
-DEAD = "metrics/dead"
+COLUMNS = scores(L0, FVU, CE, MCC, DEAD)
 
 
 @contextmanager
@@ -44,15 +39,19 @@ def progress(plan: Plan) -> Iterator[Callable[[Logged | Ended], None]]:
 
 def print_outcome(outcome: Outcome) -> None:
     """The table of members; one that is not done has the last values that it logged."""
-    shown = {name: place for name, place in COLUMNS.items() if any(place[0] in row["metrics"] for row in outcome.rows)}
+    shown = [score for score in COLUMNS if any(score.key in row["metrics"] for row in outcome.rows)]
     rows = []
     for row in outcome.rows:
         metrics = row["metrics"]
-        values = [f"{metrics[key]:{form}}" if key in metrics else "" for key, form in shown.values()]
-        dead = f"{metrics[DEAD]:.1%}" if DEAD in metrics else ""
-        rows.append([row["name"], *values, dead, row["status"]])
+        values = [f"{metrics[score.key]:{score.form}}" if score.key in metrics else "" for score in shown]
+        rows.append([row["name"], *values, row["status"]])
     partial = " Those that are not done stand as their last logged line says." if outcome.not_done else ""
-    print_table("members", ["", *shown, "dead", "status"], rows, f"Done: measured on held-out activations.{partial}")
+    print_table(
+        "members",
+        ["", *(score.name for score in shown), "status"],
+        rows,
+        f"Done: measured on held-out activations.{partial}",
+    )
 
 
 def last_line(outcome: Outcome) -> str:
