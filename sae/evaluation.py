@@ -71,45 +71,30 @@ def evaluate(
     """
     W_dec = coder.W_dec.detach()
     size = metrics.window_rows(W_dec.shape[1], len(W_dec))
-    first = next(iter(held_out.pieces(size)), None)
-    if first is None or not len(first.x):
-        raise UsageError("the evaluation set holds no sample; raise evaluation.n_samples, or pass rows")
-    if truth is not None:
-        _check_widths(W_dec, truth, first)
-    threshold = metrics.scale_threshold(first.wanted)
-    _check_finite(first)
-    if truth is None or first.acts is None:
-        density, values = _reconstruct(coder, held_out.pieces(size), threshold)
+    threshold, knows_acts = _look_at_first(held_out, size, W_dec, truth)
+    with metrics.Samples(len(W_dec), len(truth) if truth is not None and knows_acts else 0) as samples:
+        density, values, neurons = _stream(coder, held_out.pieces(size), threshold, samples)
         values |= _group("dimensionality", metrics.dictionary_dimensionality(W_dec, truth, alive=density > 0))
         tables = {"latent/frequency": density}
-        if truth is not None:
-            tables["truth"] = truth
-            matching = metrics.match_dictionary(W_dec, truth, density > 0)
-            values |= _group("recovery", metrics.dictionary_beside_chance(matching, truth))
-        return Evaluation(values, tables)
-    n_units = first.wanted.shape[1]
-    del first
-    with metrics.Samples(len(W_dec), len(truth)) as samples:
-        neurons = metrics.Neurons(n_units, len(truth))
-        density, values = _reconstruct(coder, held_out.pieces(size), threshold, samples, neurons)
-        values |= _group("dimensionality", metrics.dictionary_dimensionality(W_dec, truth, alive=density > 0))
-        values |= _group("polysemanticity/neuron", neurons.beside_chance(metrics.truth_as_units(samples)))
-        del neurons
-        latents, units = metrics.latents_beside_chance(samples)
-        values |= _group("polysemanticity/latent", latents)
+        if truth is None:
+            return Evaluation(values, tables)
+        tables["truth"] = truth
+        if knows_acts:
+            latents, units = metrics.latents_beside_chance(samples)
+            values |= _group("polysemanticity/neuron", neurons) | _group("polysemanticity/latent", latents)
+            tables |= {f"latent/{name}": units[name] for name in ("purity", "features_per_unit", "selectivity")}
         matching = metrics.match_dictionary(W_dec, truth, density > 0)
         values |= _group("recovery", metrics.dictionary_beside_chance(matching, truth))
-        pairs = metrics.related_features(samples)
-        values |= _group("recovery", metrics.failures_beside_chance(samples, pairs, matching, W_dec, truth))
-        ranking = _rank(coder, held_out, metrics.Ranking(matching, samples.n_samples), size)
-        judged = metrics.judge_codes(samples, ranking, matching, truth, threshold)
-        values |= _group("recovery", metrics.codes_beside_chance(judged, samples, truth, threshold))
-    features = metrics.table_of_features(judged[0], truth)
-    values["metrics/l0_truth"] = float(features["frequency"].sum())  # true features that fire for a sample
-    features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
-    tables = {"latent/frequency": density, "truth": truth}
-    tables |= {f"feature/{name}": column for name, column in features.items()}
-    tables |= {f"latent/{name}": units[name] for name in ("purity", "features_per_unit", "selectivity")}
+        if knows_acts:
+            pairs = metrics.related_features(samples)
+            values |= _group("recovery", metrics.failures_beside_chance(samples, pairs, matching, W_dec, truth))
+            ranking = _rank(coder, held_out, metrics.Ranking(matching, samples.n_samples), size)
+            judged = metrics.judge_codes(samples, ranking, matching, truth, threshold)
+            values |= _group("recovery", metrics.codes_beside_chance(judged, samples, truth, threshold))
+            features = metrics.table_of_features(judged[0], truth)
+            values["metrics/l0_truth"] = float(features["frequency"].sum())  # true features that fire for a sample
+            features |= {"matched_latent": features.pop("latent"), "matched_cosine": features.pop("cosine")}
+            tables |= {f"feature/{name}": column for name, column in features.items()}
     return Evaluation(values, tables)
 
 
@@ -127,36 +112,43 @@ def evaluate_on(source: Source, sae: SAE, n_samples: int) -> Evaluation:
     return Evaluation(evaluation.metrics | _group("metrics", lost), evaluation.tables)
 
 
-def _reconstruct(
-    coder: Coder,
-    pieces: Iterator[HeldOut],
-    threshold: float,
-    samples: metrics.Samples | None = None,
-    neurons: metrics.Neurons | None = None,
-) -> tuple[Float[Tensor, " d_sae"], dict[str, float]]:
-    """How often each latent fires, and the metrics that need no truth; fills what the truth's metrics need."""
+def _look_at_first(
+    held_out: HeldOut | HeldOutStream, size: int, W_dec: Tensor, truth: Tensor | None
+) -> tuple[float, bool]:
+    """Checks the first window: above what a latent fires, and whether the true activations are known."""
+    first = next(iter(held_out.pieces(size)), None)
+    if first is None or not len(first.x):
+        raise UsageError("the evaluation set holds no sample; raise evaluation.n_samples, or pass rows")
+    if truth is not None:
+        _check_widths(W_dec, truth, first)
+    _check_finite(first)
+    return metrics.scale_threshold(first.wanted), first.acts is not None
+
+
+def _stream(
+    coder: Coder, pieces: Iterator[HeldOut], threshold: float, samples: metrics.Samples
+) -> tuple[Float[Tensor, " d_sae"], dict[str, float], dict[str, float]]:
+    """One pass over all windows: how often each latent fires, and the metrics that need no truth.
+
+    Where features are known it fills `samples`, and says what the neurons carry.
+    """
     W_dec = coder.W_dec.detach()
     norms = metrics.row_norms(W_dec).to(W_dec.dtype)
     whole = metrics.Reconstruction(W_dec, threshold)
-    inner = coder.config.widths[:-1] if isinstance(coder, SAE) else ()
-    by_prefix = {width: metrics.Reconstruction(W_dec, threshold) for width in inner}
+    by_prefix = {width: metrics.Reconstruction(W_dec, threshold) for width in _prefixes(coder)}
+    neurons = metrics.Neurons(W_dec.shape[1], samples.n_features)
     for piece in pieces:
         _check_finite(piece)
         size, codes = chunk_rows(len(W_dec)), []
-        for chunk, wanted in zip(piece.x.split(size), piece.wanted.split(size), strict=True):
-            z = coder.encode(chunk)
-            if not bool(z.values.isfinite().all()):
-                row = whole.n_samples + int((~z.values.isfinite()).any(dim=1).nonzero()[0])
-                raise UsageError(f"codes must be finite, those of sample {row} are not; check weights and activations")
-            if z.d_sae != len(W_dec):
-                raise UsageError(f"codes of {z.d_sae} latents do not fit a W_dec of {len(W_dec)} rows")
-            whole.update(wanted, coder.decode(z, chunk), z)
+        for x, wanted in zip(piece.x.split(size), piece.wanted.split(size), strict=True):
+            z = _encode(coder, x, whole.n_samples)
+            whole.update(wanted, coder.decode(z, x), z)
             for width, of_prefix in by_prefix.items():
                 first = z.scaled((torch.arange(len(W_dec), device=W_dec.device) < width).to(W_dec.dtype))
-                of_prefix.update(wanted, coder.decode(first, chunk), first)
-            if samples is not None:
+                of_prefix.update(wanted, coder.decode(first, x), first)
+            if samples.n_features:
                 codes.append(metrics.compressed(z.scaled(norms).to("cpu"), threshold))
-        if samples is not None and neurons is not None and piece.acts is not None:
+        if samples.n_features and piece.acts is not None:
             acts = piece.acts.to("cpu")
             samples.append(FeatureBatch.cat(codes), acts)
             neurons.update(piece.wanted.cpu(), acts)
@@ -166,7 +158,24 @@ def _reconstruct(
         raise UsageError("reconstructions must be finite, some are not; check weights and activations")
     values |= {f"metrics/fvu_prefix_{width}": part.compute()["fvu"] for width, part in by_prefix.items()}
     values["sparsity/dead_features"] = float((density == 0).sum())
-    return density, values
+    carried = neurons.beside_chance(metrics.truth_as_units(samples)) if samples.n_features else {}
+    return density, values, carried
+
+
+def _prefixes(coder: Coder) -> tuple[int, ...]:
+    """How many latents reconstruct alone, of an SAE that is nested."""
+    return coder.config.widths[:-1] if isinstance(coder, SAE) else ()
+
+
+def _encode(coder: Coder, x: Float[Tensor, "batch d_in"], start: int) -> SparseCodes:
+    """Codes that are finite and fit the dictionary; x begins with sample `start`."""
+    z = coder.encode(x)
+    if not bool(z.values.isfinite().all()):
+        row = start + int((~z.values.isfinite()).any(dim=1).nonzero()[0])
+        raise UsageError(f"codes must be finite, those of sample {row} are not; check weights and activations")
+    if z.d_sae != len(coder.W_dec):
+        raise UsageError(f"codes of {z.d_sae} latents do not fit a W_dec of {len(coder.W_dec)} rows")
+    return z
 
 
 def _rank(coder: Coder, held_out: HeldOut | HeldOutStream, ranking: metrics.Ranking, size: int) -> metrics.Ranking:
@@ -236,7 +245,12 @@ def live_recovery(
 
 
 def matched_f1(matching: metrics.Matching, codes: SparseCodes, acts: FeatureBatch, threshold: float) -> float:
-    """`f1` of `metrics.recovery` for codes z_j |w_j|, by itself and on a batch small enough to be dense."""
+    """`f1` of `metrics.recovery`, by itself, of codes z_j |w_j|: a second and cheaper road to the same number.
+
+    It is dense where `CodeRecovery` streams entries, so that a batch has to be small. Given the same match, codes and
+    threshold the two agree: tests/test_evaluation.py, test_the_f1_of_a_log_is_that_of_a_result. A log's differs from
+    a result's in what it is given: few samples, the codes of training, and latents that fired lately.
+    """
     owned = matching.has_latent
     on = acts.dense() > 0
     fires = torch.zeros_like(on)

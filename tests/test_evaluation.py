@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae import HeldOut, UsageError
+from sae import HeldOut, UsageError, metrics
 from sae.baselines import Baseline
-from sae.evaluation import evaluate
+from sae.codes import SparseCodes
+from sae.evaluation import evaluate, matched_f1
 from sae.world_source import WorldSource
 from toymodels.features import FeatureBatch
 from toymodels.worlds import ToyRecipe
@@ -41,6 +42,27 @@ def test_the_l0_of_the_truth_stands_beside_that_of_the_codes(source: WorldSource
     found = evaluate(coder(source.truth), held_out, source.truth).metrics["metrics/l0_truth"]
     assert found == pytest.approx(float((held_out.acts.dense() > 0).sum(dim=1).double().mean()), rel=1e-3)
     assert "metrics/l0_truth" not in evaluate(coder(source.truth), HeldOut(held_out.x), source.truth).metrics
+
+
+@pytest.mark.parametrize("n_latents", [11, 16, 23])
+def test_the_f1_of_a_log_is_that_of_a_result(n_latents: int) -> None:
+    """Rows of any norm, features without a latent, a feature that is never on, codes below the threshold."""
+    stream = torch.Generator().manual_seed(n_latents)
+    truth = torch.randn(16, 24, generator=stream)
+    noise = torch.randn(n_latents, 24, generator=stream)
+    W_dec = (truth[torch.arange(n_latents) % 16] + noise) * torch.linspace(0.2, 4, n_latents)[:, None]
+    acts = torch.rand(300, 16, generator=stream) * (torch.rand(300, 16, generator=stream) < 0.2)
+    acts[:, 3] = 0
+    z = acts[:, torch.arange(n_latents) % 16] + torch.rand(300, n_latents, generator=stream) / 2 - 0.3
+    z[:, 5] = -1.0
+    codes, beside, threshold = SparseCodes.where(z > 0, z), FeatureBatch.from_dense(acts), 0.15
+    alive = metrics.firing(W_dec, codes, threshold)
+    slow = metrics.recovery(W_dec, truth, codes=codes, acts=beside, firing_threshold=threshold)["f1"]
+    matching = metrics.match_dictionary(W_dec, truth, alive)
+    assert not bool(alive[5])
+    assert matched_f1(matching, codes.scaled(W_dec.norm(dim=1)), beside, threshold) == pytest.approx(slow, abs=1e-6)
+    assert 0.2 < slow < 0.9
+    assert abs(matched_f1(matching, codes, beside, threshold) - slow) > 1e-3, "norms count"
 
 
 def test_bad_input_is_refused_in_one_line(source: WorldSource) -> None:
