@@ -21,6 +21,7 @@ from sae.errors import UsageError
 from sae.kernels import for_inference, require_device
 from sae.names import MANIFEST, SWEEP, WEIGHTS
 from toymodels.files import save_tensors, sha256, write_text
+from toymodels.geometry import unit_rows
 
 FORMAT_VERSION = 1
 
@@ -180,9 +181,9 @@ class SAE(nn.Module):
             raise UsageError(
                 f"tied_init needs a target as wide as the input, got d_in={self.d_in}, d_out={self.d_out}; turn it off"
             )
-        self.W_dec.copy_(_unit_rows(torch.randn(self.d_sae, self.d_out, generator=generator)))
+        self.W_dec.copy_(unit_rows(torch.randn(self.d_sae, self.d_out, generator=generator)))
         other = (
-            self.W_dec if self.config.tied_init else _unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator))
+            self.W_dec if self.config.tied_init else unit_rows(torch.randn(self.d_sae, self.d_in, generator=generator))
         )
         self.encoder.copy_(other)
         self.b_enc.zero_()
@@ -281,7 +282,3 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     own = ("encoder", "W_dec", "b_enc", "b_dec", "centre", "W_skip")
     sae.load_state_dict({name if name in own else f"sparsifier.{name}": t for name, t in tensors.items()})
     return sae.eval().requires_grad_(False)
-
-
-def _unit_rows(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
-    return rows / rows.norm(dim=1, keepdim=True)

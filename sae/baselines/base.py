@@ -49,8 +49,3 @@ def signed_pairs(rows: Float[Tensor, "n d_in"], b_dec: Float[Tensor, " d_in"], c
         return torch.cat([signed, -signed], dim=1).relu()
 
     return Baseline(torch.cat([rows, -rows]), b_dec, both)
-
-
-def unit_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows of norm 1; a row that is nothing stays so."""
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12)

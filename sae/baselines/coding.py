@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.baselines.base import Baseline, unit_rows
+from sae.baselines.base import Baseline
 from sae.errors import UsageError
 from sae.held_out import HeldOut
 from sae.metrics import match_dictionary
 from sae.sparsifiers import MatchingPursuit
+from toymodels.geometry import unit_rows
 from toymodels.sparse_coding import PenaltyChoice, select_penalty, sparse_code
 
 # Tried penalties of sparse coding, as shares of the median row's largest projection.

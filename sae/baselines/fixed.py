@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.baselines.base import Baseline, unit_rows
+from sae.baselines.base import Baseline
 from sae.baselines.coding import pursuit
 from sae.errors import UsageError
 from sae.sparsifiers import TopK
+from toymodels.geometry import unit_rows
 from toymodels.streams import generator
 
 

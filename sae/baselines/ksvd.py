@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.baselines.base import Baseline, signed_pairs, unit_rows
+from sae.baselines.base import Baseline, signed_pairs
 from sae.baselines.orthogonal_pursuit import SignedCodes, omp
+from toymodels.geometry import unit_rows
 from toymodels.streams import generator
 
 # Atoms that fewer samples use, or that are as close to another one, are replaced (Rubinstein's KSVD-Box).

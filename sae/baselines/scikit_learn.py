@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.baselines.base import Baseline, signed_pairs, unit_rows
+from sae.baselines.base import Baseline, signed_pairs
 from sae.baselines.coding import sparse_coding
 from sae.extras import require
 from sae.held_out import HeldOut
+from toymodels.geometry import unit_rows
 
 logger = logging.getLogger("sae")
 
