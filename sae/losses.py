@@ -17,11 +17,6 @@ from torch import Tensor
 from sae.codes import SparseCodes
 
 
-def reconstruction(x: Float[Tensor, "batch d"], x_hat: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
-    """|x - x_hat|^2, summed over dimensions, averaged over samples."""
-    return (x - x_hat).square().sum(dim=1).mean()
-
-
 def nested_reconstruction(
     codes: SparseCodes,
     W_dec: Float[Tensor, "d_sae d"],

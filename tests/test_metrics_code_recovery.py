@@ -24,7 +24,7 @@ from sae.metrics import (
     recovery,
 )
 from sae.metrics.code_recovery import auroc, code_recovery
-from sae.metrics.inputs import compressed, permuted
+from sae.metrics.inputs import compressed, some_rows
 from sae.metrics.samples import Samples, Window, columns
 from toymodels.features import FeatureBatch, Features
 from toymodels.streams import generator
@@ -330,7 +330,7 @@ def test_shuffles_follow_the_seed() -> None:
 def test_permuting_and_repacking_keep_every_entry() -> None:
     dense = WORLD.acts.dense()
     order = torch.randperm(N, generator=generator(2, "order"))
-    assert permuted(WORLD.acts, order).dense().equal(dense[order])
+    assert some_rows(WORLD.acts, order).dense().equal(dense[order])
     assert columns(WORLD.acts, 3, 9).dense().equal(dense[:, 3:9])
     assert columns(WORLD.acts, 0, 99) is WORLD.acts
     for codes in (SparseCodes(WORLD.z, None, D_SAE), padded(WORLD.z)):
@@ -348,7 +348,7 @@ def test_samples_come_back_as_they_went_in(monkeypatch: pytest.MonkeyPatch) -> N
             windows = list(samples.windows(draw))
             assert [window.start for window in windows] == [0, 300]
             assert torch.cat([window.codes.dense() for window in windows]).equal(WORLD.z)
-            views = [w.acts if w.order is None else permuted(w.acts, w.order) for w in windows]
+            views = [w.acts if w.order is None else some_rows(w.acts, w.order) for w in windows]
             acts = torch.cat([view.dense() for view in views])
             assert acts.equal(WORLD.acts.dense()) == (draw is None)
             assert acts[:300].sum(dim=0).allclose(WORLD.acts[:300].dense().sum(dim=0)), "shuffled within a window"

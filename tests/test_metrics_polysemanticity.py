@@ -127,7 +127,8 @@ def test_mutual_information_equals_sklearn(seed: int, n: int) -> None:
     stream = generator(seed, "mi")
     u, v = (torch.rand(n, k, generator=stream) < 0.5 for k in (3, 2))
     both = u.double().T @ v.double()
-    found = mutual_information(both, u.double().sum(dim=0), v.double().sum(dim=0), n)
+    counts = torch.broadcast_tensors(u.double().sum(dim=0)[:, None], v.double().sum(dim=0))
+    found = mutual_information(both, *counts, n)
     expected = [[mutual_info_score(u[:, i], v[:, k]) for k in range(2)] for i in range(3)]
     assert found.tolist() == [pytest.approx(row, abs=1e-12) for row in expected]
     assert (found >= 0).all()

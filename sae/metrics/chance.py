@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from toymodels.streams import generator
 
 # Shuffles of the evaluation set behind the chance value of a score on samples.
 N_SHUFFLES = 4
 # What is neither good nor bad has no chance value.
 COUNTS = ("n_alive", "f1_best_threshold")
-
-
-def shuffles(n_samples: int, seed: int) -> Iterator[Int[Tensor, " n_samples"]]:
-    """Independent permutations of the samples: with units shuffled, features and units share luck alone."""
-    for draw in range(N_SHUFFLES):
-        yield torch.randperm(n_samples, generator=generator(seed, "metrics", "shuffle", draw))
 
 
 def beside_chance(

@@ -22,32 +22,31 @@ PAIRS_AT_ONCE = 2**17
 class Margins:
     """Sums in float64 over samples of true activations a [N, n] and units z [N, K], each by itself.
 
-        feature_count = Σ 1[a > 0]     feature_sum = Σ a     feature_square = Σ a²      [n]
-        unit_count    = Σ 1[z > t]     unit_sum    = Σ z     unit_square    = Σ z²      [K]
+        of_features = Σ 1[a > 0], Σ a, Σ a²      [3, n]
+        of_units    = Σ 1[z > t], Σ z, Σ z²      [3, K]
 
     A value with |z| <= t = threshold counts as 0.
     """
 
     def __init__(self, n_features: int, n_units: int, threshold: float = 0.0) -> None:
         self.n_samples, self.threshold = 0, threshold
-        self.feature_count, self.feature_sum, self.feature_square = torch.zeros(3, n_features, dtype=torch.float64)
-        self.unit_count, self.unit_sum, self.unit_square = torch.zeros(3, n_units, dtype=torch.float64)
+        self.of_features = torch.zeros(3, n_features, dtype=torch.float64)
+        self.of_units = torch.zeros(3, n_units, dtype=torch.float64)
 
     def update(self, units: FeatureBatch | Float[Tensor, "batch n_units"], acts: FeatureBatch) -> None:
         """Adds a batch; which row of one is which row of the other changes nothing."""
         self.n_samples += len(acts)
         a = acts.values.double()
-        _add_columns_((self.feature_count, self.feature_sum, self.feature_square), acts.indices, a, (a > 0).double())
-        own = (self.unit_count, self.unit_sum, self.unit_square)
+        _add_columns_(self.of_features, acts.indices, a, (a > 0).double())
         if isinstance(units, FeatureBatch):
             z = units.values.double()
             z = torch.where(z.abs() > self.threshold, z, 0.0)
-            _add_columns_(own, units.indices, z, (z > self.threshold).double())
+            _add_columns_(self.of_units, units.indices, z, (z > self.threshold).double())
             return
         for part in units.split(max(1, DENSE_AT_ONCE // max(units.shape[1], 1))):
             z = part.double()
             z = torch.where(z.abs() > self.threshold, z, 0.0) if self.threshold else z
-            for total, values in zip(own, ((z > self.threshold).float(), z, z * z), strict=True):
+            for total, values in zip(self.of_units, ((z > self.threshold).float(), z, z * z), strict=True):
                 total.add_(values.sum(dim=0))
 
 
@@ -61,31 +60,26 @@ class CoStatistics:
     are rows of these matrices.
     """
 
-    def __init__(self, n_features: int, n_units: int, firing_threshold: float = 0.0) -> None:
-        self._begin(Margins(n_features, n_units, firing_threshold), 0, n_features)
+    def __init__(
+        self,
+        n_features: int,
+        n_units: int,
+        firing_threshold: float = 0.0,
+        *,
+        margins: Margins | None = None,
+        first: int = 0,
+    ) -> None:
+        self.margins, self.first = margins or Margins(n_features, n_units, firing_threshold), first
+        of_features = self.margins.of_features[:, first : first + n_features]
+        self.feature_count, self.feature_sum, self.feature_square = of_features
+        self.unit_count, self.unit_sum, self.unit_square = self.margins.of_units
+        self.both_count = torch.zeros(n_features, n_units, dtype=torch.int32)
+        self.product = torch.zeros(n_features, n_units, dtype=torch.float64)
 
     @classmethod
     def part(cls, margins: Margins, first: int, last: int) -> CoStatistics:
         """Those of features first..last - 1, whose margins are known."""
-        sums = cls.__new__(cls)
-        sums._begin(margins, first, last)
-        return sums
-
-    def _begin(self, margins: Margins, first: int, last: int) -> None:
-        self.margins, self.first, rows = margins, first, slice(first, last)
-        for what in ("count", "sum", "square"):
-            setattr(self, f"feature_{what}", getattr(margins, f"feature_{what}")[rows])
-            setattr(self, f"unit_{what}", getattr(margins, f"unit_{what}"))
-        shape = (len(self.feature_count), len(self.unit_count))
-        self.both_count = torch.zeros(shape, dtype=torch.int32)
-        self.product = torch.zeros(shape, dtype=torch.float64)
-
-    feature_count: Float[Tensor, " n_features"]
-    feature_sum: Float[Tensor, " n_features"]
-    feature_square: Float[Tensor, " n_features"]
-    unit_count: Float[Tensor, " n_units"]
-    unit_sum: Float[Tensor, " n_units"]
-    unit_square: Float[Tensor, " n_units"]
+        return cls(last - first, margins.of_units.shape[1], margins=margins, first=first)
 
     @property
     def n_samples(self) -> int:
@@ -177,7 +171,7 @@ def _correlation(
 
 
 def _add_columns_(
-    totals: tuple[Tensor, Tensor, Tensor],
+    totals: Float[Tensor, "3 columns"],
     column: Int[Tensor, " entries"],
     values: Float[Tensor, " entries"],
     counts: Float[Tensor, " entries"],

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from sae.metrics.co_statistics import mean, ratio, variance
 from sae.metrics.dictionary_recovery import Matching
-from sae.metrics.inputs import Matrix, directions, rows_of
+from sae.metrics.inputs import Matrix, directions, rows_of, some_rows
 from sae.metrics.native import add_matched_, can_call, look_up
 from sae.metrics.samples import Window, rows_in
-from toymodels.features import FeatureBatch
 from toymodels.thresholds import orders, threshold_of_highest_f1
 
 # Every fourth sample chooses the threshold of f1_best, the others judge it.
@@ -173,15 +172,6 @@ def owners(matching: Matching) -> Int[Tensor, " d_sae"]:
     has_latent = matching.has_latent.cpu()
     owner[matching.latent.cpu()[has_latent]] = has_latent.nonzero().squeeze(1)
     return owner
-
-
-def some_rows(batch: FeatureBatch, chosen: Int[Tensor, " rows"]) -> FeatureBatch:
-    """Some rows of a batch."""
-    counts = batch.offsets.diff()[chosen]
-    offsets = F.pad(counts.cumsum(0), (1, 0))
-    moved = (batch.offsets[chosen] - offsets[:-1]).repeat_interleave(counts)
-    source = moved + torch.arange(len(moved))
-    return FeatureBatch(batch.indices[source], batch.values[source], offsets, (len(chosen), batch.n_features))
 
 
 def auroc(

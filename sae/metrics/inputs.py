@@ -105,14 +105,14 @@ def rows_of(acts: FeatureBatch) -> Int[Tensor, " nnz"]:
     return samples.repeat_interleave(acts.offsets.diff(), output_size=len(acts.indices))
 
 
-def permuted(acts: FeatureBatch, order: Int[Tensor, " samples"]) -> FeatureBatch:
-    """The samples in another order."""
-    order = order.to(acts.indices.device)
-    counts = acts.offsets.diff()[order]
+def some_rows(batch: FeatureBatch, chosen: Int[Tensor, " rows"]) -> FeatureBatch:
+    """Some rows of a batch, in any order."""
+    chosen = chosen.to(batch.indices.device)
+    counts = batch.offsets.diff()[chosen]
     offsets = F.pad(counts.cumsum(0), (1, 0))
-    moved = (acts.offsets[order] - offsets[:-1]).repeat_interleave(counts, output_size=len(acts.indices))
-    source = moved + torch.arange(len(acts.indices), device=order.device)
-    return FeatureBatch(acts.indices[source], acts.values[source], offsets, acts.shape)
+    moved = (batch.offsets[chosen] - offsets[:-1]).repeat_interleave(counts)
+    source = moved + torch.arange(len(moved), device=chosen.device)
+    return FeatureBatch(batch.indices[source], batch.values[source], offsets, (len(chosen), batch.n_features))
 
 
 # Codes

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae.kernels.build import CannotBuild, library
-from sae.metrics.inputs import permuted, rows_of
+from sae.metrics.inputs import rows_of, some_rows
 from toymodels.features import FeatureBatch
 
 logger = logging.getLogger("sae")
@@ -96,7 +96,7 @@ def look_up(
     Feature -1 is never on. `order` None: row r of both is the same sample.
     """
     if not can_call():
-        return _look_up(codes, acts if order is None else permuted(acts, order), features)
+        return _look_up(codes, acts if order is None else some_rows(acts, order), features)
     found = acts.values.new_empty(len(features), len(codes.indices))
     order = torch.arange(len(acts)) if order is None else order
     beside = (acts.offsets, acts.indices, acts.values, order)

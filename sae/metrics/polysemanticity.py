@@ -233,25 +233,16 @@ def _information(
 ) -> Float[Tensor, " pairs"]:
     """`mutual_information` of some pairs."""
     on, fires, both = sums.feature_count[feature], sums.unit_count[unit], sums.both_count[feature, unit].double()
-    return _mutual(both, on, fires, sums.n_samples)
+    return mutual_information(both, on, fires, sums.n_samples)
 
 
 def mutual_information(
-    both: Float[Tensor, "n_features n_units"],
-    feature: Float[Tensor, " n_features"],
-    unit: Float[Tensor, " n_units"],
-    n_samples: int,
-) -> Float[Tensor, "n_features n_units"]:
-    """MI = Σ p(u, v) log(p(u, v) / (p(u) p(v))) in nats, where u and v say if unit k and feature i fire.
+    both: Float[Tensor, "*k"], feature: Float[Tensor, "*k"], unit: Float[Tensor, "*k"], n_samples: int
+) -> Float[Tensor, "*k"]:
+    """MI = Σ p(u, v) log(p(u, v) / (p(u) p(v))) in nats, where u and v say if a unit and a feature fire.
 
     From the counts of firings, as H(u) + H(v) - H(u, v), with 0 log 0 = 0.
     """
-    return _mutual(both, feature[:, None].expand_as(both), unit[None, :].expand_as(both), n_samples)
-
-
-def _mutual(
-    both: Float[Tensor, "*k"], feature: Float[Tensor, "*k"], unit: Float[Tensor, "*k"], n_samples: int
-) -> Float[Tensor, "*k"]:
     joint = sum(_surprise(n, n_samples) for n in (both, feature - both, unit - both, n_samples - feature - unit + both))
     return (entropy(feature, n_samples) + entropy(unit, n_samples) - joint).clamp(min=0)
 

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.metrics.chance import shuffles
 from sae.metrics.code_recovery import auroc, owners
 from sae.metrics.dictionary_recovery import Matching
-from sae.metrics.inputs import all_finite, permuted, rows_of
+from sae.metrics.inputs import all_finite, rows_of, some_rows
+from sae.metrics.samples import shuffled
 from toymodels.features import FeatureBatch
 
 # Scores that are kept whole, and of those the ones that are sorted at once.
@@ -62,8 +62,8 @@ class Ranking:
         A feature without a latent has .5.
         """
         acts = FeatureBatch.cat(self._acts)
-        orders = list(shuffles(len(acts), seed))[:n_draws]
-        views = [self._firings(each) for each in (acts, *(permuted(acts, order) for order in orders))]
+        orders = [shuffled(len(acts), 0, draw, seed) for draw in range(n_draws)]
+        views = [self._firings(each) for each in (acts, *(some_rows(acts, order) for order in orders))]
         area = torch.full((len(views), n_features), 0.5, dtype=torch.float64)
         if self._scores is None:
             return list(area)
