@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from sae.report import drawing
 from sae.report.data import Run
-from sae.report.figures import MAX_POINTS, SYMBOLS, _axis, _figure, _short, _spread, series, unit
+from sae.report.figures import unit
 from sae.report.html import Figure
 
 FEW = 5
@@ -56,10 +57,10 @@ def waterfall(run: Run, limit: str) -> Figure:
             }
         )
         at += width
-    y = _axis("", autorange="reversed", showgrid=False, ticks="", automargin=True, type="category")
-    return _figure(
+    y = drawing.axis("", autorange="reversed", showgrid=False, ticks="", automargin=True, type="category")
+    return drawing.figure(
         bars,
-        xaxis=_axis("macro F1", range=[0, 1.02]),
+        xaxis=drawing.axis("macro F1", range=[0, 1.02]),
         yaxis=y,
         annotations=joints,
         margin={"l": 104, "r": 12, "t": 8, "b": 44},
@@ -93,26 +94,26 @@ def reason_bars(run: Run) -> Figure:
     # One feature, or one reason, does not fill the panel.
     most = max([FEW, *(reason["n"] for reason in reasons)])
     last = max(FEW, len(reasons)) - 0.5
-    y = _axis("", range=[last, -0.5], showgrid=False, ticks="", automargin=True, type="category")
-    x = _axis("missed features", range=[0, 1.14 * most], **({"dtick": 1} if most == FEW else {}))
-    return _figure([bar], xaxis=x, yaxis=y, margin={"l": 200, "r": 8, "t": 8, "b": 44})
+    y = drawing.axis("", range=[last, -0.5], showgrid=False, ticks="", automargin=True, type="category")
+    x = drawing.axis("missed features", range=[0, 1.14 * most], **({"dtick": 1} if most == FEW else {}))
+    return drawing.figure([bar], xaxis=x, yaxis=y, margin={"l": 200, "r": 8, "t": 8, "b": 44})
 
 
 def reason_points(run: Run) -> Figure:
     """A point a feature: frequency, matched cosine, and why it is missed."""
     assert run.diagnosis is not None
     rows = [row for row in run.diagnosis["features"] if float(row["frequency"]) > 0]
-    kept = [rows[i] for i in _spread(len(rows), MAX_POINTS).tolist()]
+    kept = [rows[i] for i in drawing.spread(len(rows), drawing.MAX_POINTS).tolist()]
     traces = [_points([row for row in kept if not row["reason"]], "found", "var(--rule)", "circle")]
     for place, reason in enumerate(reasons_by_count(run)):
         colour, symbol = _look(place)
         own = [row for row in kept if row["reason"] == reason["name"]]
         traces.append(_points(own, reason["means"], colour, symbol))
     traces[0]["marker"]["line"] = {"color": "var(--muted)", "width": 0.8}
-    return _figure(
+    return drawing.figure(
         traces,
-        xaxis=_axis("firing frequency of the feature", type="log", tickformat="~g"),
-        yaxis=_axis("matched cosine"),
+        xaxis=drawing.axis("firing frequency of the feature", type="log", tickformat="~g"),
+        yaxis=drawing.axis("matched cosine"),
         shapes=[
             {
                 "type": "line",
@@ -153,17 +154,17 @@ def predictors(run: Run) -> Figure:
                 "type": "scatter",
                 "mode": "markers",
                 "name": words,
-                "x": _short(np.array([row[key] for row in rows])),
+                "x": drawing.short(np.array([row[key] for row in rows])),
                 "y": names,
                 "marker": {"color": colour, "size": 10, "symbol": fill, "line": {"width": 2, "color": colour}},
                 "hovertemplate": f"%{{y}}<br>missed {words}: %{{x:.1%}}<extra></extra>",
             }
         )
     level = {"color": "var(--ink)", "width": 1, "dash": "dot"}
-    return _figure(
+    return drawing.figure(
         lines,
-        xaxis=_axis("share missed", range=[-0.02, 1.02], tickformat=".0%"),
-        yaxis=_axis("", autorange="reversed", automargin=True, type="category", ticks=""),
+        xaxis=drawing.axis("share missed", range=[-0.02, 1.02], tickformat=".0%"),
+        yaxis=drawing.axis("", autorange="reversed", automargin=True, type="category", ticks=""),
         shapes=[{"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": base, "x1": base, "line": level}],
         annotations=[
             {
@@ -190,7 +191,9 @@ def unit_curves(run: Run, measure: str, name: str, log: bool, before: str) -> Fi
         values = values[values > 0] if log else values  # 0 features a unit: it tells of none
         traces.append(_cumulative(values, words, place))
     axis: dict[str, Any] = {"type": "log", "tickformat": "~g"} if log else {"range": [-0.02, 1.02]}
-    return _figure(traces, xaxis=_axis(name, **axis), yaxis=_axis("share of units", range=[0, 1.02]))
+    return drawing.figure(
+        traces, xaxis=drawing.axis(name, **axis), yaxis=drawing.axis("share of units", range=[0, 1.02])
+    )
 
 
 def dimension_curves(run: Run) -> Figure:
@@ -198,8 +201,10 @@ def dimension_curves(run: Run) -> Figure:
     assert run.truth is not None
     rows = {"true features": unit(run.truth), "latents": _alive(run)}
     traces = [_cumulative(np.sort(_dimensionality(rows[name])), name, place) for place, name in enumerate(rows)]
-    return _figure(
-        traces, xaxis=_axis("D<sub>i</sub> of a direction", rangemode="tozero"), yaxis=_axis("share", range=[0, 1.02])
+    return drawing.figure(
+        traces,
+        xaxis=drawing.axis("D<sub>i</sub> of a direction", rangemode="tozero"),
+        yaxis=drawing.axis("share", range=[0, 1.02]),
     )
 
 
@@ -210,23 +215,23 @@ def spectrum(run: Run) -> Figure:
     for place, (name, rows) in enumerate({"true features": unit(run.truth), "latents": _alive(run)}.items()):
         values = np.linalg.eigvalsh((rows.T @ rows).astype(float))[::-1].clip(min=0)
         share = values / max(values.sum(), 1e-30)
-        kept = _spread(len(share), MAX_POINTS // 4)
-        colour, dash = series(place)
+        kept = drawing.spread(len(share), drawing.MAX_POINTS // 4)
+        colour, dash = drawing.series(place)
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines",
                 "name": name,
                 "x": (kept + 1).tolist(),
-                "y": _short(share[kept]),
+                "y": drawing.short(share[kept]),
                 "line": {"color": colour, "dash": dash, "width": 1.8},
                 "hovertemplate": f"{name}<br>direction %{{x}}: %{{y:.3%}}<extra></extra>",
             }
         )
-    return _figure(
+    return drawing.figure(
         traces,
-        xaxis=_axis("principal direction", rangemode="tozero"),
-        yaxis=_axis("share of λ", tickformat="~%", rangemode="tozero"),
+        xaxis=drawing.axis("principal direction", rangemode="tozero"),
+        yaxis=drawing.axis("share of λ", tickformat="~%", rangemode="tozero"),
     )
 
 
@@ -242,14 +247,14 @@ def _dimensionality(rows: np.ndarray) -> np.ndarray:
 
 def _cumulative(values: np.ndarray, name: str, place: int) -> dict[str, Any]:
     """Sorted values against their rank."""
-    kept = _spread(len(values), MAX_POINTS // 4)
-    colour, dash = series(place)
+    kept = drawing.spread(len(values), drawing.MAX_POINTS // 4)
+    colour, dash = drawing.series(place)
     return {
         "type": "scatter",
         "mode": "lines",
         "name": name,
-        "x": _short(np.asarray(values)[kept]),
-        "y": _short((kept + 1) / max(len(values), 1)),
+        "x": drawing.short(np.asarray(values)[kept]),
+        "y": drawing.short((kept + 1) / max(len(values), 1)),
         "line": {"color": colour, "dash": dash, "width": 1.8, "shape": "hv"},
         "hovertemplate": f"{name}<br>%{{y:.0%}} at or below %{{x:.3g}}<extra></extra>",
     }
@@ -260,8 +265,8 @@ def _points(rows: Sequence[dict[str, str]], name: str, colour: str, symbol: str)
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "x": _short(np.array([float(row["frequency"]) for row in rows])),
-        "y": _short(np.array([float(row["matched_cosine"]) for row in rows])),
+        "x": drawing.short(np.array([float(row["frequency"]) for row in rows])),
+        "y": drawing.short(np.array([float(row["matched_cosine"]) for row in rows])),
         "marker": {"color": colour, "symbol": symbol, "size": 6, "opacity": 0.8},
         "text": [row["feature"] for row in rows],
         "hovertemplate": f"feature %{{text}}: {name}<br>frequency %{{x:.2%}}<br>cosine %{{y:.3f}}<extra></extra>",
@@ -270,7 +275,7 @@ def _points(rows: Sequence[dict[str, str]], name: str, colour: str, symbol: str)
 
 def _look(place: int) -> tuple[str, str]:
     """Colour and marker of the reason at a place; the rarest share the last marker."""
-    return series(place)[0], SYMBOLS[min(place, len(SYMBOLS) - 1)]
+    return drawing.series(place)[0], drawing.SYMBOLS[min(place, len(drawing.SYMBOLS) - 1)]
 
 
 def _signed(width: float, place: int) -> str:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from math import isfinite
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from sae.report import drawing
 from sae.report.data import Collection, Run
 from sae.report.html import Figure
 from toymodels import palette
 
-# Rows and columns of a map that can be told apart on a screen; points of a scatter that stay quick.
+# Rows and columns of a map that can be told apart on a screen.
 MAX_FEATURES = 256
-MAX_POINTS = 2000
 BINS_PER_DECADE = 16
-# Of the largest value over the least: a logarithmic axis would have hardly a tick, or blow up what does not change.
-LINEAR_UP_TO = 5
-# One shape of marker a series beside its colour: a reader who cannot tell the colours tells these.
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon2")
 Cosines = Float[np.ndarray, "rows columns"]
 
 
@@ -32,7 +27,7 @@ def unit(rows: Cosines) -> Cosines:
 
 def shown_features(run: Run) -> Int[np.ndarray, " shown"]:
     """The features in order; of very many, some at even distances."""
-    return run.order[_spread(len(run.order), MAX_FEATURES)]
+    return run.order[drawing.spread(len(run.order), MAX_FEATURES)]
 
 
 def latents_in_order(run: Run, features: Int[np.ndarray, " shown"]) -> Int[np.ndarray, " ordered"]:
@@ -40,14 +35,14 @@ def latents_in_order(run: Run, features: Int[np.ndarray, " shown"]) -> Int[np.nd
     matched = run.feature("matched_latent").astype(int)
     rest = np.setdiff1d(np.arange(len(run.W_dec)), matched)
     own = matched[features]
-    return np.concatenate([own[own >= 0], rest[_spread(len(rest), MAX_FEATURES)]])
+    return np.concatenate([own[own >= 0], rest[drawing.spread(len(rest), MAX_FEATURES)]])
 
 
 def neuron_map(run: Run) -> Figure:
     """Before: cosines of the features with the axes of the activation space, d_i . e_k."""
     assert run.truth is not None
     features = shown_features(run)
-    neurons = _spread(run.truth.shape[1], 2 * MAX_FEATURES)
+    neurons = drawing.spread(run.truth.shape[1], 2 * MAX_FEATURES)
     cosines = unit(run.truth)[features][:, neurons]
     return _map(cosines, features, neurons, "neuron")
 
@@ -67,16 +62,16 @@ def frequency(collection: Collection, column: str, name: str) -> Figure:
     runs = [run for run in collection.shown if run.knows_activations]
     look = {"size": 5, "opacity": 0.65} if len(runs) == 1 else {"size": 4.5, "opacity": 0.4}  # none may hide another
     for run in runs:
-        order = run.order[_spread(len(run.order), MAX_POINTS)]
+        order = run.order[drawing.spread(len(run.order), drawing.MAX_POINTS)]
         place = collection.methods.index(run.method)
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": run.name,
-                "x": _short(run.feature("frequency")[order]),
-                "y": _short(run.feature(column)[order]),
-                "marker": {"color": series(place)[0], "symbol": symbol(place), **look},
+                "x": drawing.short(run.feature("frequency")[order]),
+                "y": drawing.short(run.feature(column)[order]),
+                "marker": {"color": drawing.series(place)[0], "symbol": drawing.symbol(place), **look},
                 "customdata": order.tolist(),
                 "hovertemplate": f"feature %{{customdata}}<br>frequency %{{x:.2%}}<br>{name} %{{y:.3f}}",
             }
@@ -85,8 +80,8 @@ def frequency(collection: Collection, column: str, name: str) -> Figure:
     wide = fired.max() > 5 * max(fired.min(), 1e-9)
     axis = {"type": "log", "tickformat": "~g"} if wide else {"tickformat": ".2~%"}
     lowest = min([0.0, *(value for trace in traces for value in trace["y"] if value is not None)])
-    x = _axis("firing frequency of the feature", **axis)
-    return _figure(traces, xaxis=x, yaxis=_axis(name, range=[lowest - 0.03, 1.04]))
+    x = drawing.axis("firing frequency of the feature", **axis)
+    return drawing.figure(traces, xaxis=x, yaxis=drawing.axis(name, range=[lowest - 0.03, 1.04]))
 
 
 def curves(collection: Collection, key: str, name: str, log: bool, chance: float | None = None) -> Figure:
@@ -94,7 +89,7 @@ def curves(collection: Collection, key: str, name: str, log: bool, chance: float
     traces = []
     for run in collection.runs:
         steps, values = run.curve(key)
-        kept = _spread(len(steps), MAX_POINTS // 4)
+        kept = drawing.spread(len(steps), drawing.MAX_POINTS // 4)
         colour, dash = _series(collection, run)
         traces.append(
             {
@@ -102,17 +97,17 @@ def curves(collection: Collection, key: str, name: str, log: bool, chance: float
                 "mode": "lines",
                 "name": run.name,
                 "x": np.array(steps)[kept].tolist(),
-                "y": _short(np.array(values)[kept]),
+                "y": drawing.short(np.array(values)[kept]),
                 "line": {"color": colour, "dash": dash, "width": 1.6},
                 "hovertemplate": f"step %{{x}}<br>{name} %{{y:.4g}}",
             }
         )
-    axis = _positive_axis(traces) if log else {"range": [-0.03, 1.04]}
-    layout: dict[str, Any] = {"xaxis": _axis("step", rangemode="tozero"), "yaxis": _axis("", **axis)}
+    axis = drawing.positive_axis(traces) if log else {"range": [-0.03, 1.04]}
+    layout: dict[str, Any] = {"xaxis": drawing.axis("step", rangemode="tozero"), "yaxis": drawing.axis("", **axis)}
     if chance is not None:
-        layout["shapes"] = [_level(chance)]
-        layout["annotations"] = [_note("chance", chance)]
-    return _figure(traces, **layout)
+        layout["shapes"] = [drawing.level(chance)]
+        layout["annotations"] = [drawing.note("chance", chance)]
+    return drawing.figure(traces, **layout)
 
 
 def density(collection: Collection) -> Figure:
@@ -130,7 +125,7 @@ def density(collection: Collection) -> Figure:
                 "type": "scatter",
                 "mode": "lines",
                 "name": run.name,
-                "x": _short(np.repeat(edges, 2)[1:-1]),
+                "x": drawing.short(np.repeat(edges, 2)[1:-1]),
                 "y": np.repeat(counts, 2).tolist(),
                 "line": {"color": colour, "dash": dash, "width": 1.6},
                 "fill": "tozeroy" if number == 0 else "none",
@@ -139,8 +134,8 @@ def density(collection: Collection) -> Figure:
         )
     ticks = list(range(-decades, 1))
     words = [f"10<sup>{tick}</sup>".replace("-", "−") if tick else "1" for tick in ticks]
-    axis = _axis("firing frequency of the latent", tickvals=ticks, ticktext=words)
-    return _figure(traces, xaxis=axis, yaxis=_axis("latents", rangemode="tozero"))
+    axis = drawing.axis("firing frequency of the latent", tickvals=ticks, ticktext=words)
+    return drawing.figure(traces, xaxis=axis, yaxis=drawing.axis("latents", rangemode="tozero"))
 
 
 def plane(run: Run) -> Figure:
@@ -148,10 +143,10 @@ def plane(run: Run) -> Figure:
     truth = [] if run.truth is None else [_arrows(unit(run.truth), "var(--rule)", 9.0, "true feature")]
     latents = _arrows(unit(run.W_dec), "var(--series-0)", 2.0, "latent")
     axis = {"range": [-1.15, 1.15], "zeroline": True}
-    return _figure(
+    return drawing.figure(
         [*truth, latents],
-        xaxis=_axis("neuron 0", **axis),
-        yaxis=_axis("neuron 1", scaleanchor="x", **axis),
+        xaxis=drawing.axis("neuron 0", **axis),
+        yaxis=drawing.axis("neuron 1", scaleanchor="x", **axis),
         showlegend=bool(truth),
     )
 
@@ -176,35 +171,12 @@ def _map(
         "hovertemplate": "%{y}, %{x}<br>cosine %{z:.2f}<extra></extra>",
     }
     none = {"type": "category", "showticklabels": False, "showgrid": False, "ticks": ""}
-    return _figure(
+    return drawing.figure(
         [trace],
-        xaxis=_axis(f"{len(units)} {kind}s", **none),
-        yaxis=_axis(f"{len(features)} features", autorange="reversed", **none),
+        xaxis=drawing.axis(f"{len(units)} {kind}s", **none),
+        yaxis=drawing.axis(f"{len(features)} features", autorange="reversed", **none),
         margin={"l": 28, "r": 2, "t": 2, "b": 28},
     )
-
-
-def _figure(data: list[dict[str, Any]], **layout: Any) -> Figure:
-    base = {
-        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 52, "r": 12, "t": 8, "b": 44},
-        "showlegend": False,
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "var(--muted)", "activecolor": "var(--ink)"},
-        "hoverlabel": {
-            "bgcolor": "var(--paper)",
-            "bordercolor": "var(--rule)",
-            "font": {"color": "var(--ink)", "family": "system-ui, sans-serif", "size": 12},
-        },
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    }
-    return {"data": data, "layout": base | layout}
-
-
-def _axis(title: str, **options: Any) -> dict[str, Any]:
-    base = {"title": {"text": title, "standoff": 8}, "gridcolor": "var(--rule)", "zeroline": False}
-    return base | {"zerolinecolor": "var(--rule)", "linecolor": "var(--rule)"} | options
 
 
 def _arrows(rows: Cosines, colour: str, width: float, name: str) -> dict[str, Any]:
@@ -230,53 +202,11 @@ def _arrows(rows: Cosines, colour: str, width: float, name: str) -> dict[str, An
     }
 
 
-def _level(y: float) -> dict[str, Any]:
-    line = {"color": "var(--muted)", "width": 1, "dash": "dot"}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
-
-
-def _note(words: str, y: float) -> dict[str, Any]:
-    place = {"xref": "paper", "x": 1, "xanchor": "right", "y": y, "yanchor": "bottom"}
-    return {"text": words, "showarrow": False, **place}
-
-
 def _series(collection: Collection, run: Run) -> tuple[str, str]:
-    return series(collection.methods.index(run.method))
-
-
-def _positive_axis(traces: list[dict[str, Any]]) -> dict[str, Any]:
-    """From 0 on where values are near each other; else logarithmic, at fewer places the more decades it spans."""
-    values = [value for trace in traces for value in trace["y"] if value and value > 0] or [1.0]
-    if max(values) <= LINEAR_UP_TO * min(values):
-        return {"rangemode": "tozero"}
-    low, high = np.log10(min(values)), np.log10(max(values))
-    steps = (1, 2, 5) if high - low < 3 else (1,)
-    ticks = [step * 10.0**power for power in range(int(np.floor(low)) - 1, int(high) + 2) for step in steps]
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
-
-
-def _short(values: np.ndarray) -> list[float | None]:
-    """Five digits are more than a screen shows; what is not finite is a gap."""
-    return [float(f"{value:.5g}") if isfinite(value) else None for value in values.tolist()]
-
-
-def _spread(n: int, most: int) -> Int[np.ndarray, " kept"]:
-    """0..n-1, or `most` of them at even distances."""
-    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(int)
+    return drawing.series(collection.methods.index(run.method))
 
 
 def diverging_scale() -> list[tuple[float, str]]:
     """The map of signed cosines for plotly."""
     last = len(palette.DIVERGING_LIGHT) - 1
     return [(stop / last, f"var(--map-{stop})") for stop in range(last + 1)]
-
-
-def series(place: int) -> tuple[str, str]:
-    """Colour and dash of the method at a place."""
-    n = len(palette.SERIES_LIGHT)
-    return f"var(--series-{place % n})", palette.DASHES[(place + place // n) % len(palette.DASHES)]
-
-
-def symbol(place: int) -> str:
-    """The marker of the series at a place."""
-    return SYMBOLS[place % len(SYMBOLS)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sae.report.figures import series, symbol
+from sae.report.drawing import series, symbol
 from toymodels.pages import Html, tag
 
 # Of lines as SVG has them.
 DASHES = {"solid": "none", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "10 4"}
-# Of markers as paths in a box of 10: what figures.SYMBOLS are in plotly.
+# Of markers as paths in a box of 10: what drawing.SYMBOLS are in plotly.
 SHAPES = {
     "circle": "M9 5A4 4 0 1 1 1 5A4 4 0 1 1 9 5Z",
     "square": "M1.3 1.3H8.7V8.7H1.3Z",

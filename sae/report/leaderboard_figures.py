@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae.report.figures import _axis, _figure, _short
+from sae.report import drawing
 from sae.report.html import Figure
 from sae.report.standings import Standing
 from sae.report.tables import method_name
@@ -74,7 +74,7 @@ def rows_of_dots(standings: Sequence[Standing], scores: Sequence[Score]) -> Figu
     layout: dict[str, Any] = {
         "height": FRAME_PIXELS + ROW_PIXELS * len(standings),
         "margin": {"l": 8, "r": 12, "t": 8, "b": 40},
-        "yaxis": _axis(
+        "yaxis": drawing.axis(
             "",
             tickvals=order,
             ticktext=names,
@@ -90,7 +90,7 @@ def rows_of_dots(standings: Sequence[Standing], scores: Sequence[Score]) -> Figu
         number = "" if panel == 0 else str(panel + 1)
         left = panel * (width + GAP)
         own = [(y, each) for y, each in zip(order, standings, strict=True) if score.key in each.scores]
-        layout[f"xaxis{number}"] = _axis(
+        layout[f"xaxis{number}"] = drawing.axis(
             score.name,
             domain=[left, left + width],
             range=[-0.03, 1.03],
@@ -109,7 +109,7 @@ def rows_of_dots(standings: Sequence[Standing], scores: Sequence[Score]) -> Figu
             same = [(y, each) for y, each in own if each.family == family]
             if same:
                 traces += [_seeds(same, score, number), _means(same, score, number)]
-    return _figure(traces, **layout)
+    return drawing.figure(traces, **layout)
 
 
 def trade(standings: Sequence[Standing], across: Score, up: Score, decades: float) -> Figure:
@@ -132,8 +132,8 @@ def trade(standings: Sequence[Standing], across: Score, up: Score, decades: floa
             {
                 "type": "scatter",
                 "mode": "markers+text",
-                "x": _short(x[own]),
-                "y": _short(y[own]),
+                "x": drawing.short(x[own]),
+                "y": drawing.short(y[own]),
                 "text": [labels[i] for i in own],
                 "textposition": [places[i] for i in own],
                 "textfont": {"size": 11, "color": "var(--ink)"},
@@ -144,7 +144,7 @@ def trade(standings: Sequence[Standing], across: Score, up: Score, decades: floa
             }
         )
     axis = {"type": "log", "range": frames[0], "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
-    return _figure(traces, xaxis=_axis(across.name, **axis), yaxis=_axis(up.name, range=frames[1]))
+    return drawing.figure(traces, xaxis=drawing.axis(across.name, **axis), yaxis=drawing.axis(up.name, range=frames[1]))
 
 
 def _frame(values: np.ndarray, margin: float) -> list[float]:
@@ -162,7 +162,7 @@ def _seeds(own: Sequence[tuple[int, Standing]], score: Score, number: str) -> di
         "type": "scatter",
         "mode": "markers",
         "xaxis": f"x{number}",
-        "x": _short(np.array([x for x, _ in dots])),
+        "x": drawing.short(np.array([x for x, _ in dots])),
         "y": [y for _, y in dots],
         "marker": {"color": colour, "symbol": marker, "size": 5, "opacity": 0.35},
         "hoverinfo": "skip",
@@ -178,9 +178,15 @@ def _means(own: Sequence[tuple[int, Standing]], score: Score, number: str) -> di
         "type": "scatter",
         "mode": "markers",
         "xaxis": f"x{number}",
-        "x": _short(np.array([each.mean for each in found])),
+        "x": drawing.short(np.array([each.mean for each in found])),
         "y": [y for y, _ in own],
-        "error_x": {"type": "data", "array": _short(np.array(halves)), "color": colour, "thickness": 1.6, "width": 4},
+        "error_x": {
+            "type": "data",
+            "array": drawing.short(np.array(halves)),
+            "color": colour,
+            "thickness": 1.6,
+            "width": 4,
+        },
         "marker": {"color": colour, "symbol": marker, "size": 9},
         "text": [f"{name_of(each)}<br>{score.name} {_said(each, score)}" for _, each in own],
         "customdata": [each.method for _, each in own],
@@ -200,7 +206,7 @@ def _chance(own: Sequence[tuple[int, Standing]], number: str) -> dict[str, Any]:
         "type": "scatter",
         "mode": "markers",
         "xaxis": f"x{number}",
-        "x": _short(np.array([x for x, _ in places])),
+        "x": drawing.short(np.array([x for x, _ in places])),
         "y": [y for _, y in places],
         "marker": {
             "symbol": "line-ns",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sae.metrics.seeds import interval
-from sae.report.figures import _axis, _figure, _level, _note, _positive_axis, _short, _spread, series, symbol
+from sae.report import drawing
 from sae.report.html import Figure
 from sae.scores import L0
 
@@ -60,7 +60,7 @@ def trade_off(
     traces: list[dict[str, Any]] = []
     for place, group in enumerate(groups(points)):
         own = [point for point in done if point.group == group]
-        colour, dash = series(place)
+        colour, dash = drawing.series(place)
         for line in dict.fromkeys(point.line for point in own):
             traces.append(_means([point for point in own if point.line == line], key, colour, dash))
         traces.append(
@@ -68,9 +68,9 @@ def trade_off(
                 "type": "scatter",
                 "mode": "markers",
                 "name": group,
-                "x": _short(np.array([point.result[L0] for point in own])),
-                "y": _short(np.array([point.result[key] for point in own])),
-                "marker": {"color": colour, "symbol": symbol(place), "size": 9, "opacity": 0.8},
+                "x": drawing.short(np.array([point.result[L0] for point in own])),
+                "y": drawing.short(np.array([point.result[key] for point in own])),
+                "marker": {"color": colour, "symbol": drawing.symbol(place), "size": 9, "opacity": 0.8},
                 "customdata": [point.name for point in own],
                 "hovertemplate": f"%{{customdata}}<br>L0 %{{x:.2f}}<br>{name} %{{y:.4f}}<extra></extra>",
             }
@@ -78,17 +78,17 @@ def trade_off(
     best = pareto(done, key) if log else set()
     for source in dict.fromkeys(point.source for point in done) if best else ():
         traces.insert(0, _front([point for point in done if point.name in best and point.source == source], key))
-    across = _positive_axis([{"y": [point.result[L0] for point in done]}, {"y": [truth or 0.0]}])
-    y = _positive_axis([{"y": [point.result[key] for point in done]}]) if log else {"range": [-0.03, 1.04]}
+    across = drawing.positive_axis([{"y": [point.result[L0] for point in done]}, {"y": [truth or 0.0]}])
+    y = drawing.positive_axis([{"y": [point.result[key] for point in done]}]) if log else {"range": [-0.03, 1.04]}
     layout: dict[str, Any] = {
-        "xaxis": _axis("L0: latents firing at a time", **across),
-        "yaxis": _axis(name, **y),
-        "shapes": [] if chance is None else [_level(chance)],
-        "annotations": [] if chance is None else [_note("chance", chance)],
+        "xaxis": drawing.axis("L0: latents firing at a time", **across),
+        "yaxis": drawing.axis(name, **y),
+        "shapes": [] if chance is None else [drawing.level(chance)],
+        "annotations": [] if chance is None else [drawing.note("chance", chance)],
     }
     if truth is not None and truth > 0:
         layout["shapes"].append(
-            {**_level(0.0), "xref": "x", "yref": "paper", "x0": truth, "x1": truth, "y0": 0, "y1": 1}
+            {**drawing.level(0.0), "xref": "x", "yref": "paper", "x0": truth, "x1": truth, "y0": 0, "y1": 1}
         )
         l0s = [point.result[L0] for point in done] or [truth]
         late = truth > (min(l0s) + max(l0s)) / 2  # on the right, where words would leave the figure
@@ -105,7 +105,7 @@ def trade_off(
                 **{"yref": "paper", "y": 0, "yanchor": "bottom"},
             }
         )
-    return _figure(traces, **layout)
+    return drawing.figure(traces, **layout)
 
 
 def curves(points: Sequence[Point], key: str, name: str, log: bool) -> Figure:
@@ -115,22 +115,22 @@ def curves(points: Sequence[Point], key: str, name: str, log: bool) -> Figure:
     most = max(MAX_CURVE_POINTS // max(len(points), 1), 20)
     for point in points:
         lines = [line for line in point.lines if isfinite(line.get(key, nan))]
-        colour, dash = series(place_of[point.group])
-        kept = [lines[i] for i in _spread(len(lines), most)]
+        colour, dash = drawing.series(place_of[point.group])
+        kept = [lines[i] for i in drawing.spread(len(lines), most)]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "lines",
                 "name": point.name,
                 "x": [line["step"] for line in kept],
-                "y": _short(np.array([line[key] for line in kept])),
+                "y": drawing.short(np.array([line[key] for line in kept])),
                 "line": {"color": colour, "dash": dash, "width": 1.4 if point.done else 3.5},
                 "opacity": 0.8,
                 "hovertemplate": f"{point.name}<br>step %{{x}}<br>{name} %{{y:.4g}}<extra></extra>",
             }
         )
-    axis = _positive_axis(traces) if log else {"range": [-0.03, 1.04]}
-    return _figure(traces, xaxis=_axis("step", rangemode="tozero"), yaxis=_axis("", **axis))
+    axis = drawing.positive_axis(traces) if log else {"range": [-0.03, 1.04]}
+    return drawing.figure(traces, xaxis=drawing.axis("step", rangemode="tozero"), yaxis=drawing.axis("", **axis))
 
 
 def _means(own: Sequence[Point], key: str, colour: str, dash: str) -> dict[str, Any]:
@@ -145,12 +145,12 @@ def _means(own: Sequence[Point], key: str, colour: str, dash: str) -> dict[str, 
         "hoverinfo": "skip",
     }
     for axis, found in zip("xy", zip(*places, strict=True), strict=True):
-        trace[axis] = _short(np.array([each.mean for each in found]))
+        trace[axis] = drawing.short(np.array([each.mean for each in found]))
         bars = [each.half if each.n >= SEEDS_FOR_BARS else 0.0 for each in found]
         if any(bars):
             trace[f"error_{axis}"] = {
                 "type": "data",
-                "array": _short(np.array(bars)),
+                "array": drawing.short(np.array(bars)),
                 **{"color": colour, "thickness": 1.2, "width": 4},
             }
     return trace
@@ -163,8 +163,8 @@ def _front(best: Sequence[Point], key: str) -> dict[str, Any]:
         "type": "scatter",
         "mode": "lines",
         "name": "front",
-        "x": _short(np.array([x for x, _ in places])),
-        "y": _short(np.array([y for _, y in places])),
+        "x": drawing.short(np.array([x for x, _ in places])),
+        "y": drawing.short(np.array([y for _, y in places])),
         "line": {"color": "var(--rule)", "width": 7, "shape": "hv"},
         "hoverinfo": "skip",
     }
