@@ -42,6 +42,7 @@ from sae.metrics.ranking import Ranking
 from sae.metrics.samples import Samples, window_rows
 from toymodels.features import FeatureBatch
 
+# A feature is found when its own latent has a cosine above this.
 FOUND = 0.9
 N_DECILES = 10
 NEIGHBOURS_AT_ONCE = 2**23

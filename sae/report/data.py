@@ -20,13 +20,11 @@ from safetensors.numpy import load_file
 from sae.config_text import read_yaml
 from sae.errors import UsageError
 from sae.metrics.dictionary_recovery import match_dictionary
-from sae.metrics.ground_truth import frequency_deciles
+from sae.metrics.ground_truth import FOUND, frequency_deciles
 from sae.names import BASELINES, CLASSES, CONFIG, DIAGNOSIS, FEATURES, LINES, RESULT, SUMMARY, TABLES, WEIGHTS
 
 # What a run has that is finished.
 FILES = (CONFIG, LINES, RESULT, TABLES, WEIGHTS)
-# A feature is found when its own latent has a cosine above this.
-FOUND = 0.9
 # Runs of which maps, densities and frequencies are drawn: more would not be told apart.
 MAX_SHOWN = 6
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from sae.metrics.ground_truth import FOUND
 from sae.report import diagnosis_figures as figures
 from sae.report import keys
-from sae.report.data import FOUND, Run
+from sae.report.data import Run
 from sae.report.html import plot
 from toymodels.pages import Html, grid, join, section, table, tag
 

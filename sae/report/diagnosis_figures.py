@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sae.metrics.ground_truth import FOUND
 from sae.report import drawing
 from sae.report.data import Run
 from sae.report.figures import unit
@@ -114,17 +115,7 @@ def reason_points(run: Run) -> Figure:
         traces,
         xaxis=drawing.axis("firing frequency of the feature", type="log", tickformat="~g"),
         yaxis=drawing.axis("matched cosine"),
-        shapes=[
-            {
-                "type": "line",
-                "xref": "paper",
-                "x0": 0,
-                "x1": 1,
-                "y0": 0.9,
-                "y1": 0.9,
-                "line": {"color": "var(--muted)", "width": 1, "dash": "dot"},
-            }
-        ],
+        shapes=[drawing.level(FOUND)],
     )
 
 

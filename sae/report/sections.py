@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from sae.metrics.ground_truth import FOUND
 from sae.report import diagnosis, figures, keys, tables
-from sae.report.data import FOUND, MAX_SHOWN, Collection, Row, Run, by_setting
+from sae.report.data import MAX_SHOWN, Collection, Row, Run, by_setting
 from sae.report.html import plot
 from sae.report.tables import join_words
 from toymodels.pages import Html, folded, grid, join, section, tag, text

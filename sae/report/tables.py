@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from math import isfinite
 from statistics import fmean, stdev
 
+from sae.metrics.ground_truth import FOUND
 from sae.metrics.seeds import over_seeds
-from sae.report.data import FOUND, Row, Run
+from sae.report.data import Row, Run
 from sae.scores import CE, COVERAGE, DEAD, F1, FVU, KL, L0, MCC, MMCS, SECONDS, Score, scores
 from toymodels.pages import Html, join, table, tag, text
 
