@@ -122,9 +122,8 @@ class Engine:
         own = {name: weight for name, weight in sae.named_parameters() if name not in WEIGHTS}
         self.own = {name: (weight, torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in own.items()}
         self.by_autograd = sae.sparsifier.by_autograd
-        self.error_is_mse = (
-            type(sae.sparsifier).differentiate is Sparsifier.differentiate
-        )  # of codes that are read once
+        # Of codes that are read once.
+        self.error_is_mse = type(sae.sparsifier).differentiate is Sparsifier.differentiate
         self.levels = Levels(sae.config, sae.W_dec.device)
         self.dense_products = sae.sparsifier.passes_positive and not self.levels.several and not self.by_autograd
         self.dense = sae.sparsifier.passes_positive
@@ -267,8 +266,8 @@ class Engine:
         """z = max(0, pre) with most of z positive: five dense products."""
         kernels, state, cost = self.kernels, self.state, self.sae.sparsifier.charge(now.sparsity) / len(x)
         at_once = kernels.dense_step(x, state, target, cost)
-        by_blocks = at_once or dense_by_blocks(kernels, state, self.buffer, x, target, cost)
-        rows, gradient, firing, squares, code_sum, plan = by_blocks
+        done = at_once or dense_by_blocks(kernels, state, self.buffer, x, target, cost)
+        rows, gradient, firing, squares, code_sum, plan = done
         auxiliary, extra = self._auxiliary(x, gradient, dead)
         self._skip(x, gradient)
         mse = squares / len(x)
