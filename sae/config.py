@@ -1,8 +1,8 @@
-"""A run is a file: the configuration of one training run, read from YAML and validated whole.
+"""A run is a file: the configuration of one training run, read from YAML and validated as a whole.
 
-Two of its sections are open families, told apart by their `kind`: `source` (where activations come from) and `sae` (the
-sparsifier). A member registers itself by being defined, so a new sparsifier is a class in one file and no list has to
-be edited.
+Two of its sections are open families, distinguished by their `kind`: `source` (where activations come from) and `sae`
+(the sparsifier). Defining a member registers it, so a new sparsifier is a class in one file and no list has to be
+edited.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ MomentsName = Literal["float32", "int8"]
 
 
 class SourceConfig(Family):
-    """Where activations come from. `open()` reads the first of them, so that bad data is told before training."""
+    """Where activations come from. `open()` reads the first of them, so that bad data is reported before training."""
 
     @abstractmethod
     def open(self) -> Any:
         """The source itself (a `sae.sources.Source`)."""
 
     def open_beside(self, others: Sequence[Any]) -> Any:
-        """The same, where others are open: what takes long to load is loaded once."""
+        """The same, when others are open: what is slow to load is loaded once."""
         return self.open()
 
     @property
     def stream(self) -> dict[str, Any]:
-        """What decides the order in which data come: sources for which it is the same can be read together."""
+        """What determines the order of the data: sources that agree in it can be read together."""
         return self.model_dump(mode="json")
 
 
@@ -56,7 +56,7 @@ class SAEConfig(Family):
     serves_as_base: ClassVar[bool] = True
     """A transcoder may take its selection: it selects among pre-latents, and the rest are options of every kind."""
     lr_factor: ClassVar[float] = 1.0
-    """The kind's default learning rate, as a multiple of that of the others."""
+    """The kind's default learning rate, as a multiple of the other kinds'."""
 
     d_sae: int = Field(gt=0)
     """Number of latents."""
@@ -65,23 +65,25 @@ class SAEConfig(Family):
     tied_init: bool = True
     """Start the encoder as the decoder's transpose."""
     unit_norm_decoder: bool = True
-    """Keep decoder rows at norm 1: gradients are projected, rows renormalised after each step."""
+    """Keep decoder rows at norm 1: gradients are projected, and rows renormalised after each step."""
     tied_bias: bool = True
-    """The encoder subtracts b_dec from its input; off: it subtracts the value that b_dec started from, for good."""
+    """The encoder subtracts b_dec from its input. Off: it always subtracts the initial value of b_dec."""
     prefixes: tuple[int, ...] | None = None
-    """Matryoshka: widths whose first latents alone must reconstruct, ascending to d_sae; default all latents only."""
+    """Matryoshka: ascending widths that end in d_sae; the first latents up to each width must reconstruct by
+    themselves. Default: only d_sae."""
     prefix_weights: tuple[float, ...] | None = None
     """Share of each prefix in the loss, normalised to sum to 1; default equal shares."""
     detach_prefixes: bool = False
-    """Each prefix but the last trains its own latents only, and takes what narrower ones reconstruct as given."""
+    """Each prefix but the last trains only the latents it adds, and takes the reconstruction of narrower ones as
+    given."""
     sort_prefixes: bool = False
-    """Prefixes take the latents that fire most often; the trained SAE has them in this order."""
+    """Prefixes consist of the latents that fire most often; the trained SAE has its latents in this order."""
     aux_coefficient: float = Field(default=0.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
     aux_k: int | None = Field(default=None, gt=0)
-    """How many dead latents explain each residual; default d_in / 2."""
+    """Number of dead latents that explain each residual; default d_in / 2."""
     resample_every: int | None = Field(default=None, gt=0)
-    """Samples between resamplings, which start dead latents anew (Bricken et al. 2023); default never."""
+    """Samples between resamplings, which restart dead latents (Bricken et al. 2023); default never."""
 
     @model_validator(mode="after")
     def _prefixes_fit(self) -> SAEConfig:
@@ -104,7 +106,7 @@ class SAEConfig(Family):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The prefixes that the loss reads: how many of the first latents reconstruct in each reading."""
+        """The prefixes that the loss reads: how many of the first latents take part in each reading."""
         return self.prefixes or (self.d_sae,)
 
     @property
@@ -119,7 +121,7 @@ class SAEConfig(Family):
         return 0.05
 
     def sparsity_share(self, warmed: float) -> float:
-        """The share of a sparsity penalty that is charged when `warmed` of its warm-up is over; both from 0 to 1."""
+        """The share of a sparsity penalty charged when a fraction `warmed` of its warm-up is over; both from 0 to 1."""
         return warmed
 
     @abstractmethod
@@ -134,41 +136,44 @@ class TrainSection(Section):
     """Activations to train on, epochs included."""
     batch_size: int = Field(default=2048, gt=0)
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae)), of matching_pursuit twenty times that."""
+    """Peak learning rate of Adam; default 3e-3 · min(1, √(256 / d_sae)), and twenty times that for
+    matching_pursuit."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of all gradients together: longer ones are shortened to it, before Adam; default no clipping."""
+    """Largest norm of all gradients together: longer ones are scaled down to it before Adam; default no clipping."""
     clip_rows: float | None = Field(default=None, gt=0)
-    """Rows farther from the geometric median of all than so many times the median distance are drawn in to there, in
-    training alone; default none are."""
+    """Pull in outliers during training: a row farther from the geometric median than this multiple of the median
+    distance is moved to that distance; default off."""
     accumulate: int = Field(default=1, gt=0)
-    """Parts that a batch is computed in, one after the other, to save memory; their gradients are added up. A batch's
-    budget (BatchTopK) and JumpReLU's target L0 hold for each part."""
+    """Number of parts each batch is split into, to save memory; they are computed one after the other and their
+    gradients summed. A batch's budget (BatchTopK) and JumpReLU's target L0 hold for each part."""
     start_from: Path | None = None
-    """A trained SAE whose weights the run begins with: a run's directory, files of another library, or an address on
+    """A trained SAE whose weights the run starts from: a run's directory, files of another library, or an address on
     the Hub."""
     warmup_steps: int = Field(default=100, ge=0)
     """Steps over which the learning rate rises from 0."""
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
-    """Last part of the run over which the learning rate falls linearly to 0."""
+    """Fraction of the run, at its end, over which the learning rate falls linearly to 0."""
     sparsity_warmup_fraction: float | None = Field(default=None, ge=0, le=1)
-    """First part of the run over which a sparsity penalty rises from 0; default 0.05, the whole run for a target L0."""
+    """Fraction of the run, from its start, over which a sparsity penalty rises from 0; default 0.05, or the whole run
+    where jumprelu has a target l0."""
     dead_after_samples: int | None = Field(default=None, gt=0)
     """A latent silent for this many activations is dead; default min(10 M, n_samples / 40)."""
     seed: int = Field(default=0, ge=0)
-    """Initial weights, and the order of the data unless `data_seed` gives that."""
+    """Seed of the initial weights, and of the order of the data unless `data_seed` is given."""
     data_seed: int | None = Field(default=None, ge=0)
-    """Order of the data; default seed. Runs that differ in `seed` alone see the same batches where this is given."""
+    """Seed of the order of the data; default `seed`. If it is given, runs that differ only in `seed` see the same
+    batches."""
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1; auto is cuda where torch can use it, else cpu."""
     precision: PrecisionName = "auto"
-    """Of the products: bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with AMX and on CUDA, else
-    fp32."""
+    """Precision of the matrix products: fp32, bf16, or exact (bf16 screens, fp32 decides); auto is bf16 on CPUs with
+    AMX and on CUDA, else fp32."""
     moments: MomentsName = "float32"
-    """What Adam's moments of encoder and decoder are kept in; int8 takes a quarter of the memory, and rounds by
-    chance."""
+    """Format of Adam's moments for encoder and decoder; int8 takes a quarter of the memory and rounds
+    stochastically."""
     kernels: KernelName = "auto"
-    """What computes a step: C on a CPU (native), triton on CUDA, torch elsewhere or where these cannot work; reference
-    is slow and plain."""
+    """What computes a step: C on a CPU (native), triton on CUDA, torch elsewhere or where these cannot run; reference
+    is slow and simple."""
 
     @field_validator("start_from")
     @classmethod
@@ -185,11 +190,11 @@ class EvaluationSection(Section):
     """What the final metrics are measured on."""
 
     n_samples: int = Field(default=20_000, gt=0)
-    """Held-out activations that the final metrics are measured on."""
+    """Number of held-out activations for the final metrics; fewer when the source holds fewer."""
 
 
 class LogSection(Section):
-    """What is logged, and where to."""
+    """What is logged, and where."""
 
     every: int = Field(default=50, gt=0)
     """Steps between logged lines."""
@@ -207,11 +212,11 @@ class CheckpointSection(Section):
 
     every_steps: int = Field(default=1000, gt=0)
     keep: int = Field(default=2, gt=0)
-    """How many of the latest checkpoints stay on disk."""
+    """Number of latest checkpoints to keep on disk."""
 
 
 class TrainConfig(Section):
-    """One training run. `source` may be left out when activations are passed to `sae.train` directly."""
+    """One training run. `source` may be omitted when activations are passed to `sae.train` directly."""
 
     source: SerializeAsAny[SourceConfig] | None = None
     sae: SerializeAsAny[SAEConfig]
@@ -260,7 +265,7 @@ class TrainConfig(Section):
         target = getattr(self.source, "target", None)
         if target is not None and not self.sae.transcodes:
             raise ValueError(
-                f"source.target is given, and kind {self.sae.kind!r} reconstructs its input; set sae.kind to "
+                f"source.target is given, but kind {self.sae.kind!r} reconstructs its input; set sae.kind to "
                 "transcoder or skip_transcoder, or leave the target out"
             )
         return self
@@ -277,7 +282,7 @@ class TrainConfig(Section):
 
     @property
     def n_resampling_steps(self) -> int:
-        """Steps from the start in which latents may be resampled: the others are for what they became."""
+        """Steps from the start in which latents may be resampled; the rest train what they became."""
         return int((1 - max(LEFT_ALONE, self.train.decay_fraction)) * self.n_steps)
 
     @property
@@ -291,8 +296,8 @@ class TrainConfig(Section):
 
     @property
     def lr(self) -> float:
-        """Peak learning rate. Wider dictionaries want smaller steps; 3e-3 is measured at 256 latents, the kind's factor
-        beside it."""
+        """Peak learning rate. Wider dictionaries want smaller steps; 3e-3 was measured at 256 latents, and the kind's
+        factor along with it."""
         return self.train.lr or self.sae.lr_factor * 3e-3 * min(1.0, (256 / self.sae.d_sae) ** 0.5)
 
     @property
@@ -317,7 +322,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     mapping = read_yaml(path)
     if "sweep" in mapping:
-        raise UsageError(f"{path} says with its section sweep that many are to be trained; use `sae sweep {path}`")
+        raise UsageError(f"{path} has a `sweep` section; use `sae sweep {path}`")
     return parse_config(mapping, overrides, where=str(path))
 
 
@@ -331,8 +336,8 @@ def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = (), wher
 
 
 def override(mapping: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping with values under dotted names set: whole sections first, then `kind`, which decides what others
-    there are."""
+    """The mapping with values set under dotted names: whole sections first, then `kind`, which decides which other
+    options there are."""
     result = deepcopy(dict(mapping))
     families: dict[str, dict[str, type[Family]]] = {"sae": SAEConfig.kinds, "source": SourceConfig.kinds}
     for name in sorted(values, key=lambda name: (name.count("."), not name.endswith(".kind"))):

@@ -1,4 +1,4 @@
-"""What a section of a configuration is: a frozen pydantic model, strict about keys and numbers, perhaps in kinds."""
+"""The base of a section of the configuration: a frozen pydantic model, strict about keys and numbers, with kinds."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Section(BaseModel):
         """pydantic would take true for 1."""
         wrong = _truth_for_a_number(value, cls.model_fields[info.field_name].annotation)
         if wrong is not None:
-            raise ValueError(f"must be a number, got {str(wrong).lower()}")
+            raise ValueError(f"must be a number, got {str(wrong).lower()}; give one")
         return value
 
 
 def _truth_for_a_number(value: object, annotation: Any) -> bool | None:
-    """true or false where a number is wanted and they are not; also inside a list."""
+    """true or false where a number is expected; also inside a list."""
     kinds = list(_alternatives(annotation))
     if isinstance(value, bool):
         numbers = any(kind in (int, float) for kind in kinds)

@@ -1,4 +1,4 @@
-"""Configurations as text: YAML files, words of a command line, and what is wrong with either, in one line."""
+"""Configurations as text: YAML files, command-line words, and what is wrong with either, in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error.strerror or error}; give a YAML file") from error
     except UnicodeDecodeError as error:
         remedy = f"give a YAML file, which names data as source: {{kind: array, path: {path}}}"
-        raise UsageError(f"{path} is no text; {remedy}") from error
+        raise UsageError(f"{path} is not a text file; {remedy}") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
@@ -34,7 +34,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def config_path(name: str) -> Path:
-    """A recipe of `configs/`: beside the packages in a checkout, inside this one when installed from a wheel."""
+    """A recipe of `configs/`: next to the packages in a checkout, inside this one when installed from a wheel."""
     package = Path(__file__).parent
     return next(path for path in (package.parent / "configs" / name, package / "configs" / name) if path.is_file())
 
@@ -62,7 +62,7 @@ def flags(words: Sequence[str]) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Every fault of a validation in one line, each with its key, its rule and what was given."""
+    """Every error of a validation in one line, each with its key, its rule and the given value."""
     return "; ".join(_explain_one(dict(item), model) for item in error.errors(include_url=False))
 
 

@@ -1,4 +1,4 @@
-"""Kinds of one's own, from Python files that are named explicitly: a configuration never names code to run."""
+"""User-defined kinds, from Python files that are named explicitly: a configuration never names code to run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_plugin(path: str | Path) -> tuple[str, ...]:
             if had.get(kind) is not member
         ]
         if not new:
-            raise UsageError(f"plugin {path} defines no kind; subclass sae.SAEConfig with a kind of its own")
+            raise UsageError(f"plugin {path} defines no kind; subclass sae.SAEConfig with its own kind")
         for kind, earlier in new:
             if earlier is not None and getattr(sys.modules[earlier.__module__], "__file__", None) != str(path):
                 raise UsageError(

@@ -1,8 +1,8 @@
 """Where activations come from.
 
 A source is a function from a step's number to that step's batch (given a seed), so a run resumes anywhere by
-asking for the next number. It also holds rows back that training never sees, and knows the true features when
-there are any.
+asking for the next number. It also holds out rows that training never sees, and knows the true features if there are
+any.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HELD_OUT_ROWS = 100_000
 Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Activations [batch, d_in]; with their targets [batch, d_out] from a source that has targets."""
 Own: TypeAlias = Callable[[Batch], Batch]
-"""What of a batch that several read together is one's."""
+"""The part of a shared batch that belongs to one source."""
 Reconstruct: TypeAlias = Callable[[Tensor], Tensor]
 """x_hat [n, d_out] of x [n, d_in]."""
 
@@ -54,9 +54,9 @@ class Source(ABC):
     truth: Float[Tensor, "n_features d_out"] | None = None
     """Directions of the true features in what is to be reconstructed, when known."""
     n_training_rows: int | None = None
-    """Rows that epochs go through; None where there is no end of them, or none that is known."""
+    """Rows in an epoch; None where there is no end of them, or none that is known."""
     stays: bool = False
-    """Batches are drawn on the thread that trains, never ahead on another one."""
+    """Batches are drawn on the training thread, never ahead on another one."""
 
     @abstractmethod
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
@@ -71,8 +71,8 @@ class Source(ABC):
         return self.held_out(purpose, n)
 
     def downstream(self, sae: Reconstruct, n: int) -> dict[str, float]:
-        """What is measured in the network that the activations are of, with the SAE's reconstructions of about n
-        held-out rows in their place; nothing where there is no network at hand."""
+        """What is measured in the network behind the activations when the SAE's reconstructions replace about n
+        held-out rows; nothing where no network is available."""
         return {}
 
 
@@ -106,7 +106,7 @@ class ArraySource(Source):
 
     def __init__(self, rows: Rows | Pairs, truth: Float[Tensor, "n_features d_in"] | None = None) -> None:
         if len(rows) < MIN_ROWS:
-            raise UsageError(f"{rows.name} has {len(rows)} rows; at least {MIN_ROWS} are needed to hold some out")
+            raise UsageError(f"{rows.name} has {len(rows)} rows; give at least {MIN_ROWS}, as some are held out")
         if truth is not None and truth.shape[1] != rows.d_in:
             raise UsageError(
                 f"true features have d_in={truth.shape[1]}, {rows.name} has d_in={rows.d_in}; give directions "
@@ -122,7 +122,7 @@ class ArraySource(Source):
         self.n_training_rows = int(((starts + self.block_rows).clamp_max(len(rows)) - starts).sum())
 
     def _divided(self, n_blocks: int) -> tuple[dict[Purpose, Tensor], Tensor]:
-        """The blocks that are held out for each purpose, and those that are trained on."""
+        """The blocks held out for each purpose, and the training blocks."""
         blocks = torch.randperm(n_blocks, generator=generator(0, "held-out"))
         # A tenth of a large set, more of a small one: a mean L0 is good to about 1 / sqrt(rows).
         held_rows = min(max(len(self.rows) // 10, min(len(self.rows) // 5, 2000)), HELD_OUT_ROWS)
@@ -163,7 +163,7 @@ class ArraySource(Source):
             skip = 0
 
     def _window(self, spans: list[tuple[int, int]]) -> Tensor:
-        """The rows of some blocks in one buffer: no more than a window is ever held."""
+        """The rows of some blocks in one buffer: never more than a window is held."""
         n = sum(stop - start for start, stop in spans)
         rows = torch.empty(n, self.d_in, dtype=self.rows.dtype, device=self.rows.device)
         filled = 0
@@ -174,7 +174,7 @@ class ArraySource(Source):
 
 
 class PairSource(Source):
-    """Activations with targets, out of a source whose rows hold both side by side: they are shuffled together."""
+    """Activations with targets, from a source whose rows hold both side by side: they are shuffled together."""
 
     def __init__(self, rows: Source, d_in: int, truth: Float[Tensor, "n_features d_out"] | None = None) -> None:
         self.rows, self.d_in, self.d_out, self.truth = rows, d_in, rows.d_in - d_in, truth
@@ -202,7 +202,7 @@ class PairSource(Source):
 
 class IterableSource(Source):
     """Any iterable of batches [..., d_in], in its own order; its first rows are held out. Batches that are pairs hold
-    activations and targets, and are read side by side.
+    activations and targets, which are read side by side.
 
     An iterable that can be read again (a data loader) gives further epochs; one that cannot (a generator) ends
     the run when it ends.
@@ -220,7 +220,7 @@ class IterableSource(Source):
             rows = next(self.stream, None)
             if rows is None:
                 raise UsageError(
-                    f"the source ended after {len(held)} rows, and the first {self.N_HELD_OUT} are held out; "
+                    f"the source ended after {len(held)} rows, but the first {self.N_HELD_OUT} are held out; "
                     "pass small sets as one tensor"
                 )
             held = torch.cat([held, rows]) if len(held) else rows
@@ -231,7 +231,7 @@ class IterableSource(Source):
         self.held = {"calibration": calibration, "evaluation": evaluation}
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """The stream can be followed once; the seed changes nothing, as the order is the iterable's own."""
+        """The stream can be read once; the seed has no effect, since the order is the iterable's."""
         return islice(rebatch(self._training_rows(), batch_size), start, None)
 
     def held_out(self, purpose: Purpose, n: int) -> HeldOut:
@@ -246,8 +246,8 @@ class IterableSource(Source):
                 held = rows[: max(self.N_HELD_OUT - seen, 0)]
                 if not torch.equal(held, self.first[seen : seen + len(held)]):
                     raise UsageError(
-                        "the source gives its batches in another order each time, so that held-out rows would be "
-                        "trained on; pass iter(...) of it to go through it once, or one tensor, which is shuffled here"
+                        "the source yields its batches in a different order each epoch, so held-out rows would be "
+                        "trained on; pass iter(source) for a single epoch, or one tensor, which is shuffled here"
                     )
                 seen += len(rows)
                 yield rows[len(held) :]
@@ -261,7 +261,7 @@ class IterableSource(Source):
             leading = {tuple(part.shape[:-1]) for part in parts if isinstance(part, Tensor | np.ndarray)}
             if len(leading) > 1:
                 raise UsageError(
-                    f"batch {number} of the source has a target of other axes: {sorted(leading)}; align them"
+                    f"batch {number} of the source has a target with other axes: {sorted(leading)}; align them"
                 )
             names = (f"batch {number}", f"the target of batch {number}")
             tables = [
@@ -270,7 +270,10 @@ class IterableSource(Source):
             ]
             widths = [rows.d_in for rows in tables]
             if self.widths not in ([], widths):
-                raise UsageError(f"batch {number} of the source has widths {widths}, those before it {self.widths}")
+                raise UsageError(
+                    f"batch {number} of the source has widths {widths}, but those before it {self.widths}; give "
+                    "batches of one width"
+                )
             self.widths = widths
             rows = Pairs(*tables) if len(tables) == 2 else tables[0]
             yield rows.read(0, len(rows)).float()
@@ -301,9 +304,9 @@ class SharedSource(Source):
 
 
 def as_source(data: object) -> Source:
-    """A source from what a user has at hand: a tensor, an array, a list of them, a file, or any iterable of batches.
+    """A source from whatever the user has: a tensor, an array, a list of them, a file, or any iterable of batches.
 
-    A tuple of two is activations and targets; an iterable may give such pairs as its batches.
+    A tuple of two is activations and targets; the batches of an iterable may be such pairs.
 
     Raises:
         UsageError: it is none of these, or its rows are not activations.

@@ -79,24 +79,24 @@ class WorldStream:
 
 
 class ToySourceConfig(SourceConfig):
-    """The hidden activations of a toy model that is trained on the spot (Elhage et al. 2022)."""
+    """The hidden activations of a toy model trained on the spot (Elhage et al. 2022)."""
 
     kind: Literal["toy"] = "toy"
     experiment: str | None = None
-    """An experiment of `toymodels list`, whose features and model these are; default independent features of one
+    """An experiment from `toymodels list` whose features and model to use; default independent features of one
     frequency in a ReLU-output model, 256 in 64 dimensions at feature_prob 0.01."""
     n_features: int | None = Field(default=None, gt=0)
-    """True features; default the experiment's."""
+    """Number of true features; default the experiment's."""
     d_hidden: int | None = Field(default=None, gt=0)
-    """Dimensions that they are squeezed into, the SAE's d_in; default the experiment's."""
+    """Dimensions they are squeezed into: the SAE's d_in; default the experiment's."""
     feature_prob: float | None = Field(default=None, gt=0, le=1)
     """Probability that a feature fires, 1 - sparsity; default the experiment's."""
     n_steps: int | None = Field(default=None, gt=0)
-    """Steps that the toy model trains for; default the experiment's."""
+    """Training steps of the toy model; default the experiment's."""
     seed: int = Field(default=0, ge=0)
-    """Decides the toy model and its features; `train.seed` decides the SAE."""
+    """Determines the toy model and its features; `train.seed` determines the SAE."""
     weights: Path | None = None
-    """A toy model trained before, to load instead of training."""
+    """A toy model trained before, to load instead of training one. Its sizes must match the source's."""
 
     @field_validator("experiment")
     @classmethod
@@ -138,18 +138,19 @@ class ToySourceConfig(SourceConfig):
 
 
 class WorldSourceConfig(SourceConfig):
-    """The activations of a synthetic world, thousands of features at the cost of those that are active."""
+    """The activations of a synthetic world: thousands of features at the cost of the active ones."""
 
     kind: Literal["world"] = "world"
     path: Path
-    """A YAML file that describes a world, or a folder that SAELens saved one in."""
+    """A YAML file that describes a world, or a folder in which SAELens saved one."""
     seed: int = Field(default=0, ge=0)
-    """Decides the world that a description leaves open, and its samples; `train.seed` decides the SAE."""
+    """Determines what the description of a world leaves open, and its samples; `train.seed` determines the SAE."""
     shift: int | None = Field(default=None, ge=0)
-    """Seed of other co-occurrences for the evaluation rows, with the same features and marginals; default the same."""
+    """Seed for different co-occurrences in the evaluation rows, with the same features and marginals; default the same
+    world."""
 
     def open(self) -> WorldSource:
-        logger.info("the world of %s is made first, which may take seconds", self.path)
+        logger.info("building the world of %s first, which may take seconds", self.path)
         try:
             world = load_world(self.path, self.seed)
         except UsageError as error:

@@ -53,7 +53,7 @@ def test_a_plugin_in_python():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("x = 1\n", "defines no kind; subclass sae.SAEConfig with a kind of its own"),
+        ("x = 1\n", "defines no kind; subclass sae.SAEConfig with its own kind"),
         ("x = 1\ny = x / 0\n", "fails in line 2: ZeroDivisionError: division by zero"),
         ("x = 1\ndef f(:\n", "fails in line 2: SyntaxError: "),
         ("import no_such_module\n", "fails in line 1: ModuleNotFoundError: No module named 'no_such_module'"),
@@ -179,7 +179,7 @@ def test_importing_sae_loads_no_plugin():
     ("body", "told"),
     [
         ("return pre_latents.relu()", "Mine.forward must return sae.SparseCodes, got Tensor"),
-        ("return SparseCodes(pre_latents, None, 24)", "codes must not be negative, Mine.forward gives -"),
+        ("return SparseCodes(pre_latents, None, 24)", "codes must not be negative, Mine.forward gave -"),
     ],
 )
 def test_a_sparsifier_that_breaks_its_promise(tmp_path, run_cli, toy_config, body, told):

@@ -98,7 +98,7 @@ def test_batches_may_have_more_axes(monkeypatch):
 
 def test_a_target_of_other_axes_is_refused(monkeypatch):
     monkeypatch.setattr(IterableSource, "N_HELD_OUT", 20)
-    with pytest.raises(UsageError, match=r"batch 0 of the source has a target of other axes: \[\(3, 4\), \(4, 3\)\]"):
+    with pytest.raises(UsageError, match=r"batch 0 of the source has a target with other axes: \[\(3, 4\), \(4, 3\)\]"):
         as_source(iter([(torch.zeros(3, 4, 2), torch.zeros(4, 3, 2))]))
 
 
@@ -131,7 +131,7 @@ def test_an_iterable_that_shuffles_would_leak_and_is_refused(monkeypatch):
         def __iter__(self):
             return iter(numbered(60)[torch.randperm(60)].split(10))
 
-    with pytest.raises(UsageError, match="another order each time"):
+    with pytest.raises(UsageError, match="different order each epoch"):
         list(islice(as_source(Shuffled()).batches(10, seed=0), 20))
 
 

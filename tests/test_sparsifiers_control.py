@@ -74,7 +74,7 @@ def test_a_run_meets_the_l0_asked_for(options, start, tmp_path, caplog):
     lines = []
     with caplog.at_level(logging.WARNING, "sae"):
         result = sae.train(config, x, report=False, on_line=lambda step, values: lines.append(dict(values)))
-    assert not [record for record in caplog.records if "training ended at an L0" in record.message]
+    assert not [record for record in caplog.records if "training ended at L0" in record.message]
     assert lines[-1]["metrics/l0"] == pytest.approx(3, rel=0.1)
     ended = lines[-1]["details/l1_coefficient"]
     assert ended == pytest.approx(float(result.sae.sparsifier.coefficient))
@@ -88,8 +88,8 @@ def test_training_that_ended_far_off_says_so(caplog):
     pre = torch.randn(1000, 30, generator=torch.Generator().manual_seed(0))
     with caplog.at_level(logging.WARNING, "sae"):
         relu.calibrate_([pre], len(pre))
-    assert "training ended at an L0 of 14.8" in caplog.text
-    assert "not 3 as asked for" in caplog.text
+    assert "training ended at L0 14.8" in caplog.text
+    assert "instead of the requested 3;" in caplog.text
     assert relu.select(pre).counts.double().mean() == 3
 
 
@@ -119,7 +119,7 @@ def test_a_threshold_counts_no_more_than_there_are():
     ("options", "message"),
     [
         ({"l0": 32.0}, "l0 must lie below d_sae=32, got 32; lower l0 or raise d_sae"),
-        ({"l0": 3.0, "l1_coefficient": 0.0}, "l1_coefficient must be above 0 where l0=3 is asked for, got 0"),
+        ({"l0": 3.0, "l1_coefficient": 0.0}, "l1_coefficient must be above 0 where l0=3 is requested, got 0"),
         ({"l0": 0.0}, "greater than 0"),
         ({"l1_coefficient": -1.0}, "greater than or equal to 0"),
     ],

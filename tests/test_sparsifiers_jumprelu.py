@@ -285,11 +285,9 @@ def test_calibration_gives_the_l0_asked_for_on_other_data(l0):
 @pytest.mark.parametrize(("l0", "told"), [(4.0, True), (10.0, False)])
 def test_training_that_ended_far_off_says_so(l0, told, caplog):
     held_out(JumpReLU(64, 0.1, 1.0, l0), l0)  # before, a latent fires with probability .16: 10.2 of them do
-    lines = [
-        record.getMessage() for record in caplog.records if "training ended at an L0 of 10." in record.getMessage()
-    ]
+    lines = [record.getMessage() for record in caplog.records if "training ended at L0 10." in record.getMessage()]
     assert len(lines) == told
-    assert all(f"not {l0:g} as asked for" in line and "raise l0_coefficient=1" in line for line in lines)
+    assert all(f"instead of the requested {l0:g};" in line and "raise l0_coefficient=1" in line for line in lines)
 
 
 def test_where_fewer_are_positive_all_of_them_fire():

@@ -280,7 +280,7 @@ def test_pre_latents_are_refused():
     [
         ({"k": 25}, "k must lie in 1..d_sae=24, got 25; lower k or raise d_sae"),
         ({"unit_norm_decoder": False}, r"needs \|w\| = 1, got unit_norm_decoder false; leave it on"),
-        ({"tied_init": False}, "encodes by its decoder rows, got tied_init false; leave it on"),
+        ({"tied_init": False}, "encodes with its decoder rows, got tied_init false; leave it on"),
     ],
 )
 def test_bad_options(options, message):

@@ -87,8 +87,8 @@ def test_only_the_k_largest_count_as_firing():
             {"multi_k": 20, "prefixes": [5, 70]},
             "multi_k=20 and prefixes both read the codes several times",
         ),
-        ({"k_start": 4}, "k_start must be at least k=5 and at most d_sae=70, got 4"),
-        ({"k_start": 71}, "k_start must be at least k=5 and at most d_sae=70, got 71"),
+        ({"k_start": 4}, "k_start must lie in k=5..d_sae=70, got 4"),
+        ({"k_start": 71}, "k_start must lie in k=5..d_sae=70, got 71"),
         ({"k": 71}, "k must lie in 1..d_sae=70, got 71; lower k or raise d_sae"),
     ],
 )

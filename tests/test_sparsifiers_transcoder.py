@@ -330,7 +330,7 @@ def test_a_skip_takes_the_linear_part(tmp_path):
         ({"base": {"k": 3}}, "base: needs a kind"),
         ({"base": {"kind": "topc", "k": 3}}, "unknown kind 'topc'; did you mean 'topk'"),
         ({"base": {"kind": "topk", "c": 3}}, "unknown key 'c' for kind 'topk'"),
-        ({"base": {"kind": "topk", "k": 3, "d_sae": 9}}, "base takes only what its kind alone knows, got d_sae"),
+        ({"base": {"kind": "topk", "k": 3, "d_sae": 9}}, "base accepts only options specific to its kind, got d_sae"),
         ({"base": {"kind": "transcoder", "k": 3}}, "base must be a kind that selects, got 'transcoder'"),
         ({"base": {"kind": "matryoshka", "k": 3}}, "base must be a kind that selects, got 'matryoshka'"),
         ({"base": {"kind": "topk", "k": 3, "multi_k": 6}, "prefixes": [8, 24]}, "both ask for several reconstructions"),
@@ -351,7 +351,7 @@ def test_the_options_of_a_base_are_written_out():
 
 def test_targets_that_fit_no_kind(tmp_path):
     x, y = pairs()
-    with pytest.raises(UsageError, match="the source has a target, and kind 'topk' reconstructs its input"):
+    with pytest.raises(UsageError, match="the source has a target, but kind 'topk' reconstructs its input"):
         train(tmp_path / "run", {"kind": "topk", "d_sae": 24, "k": 3}, (x, y))
     with pytest.raises(UsageError, match="the targets have no variance"):
         train(tmp_path / "run", {"kind": "transcoder", "d_sae": 24, "k": 3}, (x, torch.ones(4000, 2)))

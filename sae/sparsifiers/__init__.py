@@ -1,4 +1,4 @@
-"""From pre-activations to sparse codes: one file an idea, each a configuration under its `kind` and a `Sparsifier`."""
+"""From pre-activations to sparse codes: one file per idea, each a configuration under its `kind` and a `Sparsifier`."""
 
 from sae.sparsifiers.base import Decode, Error, Flow, Objective, Sparsifier
 from sae.sparsifiers.batchtopk import BatchTopK, BatchTopKConfig

@@ -1,7 +1,7 @@
-"""From pre-activations to sparse codes. One class an idea; everything else about an SAE is shared.
+"""From pre-activations to sparse codes. One class per idea; everything else about an SAE is shared.
 
-To add one, subclass `SAEConfig` (its options, under a `kind`) and `Sparsifier` (the selection, and a penalty if it
-has one). `docs/sparsifiers.md` walks through an example.
+To add one, subclass `SAEConfig` (its options, under a `kind`) and `Sparsifier` (the selection, and any penalty).
+`docs/sparsifiers.md` walks through an example.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Decode(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """What a step learns from its codes: errors and penalty, and what flows back from both to the pre-latents."""
+    """What a step gets from its codes: errors and penalty, and the gradients of both in the pre-latents."""
 
     decoded: Decoded
     gradients: Float[Tensor, " slots"]
@@ -73,23 +73,23 @@ class Sparsifier(nn.Module, ABC):
     passes_positive = False
     """Codes are max(0, pre): while many fire, the engine computes them as a matrix."""
     pursuit_steps = 0
-    """Where positive, codes are found from x and W_dec in so many steps: `pursue` takes the place of `forward`."""
+    """Where positive, codes are found from x and W_dec in this many steps: `pursue` replaces `forward`."""
     refine = 0.0
-    """Where positive, codes are selected twice: first by `first`, then from x + refine (x - x_hat of those)."""
+    """Where positive, codes are selected twice: first by `first`, then from x + refine (x - x_hat of the first)."""
     first: Sparsifier | None
     """The first selection, where there are two; it has thresholds of its own."""
     raises_dead = False
     """Where there is AuxK, the negative biases of dead latents shrink (`resampling.raise_`): it reaches none whose
     pre-latents are negative on all rows."""
     added_up: ClassVar[tuple[str, ...]] = ()
-    """Buffers that a step adds to: sums over samples. Processes that train together add up what each has added; any
-    other buffer that a step changes they take from the first of them."""
+    """Buffers that a step adds to: sums over samples. Processes that train together sum what each has added; any
+    other buffer that a step changes is taken from the first process."""
     weighted = True
     """The penalty charges z_j |W_dec_j|; off: z_j."""
     l1_coefficient = 0.0
     """lambda of the penalty lambda * sum_j z_j |W_dec_j|."""
     initial_l0: float | None = None
-    """Mean number of latents that fire at the start, by the cuts that `start_` is given; None: no cuts are wanted."""
+    """Mean number of latents that fire at the start, by the cuts passed to `start_`; None: no cuts are needed."""
     by_autograd: ClassVar[bool] = False
     """Steps are differentiated by autograd; by default those of classes with a `penalty` or an `objective` of their
     own, and no `differentiate` that knows their gradients."""
@@ -111,10 +111,10 @@ class Sparsifier(nn.Module, ABC):
 
     @torch.no_grad()
     def require_codes(self, pre_latents: Float[Tensor, "batch d_sae"]) -> None:
-        """Refuses what `forward` gives where it breaks its promise, as one of a user's own may.
+        """Refuses the result of a `forward` that breaks its contract, as a user's own may.
 
         Raises:
-            UsageError: it is no `SparseCodes`, or a code is negative.
+            UsageError: it is not a `SparseCodes`, or a code is negative.
         """
         codes: object = self(pre_latents)
         name = f"{type(self).__name__}.forward"
@@ -125,7 +125,7 @@ class Sparsifier(nn.Module, ABC):
             )
         if bool((codes.values < 0).any()):
             raise UsageError(
-                f"codes must not be negative, {name} gives {float(codes.values.min()):.4g}; clamp them at 0"
+                f"codes must not be negative, {name} gave {float(codes.values.min()):.4g}; clamp them at 0"
             )
 
     def edge(self, pre_latents: Float[Tensor, "batch d_sae"]) -> tuple[Tensor, Tensor] | None:
@@ -138,7 +138,7 @@ class Sparsifier(nn.Module, ABC):
         return self(pre_latents) if edge is None else SparseCodes.where(pre_latents > edge[0], edge[1])
 
     def infer(self, kernels: Any, pre_latents: Float[Tensor, "batch d_sae"]) -> SparseCodes:
-        """`select` without gradients, by a device's kernels where these know how."""
+        """`select` without gradients, by a device's kernels where they support it."""
         edge = self.edge(pre_latents) if type(self).select is Sparsifier.select else None
         if edge is None:
             return self.select(pre_latents)
@@ -147,7 +147,7 @@ class Sparsifier(nn.Module, ABC):
 
     def pursue(self, x: Float[Tensor, "batch d"], W_dec: Float[Tensor, "d_sae d"]) -> SparseCodes:
         """Codes of centred activations where `pursuit_steps`: differentiable, and each row on its own."""
-        raise NotImplementedError(f"{type(self).__name__} selects among pre-latents")
+        raise NotImplementedError(f"{type(self).__name__} selects among pre-latents; call forward or select")
 
     def choose(self, kernels: Kernels, scores: Scores) -> Codes | None:
         """Codes to train on, without a gradient, where `passes_pre_latents`; None: too many fire to be sparse."""
@@ -162,7 +162,7 @@ class Sparsifier(nn.Module, ABC):
 
     def differentiate(self, codes: Codes, decode: Decode, sparsity: Scalar) -> Flow:
         """From codes to the loss, and back to the pre-latents; own parameters get their `grad`. `sparsity` scales the
-        penalty. Here codes pass pre-latents on, so that both have the same gradient."""
+        penalty. Here codes are pre-latents, so both have the same gradient."""
         weight = self.charge(sparsity)
         cost = weight / (len(codes.offsets) - 1)
         decoded = decode(codes, cost)
@@ -170,14 +170,14 @@ class Sparsifier(nn.Module, ABC):
         return Flow(decoded, decoded.code_gradients, decoded.losses.mean(), penalty, cost)
 
     def objective(self, pre_latents: Float[Tensor, "batch d_sae"], W_dec: Tensor, error: Error) -> Objective:
-        """The terms of the loss but AuxK, for autograd."""
+        """The terms of the loss except AuxK, for autograd."""
         codes = self(pre_latents)
         return Objective(codes, error(codes, W_dec), self.penalty(codes, W_dec))
 
     def penalty(self, codes: SparseCodes, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, ""] | None:
-        """What sparsity costs, for sparsifiers that pay for it in the loss.
+        """What sparsity costs, for sparsifiers that charge for it in the loss.
 
-        Where a subclass has its own, steps go by autograd.
+        Where a subclass defines one, steps go through autograd.
         """
         return self.coefficient * losses.l1(codes, W_dec, self.weighted) if self.l1_coefficient else None
 
@@ -186,13 +186,13 @@ class Sparsifier(nn.Module, ABC):
         return self.coefficient * sparsity if self.l1_coefficient else 0.0
 
     def observe_(self, l0: Float[Tensor, ""], sparsity: Scalar) -> None:
-        """Hears of each step's mean L0. As in all of a step, the host must not wait for the device here."""
+        """Receives each step's mean L0. As everywhere in a step, the host must not wait for the device here."""
 
     def look_(self, step: int, next_look: int, n_steps: int) -> None:
-        """Called every few steps, before the step of this number, for what also depends on the steps so far."""
+        """Called every few steps, before the step with this number, for what also depends on the steps so far."""
 
     def details(self) -> dict[str, Scalar]:
-        """What the log shows of it beside the losses, by name."""
+        """What the log shows besides the losses, by name."""
         return {}
 
     def start_(self, cuts: Float[Tensor, " d_sae"], b_enc: Float[Tensor, " d_sae"]) -> None:
@@ -200,16 +200,16 @@ class Sparsifier(nn.Module, ABC):
         cuts_j (`sae.initialise`), by a threshold or by what is taken off b_enc_j, in place."""
 
     def renew_(self, latents: Int[Tensor, " n"]) -> None:
-        """Own parameters of latents that start anew go back to where a latent can fire again."""
+        """Resets own parameters of restarted latents to values at which a latent can fire again."""
 
     def constrain_(self) -> None:
-        """Puts own parameters back to where they must lie, after each step."""
+        """Puts own parameters back within their bounds, after each step."""
 
     def anneal_(self, done: float) -> None:
-        """Sets what changes over a run as a function of the share `done` of it that lies behind.
+        """Sets what changes over a run, as a function of the fraction `done` of it.
 
-        The trainer calls it at its looks, every ten steps, so that the steps between are alike. It must depend on
-        `done` alone, since a resumed run calls it again; 1 comes last, before `calibrate_`, and is what is built.
+        The trainer calls it at its looks, every ten steps, so that the steps in between are alike. It must depend only
+        on `done`, since a resumed run calls it again; 1 comes last, before `calibrate_`, and is what is built.
         """
 
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:

@@ -1,4 +1,4 @@
-"""How many latents may fire, and how that number falls while training begins."""
+"""How many latents may fire, and how that number is annealed at the start of training."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from sae.sparsifiers.base import Sparsifier
 
 
 class BudgetConfig(SAEConfig):
-    """An SAE that is told how many latents fire."""
+    """An SAE with a given number of latents that fire."""
 
     k: float = Field(gt=0)
     """Latents that fire for one activation."""
     unit_norm_decoder: bool = False
-    """Keep decoder rows at norm 1. Free, each latent finds how large its pre-latents should be among the others."""
+    """Keep decoder rows at norm 1. Off: each latent learns how large its pre-latents are relative to the others'."""
     k_start: float | None = Field(default=None, gt=0)
-    """k at the beginning, from where it falls linearly to k; default k throughout."""
+    """Initial k, annealed linearly to k; default no annealing."""
     k_anneal_fraction: float = Field(default=0.1, gt=0, le=1)
-    """First part of the run over which k falls, where k_start is given."""
+    """Fraction of the run, from its start, over which k is annealed, if k_start is given."""
     refine: float = Field(default=0.0, ge=0, le=1)
-    """Select twice: the second time from the activation plus this part of what the first codes leave over; 0: once."""
+    """Codes are selected twice, the second time from the activation plus this fraction of the first residual. 0:
+    once."""
     # Not the paper's 1/32: on the toy model BatchTopK's FVU .070 -> .053 and MCC .958 -> .991, TopK's .069 -> .068 and
     # .996 -> .998; on the Zipf set FVU stays, MCC rises by .005 to .015; synth1k stays.
     aux_coefficient: float = Field(default=1.0, ge=0)
@@ -32,17 +33,18 @@ class BudgetConfig(SAEConfig):
         require_k_fits(self.k, self.d_sae)
         if self.k_start is not None and not self.k <= self.k_start <= self.d_sae:
             raise ValueError(
-                f"k_start must be at least k={self.k:g} and at most d_sae={self.d_sae}, got {self.k_start:g}; "
-                "k falls from it to k"
+                f"k_start must lie in k={self.k:g}..d_sae={self.d_sae}, got {self.k_start:g}; give a number in "
+                "between, from which k falls, or leave it out"
             )
         return self
 
 
 class Budget(Sparsifier):
-    """A sparsifier with a `k`, which may fall from `k_start` to it over the first part of a run.
+    """A sparsifier with a `k`, which may be annealed from `k_start` over the first part of a run.
 
-    k(t) = k_start + (k - k_start) min(1, t / k_anneal_fraction) at the share t of training: many latents learn before
-    few may fire (He et al. 2024, "Llama Scope", K-annealing). With `refine` there are two selections, both of k.
+    k(t) = k_start + (k - k_start) min(1, t / k_anneal_fraction) after a fraction t of training: many latents learn
+    before only a few may fire (He et al. 2024, "Llama Scope", K-annealing). With `refine` there are two selections,
+    both of k.
     """
 
     k: int | float

@@ -1,4 +1,4 @@
-"""Sparsity that is paid for: a coefficient that is given, or one that follows until the L0 is what was asked for."""
+"""Sparsity by a penalty: its coefficient is fixed, or adjusted until a target L0 is reached."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ START, START_SHARE = 2.0, 1 / 64
 
 
 class PenalisedConfig(SAEConfig):
-    """What kinds that pay for their codes have in common."""
+    """What kinds with a penalty have in common."""
 
     l1_coefficient: float = Field(default=0.1, ge=0)
-    """lambda of the penalty; where `l0` is given, what it starts from."""
+    """lambda of the penalty. If `l0` is given, its initial value."""
     l0: float | None = Field(default=None, gt=0)
-    """Mean number of latents to fire for one activation: lambda follows until they do. Default: lambda stays."""
+    """Target mean L0; lambda is adjusted during training until it is reached. Default: lambda is fixed."""
 
     @model_validator(mode="after")
     def _l0_can_be_met(self) -> PenalisedConfig:
@@ -44,20 +44,20 @@ class PenalisedConfig(SAEConfig):
             raise ValueError(f"l0 must lie below d_sae={self.d_sae}, got {self.l0:g}; lower l0 or raise d_sae")
         if self.l0 is not None and not self.l1_coefficient:
             raise ValueError(
-                f"l1_coefficient must be above 0 where l0={self.l0:g} is asked for, got 0: it is multiplied until the "
-                "L0 is met; leave it out, or drop l0"
+                f"l1_coefficient must be above 0 where l0={self.l0:g} is requested, got 0: it is multiplied until the "
+                "L0 is reached; leave it out, or drop l0"
             )
         return self
 
 
 class Control(nn.Module):
-    """lambda, led by feedback to a mean L0: after each step,
+    """lambda, steered by feedback to a mean L0: after each step,
 
         e = clip(log(L0 / l0), -1, 1),
         log lambda += share * (clip(INTEGRAL e, -limit, limit) + PROPORTIONAL (e - e_before)),
 
-    where `share` is that of the penalty that is charged by then, and limit = max(REACH / steps of the run, LEAST). All
-    of it stays on the device, and is saved.
+    where `share` is the share of the penalty charged by then, and limit = max(REACH / steps of the run, LEAST). All of
+    it stays on the device, and is saved.
     """
 
     coefficient: Float[Tensor, ""]
@@ -84,9 +84,9 @@ class Control(nn.Module):
 
 
 class Penalised(Sparsifier):
-    """A sparsifier with a coefficient. Where an L0 is asked for, `Control` leads it, and at inference a latent must
-    exceed a threshold that is calibrated until the L0 is met on held-out data, to the sample; what training left to do
-    is little, so that the threshold is close to 0."""
+    """A sparsifier with a coefficient. With a target L0, `Control` steers it, and at inference a latent must exceed a
+    threshold calibrated to meet the L0 on held-out data, to the sample; training leaves little to correct, so the
+    threshold is close to 0."""
 
     control: Control | None
     threshold: Float[Tensor, ""] | None
@@ -140,10 +140,10 @@ class Penalised(Sparsifier):
 
 
 def tell_if_far(trained: float, l0: float, remedy: str) -> None:
-    """A line where training ended more than FAR from the L0 that was asked for."""
+    """Logs a line if training ended more than FAR from the requested L0."""
     if abs(math.log(max(trained, 1e-9) / l0)) > FAR:
         logger.warning(
-            "training ended at an L0 of %.4g, not %.4g as asked for; a threshold makes up for it, at some cost: "
+            "training ended at L0 %.4g instead of the requested %.4g; a threshold compensates, at some cost in error: "
             "train longer, or %s",
             trained,
             l0,

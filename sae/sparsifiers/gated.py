@@ -1,4 +1,4 @@
-"""A gate decides which latents fire, magnitudes of their own say how strongly."""
+"""A gate decides which latents fire; separate magnitudes say how strongly."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Gated(Penalised):
 
         loss = |x_hat - x|^2  +  lambda sum_j max(0, pi_j) |W_dec_j|  +  |max(0, pi) W_frozen + b_frozen - x|^2
 
-    The penalty shrinks the gate alone, so that magnitudes stay free of it; the last term, under a decoder that is
-    frozen, makes of the gate a detector, as the step from pi to "fires" has no gradient.
+    The penalty shrinks only the gate, so magnitudes are free of it. The last term, under a frozen decoder, trains the
+    gate as a detector, since the step from pi to "fires" has no gradient.
 
     This is the family of the paper's tied weights, W_mag = exp(r_mag) W_gate, in terms of the gate's pre-activation:
     b_gate is b_enc, and b_mag = c_mag + exp(r_mag) b_gate (equations 6 to 8).
@@ -95,7 +95,7 @@ class Gated(Penalised):
         self.c_mag.mul_(scale)
 
     def _magnitudes(self, pre_latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
-        """Of all latents, their gates aside."""
+        """Of all latents, regardless of their gates."""
         return (pre_latents * self.r_mag.exp() + self.c_mag).relu()
 
     def _gains(self, codes: Codes) -> Float[Tensor, " slots"]:

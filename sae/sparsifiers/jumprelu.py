@@ -1,4 +1,4 @@
-"""A latent fires above a threshold of its own, which is learnt."""
+"""Each latent fires above its own learned threshold."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ class JumpReLUConfig(SAEConfig):
 
     kind: Literal["jumprelu"] = "jumprelu"
     l0: float | None = Field(default=None, gt=0)
-    """Mean number of latents that fire for one activation, as a target; may be fractional."""
+    """Target for the mean number of latents that fire for one activation; may be fractional."""
     penalty: Literal["l0", "tanh"] = "l0"
-    """What sparsity costs: the number of latents that fire, or sum_j tanh(c z_j |W_dec_j|)."""
+    """The sparsity penalty: on the number of latents that fire, or sum_j tanh(c z_j |W_dec_j|), which has no target."""
     l0_coefficient: float | None = Field(default=None, ge=0)
-    """lambda of lambda * L0 or lambda * sum_j tanh; where l0 is given, of lambda * (L0 / l0 - 1)^2, default 1.5."""
+    """lambda of lambda * L0 or lambda * sum_j tanh; if l0 is given, of lambda * (L0 / l0 - 1)^2, default 1.5. l0 or
+    l0_coefficient is required."""
     tanh_scale: float = Field(default=4.0, gt=0)
     """c of the tanh penalty."""
     bandwidth: float | None = Field(default=None, gt=0)
@@ -62,7 +63,7 @@ class JumpReLUConfig(SAEConfig):
 
     @property
     def sparsity_warmup_fraction(self) -> float:
-        """A target is reached from above, slowly: at once, and fewer features are found."""
+        """A target is approached slowly, from above: reached at once, fewer features are found."""
         return super().sparsity_warmup_fraction if self.l0 is None else 1.0
 
     # The cube is small until the features are found, and large enough in the end to arrive: for the line alone, at .3,
@@ -87,10 +88,10 @@ class JumpReLU(Sparsifier):
 
     averaged over samples (L0 before it is squared). The first two are those of Rajamanoharan et al. 2024b ("Jumping
     Ahead", section 3 and appendix), the third is that of Anthropic's "Circuits Updates, January 2025". The jump has no
-    gradient in theta, its expectation has one: `Jump` and `Step` are its straight-through estimators. Theta itself is
-    learnt, not log theta, as Adam's steps would then be in proportion to it. It starts small, with b_enc low enough
-    for a sparse first step (likewise Anthropic): AuxK can bring back what dies, which a high theta would keep silent.
-    Those it does not reach, as their low b_enc keeps all pre-latents below 0, are raised (`resampling.raise_`).
+    gradient in theta, but its expectation does: `Jump` and `Step` are its straight-through estimators. Theta itself is
+    learned, not log theta, since Adam's steps would then be proportional to it. It starts small, with b_enc low enough
+    for a sparse first step (likewise Anthropic): AuxK can revive what dies, which a high theta would keep silent.
+    Those it does not reach, because their low b_enc keeps all pre-latents below 0, are raised (`resampling.raise_`).
     """
 
     raises_dead = True
@@ -113,7 +114,7 @@ class JumpReLU(Sparsifier):
         self.register_buffer("bandwidth", torch.tensor(math.nan if bandwidth is None else bandwidth))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Files from before the bandwidth was saved have none; inference does without."""
+        """Files from before the bandwidth was saved have none; inference does not need it."""
         state_dict.setdefault(f"{prefix}bandwidth", self.bandwidth)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -198,8 +199,8 @@ class JumpReLU(Sparsifier):
 
     @torch.no_grad()
     def calibrate_(self, batches: Iterable[Float[Tensor, "batch d_sae"]], n_samples: int) -> None:
-        """Where a target was given, all thresholds move by one number, so that the mean L0 is l0 (or the mean number
-        of positive pre-latents, where these are fewer)."""
+        """With a target, all thresholds are shifted by one number so that the mean L0 is l0 (or the mean number of
+        positive pre-latents, where there are fewer)."""
         if self.l0 is None:
             return
         n_firing = 0

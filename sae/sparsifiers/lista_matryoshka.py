@@ -15,8 +15,9 @@ class ListaMatryoshkaConfig(MatryoshkaConfig):
 
     kind: Literal["lista_matryoshka"] = "lista_matryoshka"  # type: ignore[assignment]
     refine: float = Field(default=0.3, ge=0, le=1)
-    """The part of what the first codes leave over that is added to the activation."""
+    """Fraction of the first codes' residual that is added to the activation."""
     detach_prefixes: bool = True
-    """Each prefix but the last trains its own latents only, and takes what narrower ones reconstruct as given."""
+    """Each prefix but the last trains only the latents it adds, and takes the reconstruction of narrower ones as
+    given."""
     sort_prefixes: bool = True
-    """Prefixes take the latents that fire most often; the trained SAE has them in this order."""
+    """Prefixes consist of the latents that fire most often; the trained SAE has its latents in this order."""

@@ -1,4 +1,4 @@
-"""The latents fire one after another, each for what those before it left over."""
+"""The latents fire one after another, each for what the previous ones left unexplained."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class MatchingPursuitConfig(SAEConfig):
 
     kind: Literal["matching_pursuit"] = "matching_pursuit"
     k: int = Field(gt=0)
-    """Steps of the pursuit: most latents that fire for one activation."""
+    """Steps of the pursuit: the most latents that fire for one activation."""
 
     @model_validator(mode="after")
     def _fits(self) -> MatchingPursuitConfig:
         require_k_fits(self.k, self.d_sae)
         if not self.unit_norm_decoder:
             raise ValueError(
-                "matching_pursuit takes away (r . w) w, which needs |w| = 1, got unit_norm_decoder false; leave it on"
+                "matching_pursuit subtracts (r . w) w, which needs |w| = 1, got unit_norm_decoder false; leave it on"
             )
         if not self.tied_init:
-            raise ValueError("matching_pursuit encodes by its decoder rows, got tied_init false; leave it on")
+            raise ValueError("matching_pursuit encodes with its decoder rows, got tied_init false; leave it on")
         return self
 
     def build(self) -> MatchingPursuit:

@@ -1,4 +1,4 @@
-"""Nested dictionaries: the first latents alone must reconstruct as well as they can."""
+"""Nested dictionaries: the first latents must reconstruct as well as they can by themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All positive pre-latents fire, under a penalty that turns from an L1 norm towards a count."""
+"""All positive pre-latents fire, under a penalty that moves from an L1 norm towards a count."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class PAnnealingConfig(PenalisedConfig):
 
     kind: Literal["p_annealing"] = "p_annealing"
     p_end: float = Field(default=0.2, gt=0, le=1)
-    """Where p ends."""
+    """Final value of p."""
     anneal_start: float = Field(default=0.1, ge=0, le=1)
-    """Share of the run after which p leaves 1."""
+    """Fraction of the run during which p stays at 1."""
     anneal_end: float = Field(default=0.7, ge=0, le=1)
-    """Share of the run after which p stays at `p_end`."""
+    """Fraction of the run after which p stays at `p_end`."""
 
     # The penalty silences many latents for good: on the Zipf set, at L0 2.1, 53 % of them without AuxK, 3 % with it;
     # MCC .195 and .307, FVU .538 and .544.
@@ -76,7 +76,7 @@ class PAnnealing(Penalised):
         return super().coefficient * self.scale
 
     def p(self, done: float) -> float:
-        """When this share of the run is done."""
+        """p after this fraction of the run."""
         annealed = (done - self.start) / (self.end - self.start)
         return 1 - (1 - self.p_end) * min(max(annealed, 0.0), 1.0)
 
@@ -115,7 +115,7 @@ class PAnnealing(Penalised):
         return Objective(codes, error(codes, W_dec), self.coefficient * penalty / len(pre_latents))
 
     def _note(self, power: Tensor, then: Tensor) -> Tensor:
-        """sum ((z + f)^p - f^p); noted for the next look, with that of the p to come."""
+        """sum ((z + f)^p - f^p); recorded for the next look, together with the sum for the next p."""
         both = zip((power, then), self.exponents, strict=True)
         sums = torch.stack([(raised - FLOOR**p).sum() for raised, p in both])
         self.sums += sums.detach()

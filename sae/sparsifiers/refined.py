@@ -1,4 +1,4 @@
-"""BatchTopK that selects twice, and begins with many codes."""
+"""BatchTopK that selects twice, and starts with many codes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ START = 2
 
 
 class RefinedConfig(BatchTopKConfig):
-    """BatchTopK whose codes are selected a second time, from what the first leave over (after Gregor & LeCun 2010,
+    """BatchTopK whose codes are selected a second time, with the residual of the first (after Gregor & LeCun 2010,
     "Learning Fast Approximations of Sparse Coding")."""
 
     serves_as_base: ClassVar[bool] = False
 
     kind: Literal["refined"] = "refined"  # type: ignore[assignment]
     refine: float = Field(default=0.3, gt=0, le=1)
-    """The part of what the first codes leave over that is added to the activation."""
+    """Fraction of the first codes' residual that is added to the activation."""
     k_start: float | None = Field(default=None, gt=0)
-    """k at the beginning, from where it falls linearly to k; default 2 k, or d_sae; k: throughout."""
+    """Initial k, annealed linearly to k. Default min(2 k, d_sae); set it to k to disable annealing."""
     k_anneal_fraction: float = Field(default=0.5, gt=0, le=1)
-    """First part of the run over which k falls."""
+    """Fraction of the run, from its start, over which k is annealed."""
 
     @field_validator("refine", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""All positive pre-latents fire, and pay for it."""
+"""All positive pre-latents fire, under a penalty."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class TopKConfig(BudgetConfig):
     k: int = Field(gt=0)
     """Most latents that fire for one activation."""
     multi_k: int | None = Field(default=None, gt=0)
-    """Multi-TopK: the loss also asks, with 1/8 of the weight, what this many latents reconstruct; default off."""
+    """Multi-TopK: the loss includes, at 1/8 of the weight, the reconstruction from this many latents; default off."""
 
     @model_validator(mode="after")
     def _multi_k_fits(self) -> TopKConfig:
@@ -69,7 +69,7 @@ class TopK(Budget):
 
 
 class MultiTopK(TopK):
-    """TopK whose loss is 8/9 L(k) + 1/9 L(multi_k): more latents than fire reconstruct well, too.
+    """TopK whose loss is 8/9 L(k) + 1/9 L(multi_k), so that more latents than fire reconstruct well, too.
 
     Gao et al. 2024, section 5.3 (progressive recovery): L(k) + L(4k) / 8, here divided by 9/8 so that the loss keeps
     its size. The second reading has all multi_k slots, the first the k largest of them; only these count as firing.

@@ -1,4 +1,4 @@
-"""Transcoders: what is reconstructed is not what is read. Which latents fire is another kind's affair."""
+"""Transcoders: what is reconstructed is not what is read. Another kind decides which latents fire."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class _Transcoding(SAEConfig):
     aux_coefficient: float = Field(default=1.0, ge=0)
     """Weight of AuxK, the loss that revives dead latents (0 turns it off)."""
     k: int | None = Field(default=None, gt=0)
-    """Most latents that fire for one activation, as in TopK; or else base."""
+    """Most latents that fire for one activation, as in TopK; give this or base."""
     base: dict[str, Any] | None = None
     """Another kind that selects, with its own options, as in {kind: batchtopk, k: 3}."""
 
     @model_validator(mode="before")
     @classmethod
     def _rows_as_in_the_base(cls, given: Any) -> Any:
-        """Decoder rows are free or not as in the kind that selects, unless said otherwise."""
+        """Decoder rows are free or not as in the kind that selects, unless set explicitly."""
         if not isinstance(given, dict) or "unit_norm_decoder" in given:
             return given
         base = given.get("base")
@@ -43,7 +43,7 @@ class _Transcoding(SAEConfig):
     @classmethod
     def _bias_is_free(cls, tied: bool) -> bool:
         if tied:
-            raise ValueError("tied_bias must be off, got true: b_dec of a transcoder is no input; leave it out")
+            raise ValueError("tied_bias must be off, got true: b_dec lies in the space of the target; leave it out")
         return tied
 
     @field_validator("base")
@@ -55,12 +55,12 @@ class _Transcoding(SAEConfig):
         shared = SAEConfig.model_fields.keys() - {"kind"}
         if shared & base.keys():
             names = ", ".join(sorted(shared & base.keys()))
-            raise ValueError(f"base takes only what its kind alone knows, got {names}; put that beside base")
+            raise ValueError(f"base accepts only options specific to its kind, got {names}; move these next to base")
         kind = _selection(base, info.data["d_sae"])
         if not kind.serves_as_base:
             raise ValueError(f"base must be a kind that selects, got {kind.kind!r}; take topk or batchtopk")
         if getattr(kind, "refine", 0):
-            raise ValueError("base cannot refine: what a transcoder leaves over is no activation that it reads")
+            raise ValueError("base cannot refine: a transcoder's residual is not in its input space; leave refine out")
         return {name: value for name, value in kind.model_dump(mode="json").items() if name not in shared}
 
     @field_validator("resample_every")
@@ -68,8 +68,8 @@ class _Transcoding(SAEConfig):
     def _nothing_to_resample(cls, every: int | None) -> int | None:
         if every is not None:
             raise ValueError(
-                f"resample_every must be left out of a transcoder, got {every}: no input is a direction to decode to; "
-                "dead latents are AuxK's affair"
+                f"resample_every must be left out of a transcoder, got {every}: inputs are no directions to decode to; "
+                "use aux_coefficient for dead latents"
             )
         return every
 

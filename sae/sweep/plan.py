@@ -1,4 +1,4 @@
-"""What a sweep trains: a training configuration, and a section `sweep` that says what varies in it."""
+"""What a sweep trains: a training configuration with a section `sweep` that says what varies in it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ SECTIONS = tuple(name for name in TrainConfig.model_fields if name != "out")
 
 
 class SweepSection(Section):
-    """What varies, how the work is shared, and when a member is given up."""
+    """What varies, how the work is shared, and when a member is stopped."""
 
     grid: dict[str, list[Any]] = Field(default={})
-    """Dotted names of fields and the values of each: every combination is a member."""
+    """Dotted names of fields, with the values of each: every combination is a member."""
     settings: list[dict[str, Any]] = Field(default=[], alias="list")
     """Members one by one, each as dotted names and values; with a grid, each of them at every point of the grid."""
     n_jobs: int = Field(default=1, gt=0)
     """Processes that share the members; each gets its part of the cores."""
     together: int | None = Field(default=None, gt=0)
-    """Most members that a process holds in memory at once; default all that share a stream."""
+    """Maximum number of members that a process holds in memory at once; default all that share a stream."""
     ray: bool = False
-    """Train on the machines of a Ray cluster instead of in processes of this one; needs the extra `ray`."""
+    """Train on the machines of a Ray cluster instead of in local processes; needs the extra `ray`."""
     stop_dead: float | None = Field(default=0.95, ge=0, le=1)
-    """Stop a member of whose latents more than this share are dead after the warm-up; null: never."""
+    """Stop a member when more than this fraction of its latents is dead after the warm-up; null: never."""
     stop_fvu: float | None = Field(default=1.0, gt=0)
     """Stop a member whose FVU is above this in the second half of its run; null: never."""
     stop_lines: int = Field(default=3, gt=0)
-    """Logged lines in a row at which that must hold."""
+    """Consecutive logged lines at which a rule must hold before the member is stopped."""
 
     @field_validator("grid")
     @classmethod
@@ -71,7 +71,7 @@ class SweepSection(Section):
 def _require_field(key: str) -> None:
     section, _, name = key.partition(".")
     if section not in SECTIONS or not name:
-        raise ValueError(f"{key!r} is no field; name one of {', '.join(SECTIONS)} and a field of it, as in sae.k")
+        raise ValueError(f"{key!r} is not a field; name one of {', '.join(SECTIONS)} and a field of it, as in sae.k")
 
 
 class _File(Section):
@@ -83,14 +83,14 @@ class Member:
     """One run of a sweep."""
 
     name: str
-    """Of its directory, from what varies: `topk-k3-seed0`."""
+    """The name of its directory, from what varies: `topk-k3-seed0`."""
     values: dict[str, Any]
     """What varies between members, by dotted names; a field that its kind does not have is absent."""
     config: TrainConfig
 
     @property
     def stream(self) -> str:
-        """Members for which this is the same see the same batches."""
+        """Members with the same stream see the same batches."""
         source = self.config.source
         what = [source.stream if source else None, self.config.train.batch_size, self.config.data_seed]
         return json.dumps(what, sort_keys=True)
@@ -122,7 +122,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """Reads a sweep's file; `overrides` are command-line words, as for a run.
 
     Raises:
-        UsageError: the file cannot be read, or a key or a value breaks a rule, in one member at least.
+        UsageError: the file cannot be read, or a key or a value breaks a rule, in at least one member.
     """
     return parse_sweep(read_yaml(path), overrides, str(path))
 
@@ -174,7 +174,7 @@ def _product(section: SweepSection) -> list[dict[str, Any]]:
 
 
 def _resolved(config: TrainConfig, key: str) -> list[Any]:
-    """The field's value, in a list of one; of none where the member's kind does not have the field."""
+    """The field's value, in a list of one; an empty list where the member's kind does not have the field."""
     section, _, name = key.partition(".")
     values = config.model_dump(mode="json").get(section) or {}
     return [values[name]] if name in values else []
