@@ -52,10 +52,10 @@ def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """The command that the words ask for.
+    """The command that the words stand for.
 
     Raises:
-        UsageError: they ask for none.
+        UsageError: they are not a valid command.
         SystemExit: they ask for help, which is printed.
     """
     require_command("sae", words, COMMANDS)
@@ -84,11 +84,11 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _split_overrides(command: type[SetsFields], words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags that set the file, a field (--sae.k) or a section (--sae), with their values; and all other words. Such a
-    flag may stand before the file.
+    """Flags that set a field (--sae.k) or a section (--sae) of the file, with their values; and all other words. Such a
+    flag may come before the file.
 
     Raises:
-        UsageError: a flag is neither one of these nor one of the command.
+        UsageError: a flag is neither one of these nor the command's.
     """
     own, sections = command.flags(), [f"--{name}" for name in command.sections()]
     overrides, rest, queue = [], [], list(words)
@@ -114,7 +114,7 @@ REMEDIES = {errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED, errn
 
 
 def _require_one_process(command: Command) -> None:
-    """Refuses to do with several processes what they cannot share."""
+    """Refuses to run in several processes what they cannot share."""
     if n_started() == 1 or isinstance(command, Train):
         return
     name = type(command).__name__.lower()
@@ -153,7 +153,7 @@ def main() -> None:
         if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
             raise
         print(
-            f"{_who()}: error: memory does not suffice; lower train.batch_size or sae.d_sae",
+            f"{_who()}: error: not enough memory; lower train.batch_size or sae.d_sae",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -338,7 +338,9 @@ def test_a_resume_without_its_kernels_is_refused_alone(run_cli, toy, tmp_path, m
     (tmp_path / "run/result.json").unlink()
     monkeypatch.setattr("sae.kernels.selection.library", no_compiler)
     caplog.clear()
-    run_cli(*words, "--resume").assert_refused("began with native kernels in ", "and must go on so: ", "no compiler")
+    run_cli(*words, "--resume").assert_refused(
+        "began with native kernels in ", "and must continue with them: ", "no compiler"
+    )
     assert caplog.records == []
 
 
@@ -365,8 +367,8 @@ def test_a_demo_that_cannot_be_written_is_told_at_once(run_cli, tmp_path, monkey
         ),
         (PermissionError(errno.EACCES, "Permission denied", "x"), ["x: Permission denied", "you may read and write"]),
         (OSError(errno.ENOSPC, "No space left on device"), ["error: No space left on device; make room"]),
-        (MemoryError(), ["memory does not suffice", "lower train.batch_size or sae.d_sae"]),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["memory does not suffice"]),
+        (MemoryError(), ["not enough memory", "lower train.batch_size or sae.d_sae"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["not enough memory"]),
     ],
 )
 def test_what_the_machine_refuses_is_one_line(run_cli, monkeypatch, error, parts):

@@ -165,10 +165,10 @@ def test_directions_alone_are_enough_where_an_l0_is_given(run_cli, files, tmp_pa
     source = {"kind": "array", "path": str(tmp_path / "acts.npy"), "truth": str(tmp_path / "truth.npy")}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"source": source}))
     words = ["leaderboard", tmp_path / "mine.yaml", "--recipe", files / "recipe.yaml", "--out", tmp_path / "out"]
-    run_cli(*words).assert_refused("not when they fire, nor therefore its L0; give one by --l0")
+    run_cli(*words).assert_refused("so L0 is unknown; set it with --l0")
     with caplog.at_level("INFO", "sae"):
         assert run_cli(*words, "--l0", "2.4", "--seeds", "1").code == 0
-    assert "which these need: oracle; they are left out" in caplog.text
+    assert "which these need: oracle; they are omitted" in caplog.text
     found = rows(tmp_path / "out")
     assert list(found) == [("topk", 0), ("relu", 0), ("random", 0)]
     assert [found["topk", 0]["sae.k"], found["relu", 0]["sae.l0"]] == [2, 2.4]
@@ -187,7 +187,7 @@ def test_directions_alone_are_enough_where_an_l0_is_given(run_cli, files, tmp_pa
         (["--add", "{name: a, kind: topk, k: 50}"], ["entry a", "k must lie in 1..d_sae=16, got 50"]),
         (
             ["--add", "{name: a, kind: topk, k: 5, d_sae: 9}"],
-            ["d_sae=9 of topk: it is the same for all; set it by --d_sae"],
+            ["d_sae=9 of topk: it is the same for all; set it with --d_sae"],
         ),
         (["--add", "{name: oracle, kind: topk, k: 5}"], ["called 'oracle', which is a baseline"]),
         (["--add", "{name: a/b, kind: topk, k: 5}"], ["got 'a/b'"]),
@@ -196,8 +196,8 @@ def test_directions_alone_are_enough_where_an_l0_is_given(run_cli, files, tmp_pa
         (["--add", "{k: 3}"], ["an entry needs a kind, as in {kind: topk, k: l0}, got {'k': 3}"]),
         (["--baselines", "[kvsd]"], ["unknown baseline 'kvsd'; did you mean 'ksvd'?"]),
         (["--baselines", "[sae_oracle]"], ["sae_oracle codes the dictionary of one run; leave it out"]),
-        (["--baselines", "[]", "--entries", "[]"], ["nobody takes part"]),
-        (["--train.seed", "3"], ["seed=3 is what varies; leave it out, and set how many by seeds"]),
+        (["--baselines", "[]", "--entries", "[]"], ["there are no entries"]),
+        (["--train.seed", "3"], ["seed=3 is what varies; leave it out, and set the number of seeds"]),
         (["--train.n_samples", "64"], ["n_samples=64 is a single batch of 64"]),
         (["--seeds", "0"], ["seeds: Input should be greater than 0, got 0"]),
         (["--sae.k", "3"], ["unknown key 'sae'"]),
@@ -225,7 +225,7 @@ def test_mistakes_are_told_in_one_line(run_cli, files, tmp_path, words, parts):
             {"source": {"kind": "array", "path": "acts.npy", "target": "acts.npy"}},
             "the source has a target",
         ),
-        ("else.yaml", {"sae": {"kind": "topk"}}, "else.yaml is no world: it has neither n_features and d_hidden"),
+        ("else.yaml", {"sae": {"kind": "topk"}}, "else.yaml is not a world: it has neither n_features and d_hidden"),
         ("bad.yaml", {"n_features": 4, "d_hidden": -1}, "d_hidden"),
     ],
 )

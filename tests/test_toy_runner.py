@@ -171,7 +171,7 @@ def run_cli(monkeypatch, *words):
         (["run", "antipodal", "--out", "/proc/none"], "cannot write to /proc/none/antipodal"),
         ([], "give a command, one of list, run; see `toymodels --help`"),
         (["ruun"], "unknown command 'ruun'; did you mean 'run'?"),
-        (["run"], "missing from toymodels run: STR A name of `toymodels list`, or all. (required)"),
+        (["run"], "missing from toymodels run: STR A name from `toymodels list`, or all. (required)"),
         (["run", "polygons", "antipodal"], "unrecognized options: antipodal; see `toymodels run --help`"),
         (["run", "all", "--seed", "abc"], "--seed: invalid literal"),
     ],

@@ -1,4 +1,4 @@
-"""The command line: `toymodels list | run`. Errors that a user can cause are one line and exit code 2."""
+"""The command line: `toymodels list | run`. A user's error is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from toymodels.one_line import require_command, understood
 
 @dataclass
 class List:
-    """The experiments: name, claim, and the seconds that each takes with --fast on one core."""
+    """The experiments: name, claim, and how many seconds each takes with --fast on one core."""
 
     def run(self) -> int:
         from rich.box import SIMPLE_HEAD  # noqa: PLC0415
@@ -46,11 +46,11 @@ class Run:
     """
 
     name: Positional[str]
-    """A name of `toymodels list`, or all."""
+    """A name from `toymodels list`, or all."""
     out: Path = Path("runs/toymodels")
     """The folder to write: NAME/ for each experiment, and index.html."""
     fast: bool = False
-    """Fewer seeds and grid points; the trainings behind each target stay as long as they are."""
+    """Fewer seeds and grid points; the training runs behind each target stay at full length."""
     seed: int = 0
 
     def run(self) -> int:
@@ -79,10 +79,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {"list": List, "run": Run}
 
 
 def parse(words: Sequence[str]) -> List | Run:
-    """The command that the words ask for.
+    """The command that the words stand for.
 
     Raises:
-        UsageError: they ask for none.
+        UsageError: they are not a valid command.
         SystemExit: they ask for help, which is printed.
     """
     require_command("toymodels", words, COMMANDS)

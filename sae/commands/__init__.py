@@ -1,4 +1,4 @@
-"""The commands: what each is asked for, and whom it calls. What is slow to import is imported when it runs."""
+"""The commands: what each takes, and what it calls. Slow imports happen when a command runs."""
 
 from sae.commands.activations import Harvest, Store
 from sae.commands.base import Command, SetsFields

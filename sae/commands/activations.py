@@ -15,21 +15,21 @@ from sae.errors import UsageError
 
 @dataclass
 class Harvest(SetsFields):
-    """Write the activations of a language model into a store, once, to train on as often as wanted.
+    """Write the activations of a language model into a store, once, to train on any number of times.
 
-    CONFIG.yaml has a section `source` of kind `model`; it may be that of a training run. Any value of it can be set on
-    the command line: `--source.n_tokens 1_000_000`, `--source.device cuda`.
+    CONFIG.yaml has a section `source` of kind `model`; it may be the file of a training run. Any value of the section
+    can be set on the command line: `--source.n_tokens 1_000_000`, `--source.device cuda`.
     """
 
     config: Positional[Path]
     out: Path
     """The folder to write."""
     modules: tuple[str, ...] = ()
-    """Several modules in one pass of the model, each into a folder of its own under OUT; default that of the file."""
+    """Several modules in one pass of the model, each into a separate folder under OUT; default the file's module."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """What activations are kept in; default what the model computes in."""
+    """Dtype in which activations are kept; default the model's."""
     resume: bool = False
-    """Go on with a harvest that was stopped."""
+    """Continue a harvest that was stopped."""
     overwrite: bool = False
     """Discard the store that the folder holds."""
     example: ClassVar[str] = "--source.n_tokens 1_000_000"
@@ -67,23 +67,23 @@ class Harvest(SetsFields):
 
 @dataclass
 class Store:
-    """Look at an activation store, check it, or write one from other files.
+    """Inspect or check an activation store, or write one from other files.
 
-    `info` says what a store holds, `verify` reads every shard against its checksum, and `convert` writes a store from
-    arrays (.npy, .npz, .safetensors; [rows, d] or [inputs, positions, d]), from activations that SAELens cached, or
-    from another store in another dtype.
+    `info` says what a store holds, `verify` checks every shard against its checksum, and `convert` writes a store from
+    arrays (.npy, .npz, .safetensors; [rows, d] or [inputs, positions, d]), from activations cached by SAELens, or from
+    another store in a different dtype.
     """
 
     action: Annotated[Positional[Literal["info", "verify", "convert"]], arg(metavar="{info,verify,convert}")]
     path: Positional[Path]
     out: Path | None = None
-    """Of convert: the folder to write; default PATH-store."""
+    """For convert: the folder to write; default PATH-store."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of convert: what activations are kept in; default what they are in."""
+    """For convert: dtype in which activations are kept; default the one they have."""
     key: str | None = None
-    """Of convert: the array or the column, where there are several."""
+    """For convert: the array or column, where there are several."""
     overwrite: bool = False
-    """Of convert: discard the store that the folder holds."""
+    """For convert: discard the store that the folder holds."""
 
     def run(self) -> None:
         from sae.stores.convert import write_store  # noqa: PLC0415
@@ -91,7 +91,7 @@ class Store:
 
         if self.action == "convert":
             if self.out is None and not self.path.exists():
-                raise UsageError(f"several files, or none, are at {self.path}; say where the store is to be with --out")
+                raise UsageError(f"{self.path} is not a single file or folder; name the store to write with --out")
             whole = self.path.resolve()  # "." has no name of its own
             name = whole.stem if whole.is_file() else whole.name
             out = self.out or self.path.parent / f"{name}-store"

@@ -13,10 +13,10 @@ from tyro.conf import Positional, arg
 
 @runtime_checkable
 class Command(Protocol):
-    """A command: its fields are what the command line says."""
+    """A command: its fields are the arguments of the command line."""
 
     def run(self) -> None:
-        """Does it."""
+        """Runs the command."""
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class SetsFields:
 
 @dataclass(kw_only=True)
 class WithPlugins:
-    """A command that may meet kinds which are not built in."""
+    """A command that may meet kinds that are not built in."""
 
     plugin: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, arg(metavar="FILE")] = ()
     """A Python file that defines kinds of your own; it is run. May be given several times."""
@@ -62,11 +62,11 @@ class WithPlugins:
 
 @dataclass
 class FromFile(WithPlugins, SetsFields):
-    """What trains as a file says, in a directory that may hold a part of it already."""
+    """A command that trains as a file says, in a directory that may already hold part of the result."""
 
     config: Positional[Path]
     out: Path | None = None
-    """Directory for what is trained; default what the file says."""
+    """Output directory; default the file's."""
     resume: bool = False
     """Continue what the output directory holds, bit for bit."""
     overwrite: bool = False

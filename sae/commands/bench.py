@@ -13,7 +13,7 @@ from sae.commands.base import WithPlugins
 
 @dataclass
 class Bench(WithPlugins):
-    """How fast this machine trains SAEs, how far that is from its limits, and how fast others are on it.
+    """How fast this machine trains SAEs, how far that is from its limits, and how fast other libraries are on it.
 
     NAMES are parts: `ceiling` (what the hardware can do), `stages` (the parts of a training step), `steps` (whole
     training steps), `memory` (their peak). Without names, all but memory.
@@ -23,21 +23,21 @@ class Bench(WithPlugins):
     device: str = "cpu"
     """A torch device: cpu, cuda."""
     shapes: str = "S,M,L"
-    """Sizes by name, or as numbers d,F,k,B; several of these with spaces between."""
+    """Sizes by name, or as numbers d,F,k,B; separate several of these by spaces."""
     kinds: str = "topk,batchtopk,relu"
-    """Kinds, each with options of its own where wanted: topk,topk:multi_k=32,topk:train.moments=int8."""
+    """Kinds, each with its own options if needed: topk,topk:multi_k=32,topk:train.moments=int8."""
     threads: int | None = None
-    """Threads of the CPU; default torch's own number."""
+    """CPU threads; default torch's own number."""
     rounds: int = 10
     """In each round every contender takes one turn."""
     steps: int | None = None
-    """Training steps of a turn; default what the slowest does in a fifth of a second, and 10 for memory."""
+    """Training steps per turn; default as many as the slowest does in a fifth of a second, and 10 for memory."""
     rivals: bool = False
     """Also measure the other libraries that are installed."""
     precision: Literal["default", "medium-too"] = "default"
-    """Rivals run as they come; medium-too: once more under torch.set_float32_matmul_precision("medium")."""
+    """Rivals run with their defaults; medium-too: also under torch.set_float32_matmul_precision("medium")."""
     memory: bool = False
-    """The part `memory` too."""
+    """Also measure the part `memory`."""
     out: Path | None = None
     """A JSON file for every number and sample."""
 

@@ -1,4 +1,4 @@
-"""Commands for what was trained: measured, shown, drawn, written for others."""
+"""Commands for what was trained: measure it, show it, draw it, write it for others."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ logger = logging.getLogger("sae")
 class Eval(WithPlugins):
     """Measure a trained SAE again: every metric that applies, and recovery when the truth is known.
 
-    Of a run that is not finished, its newest checkpoint is measured, and nothing is written. Nor is it with --source,
-    where RUN_DIR may be an SAE of any library that `sae convert` reads, on the Hub too.
+    For an unfinished run, the newest checkpoint is measured and nothing is written. With --source nothing is written
+    either, and RUN_DIR may be an SAE of any library that `sae convert` reads, also on the Hub.
     """
 
     run_dir: Positional[Path]
     source: str | None = None
     """Other activations than the run's own: '{kind: store, path: acts}', or a YAML file with a section source."""
     n_samples: int | None = None
-    """With --source: held-out rows that are measured; default 20,000."""
+    """With --source: number of held-out rows to measure on; default 20,000."""
     baselines: bool = False
-    """Other methods on the same activations too, at as many latents; takes seconds to minutes for each."""
+    """Also fit other methods on the same activations, with the same number of latents; seconds to minutes each."""
     diagnose: bool = False
-    """Also where its F1 went, and which true features it misses and why: features.csv, diagnosis.json, and sections of
-    the report. Up to some minutes."""
+    """Also find where F1 was lost, and which true features were missed and why: features.csv, diagnosis.json, and
+    sections of the report. Takes up to a few minutes."""
     downstream: bool = False
-    """Also what the language model loses that a store was harvested from; it is loaded."""
+    """Also measure what the language model behind a store loses; the model is loaded."""
     device: str | None = None
-    """Where the language model of a run or a store computes, a torch device; default where the run had it, or the
-    CPU."""
+    """Torch device on which the language model of a run or store runs; default the run's, or the CPU."""
 
     def run(self) -> None:
         from sae.again import evaluate_run  # noqa: PLC0415
@@ -51,7 +50,7 @@ class Eval(WithPlugins):
             return
         if is_unfinished(self.run_dir):
             if self.baselines or self.diagnose or self.downstream:
-                raise UsageError(f"{self.run_dir} is not finished; train it to the end, with --resume, for that")
+                raise UsageError(f"{self.run_dir} is not finished; train it to the end with --resume first")
             evaluation, step, n_steps = evaluate_checkpoint(self.run_dir)
             print_metrics(evaluation.metrics)
             print(f"\n{self.run_dir} after step {step} of {n_steps}; nothing was written")
@@ -83,9 +82,9 @@ class Eval(WithPlugins):
         from sae.elsewhere import evaluate_elsewhere  # noqa: PLC0415
 
         if self.source is None:
-            raise UsageError("--n-samples goes with --source; a run says it by evaluation.n_samples")
+            raise UsageError("--n-samples goes with --source; for a run, set evaluation.n_samples")
         if self.baselines or self.diagnose or self.downstream:
-            raise UsageError("--baselines, --diagnose and --downstream look at a run's own source; leave --source out")
+            raise UsageError("--baselines, --diagnose and --downstream use a run's own source; leave --source out")
         n_samples = 20_000 if self.n_samples is None else self.n_samples
         if n_samples < 1:
             raise UsageError(f"--n-samples must be at least 1, got {n_samples}")
@@ -95,24 +94,24 @@ class Eval(WithPlugins):
 
 @dataclass
 class Latents(WithPlugins):
-    """Show the texts in which latents fire most: RUN_DIR/latents.html, of a run on a language model's activations.
+    """Show the texts in which latents fire most: RUN_DIR/latents.html, for a run on a language model's activations.
 
-    With --source RUN_DIR may be an SAE of any library that `sae convert` reads, on the Hub too.
+    With --source, RUN_DIR may be an SAE of any library that `sae convert` reads, also on the Hub.
     """
 
     run_dir: Positional[Path]
     source: str | None = None
     """Other activations than the run's own: '{kind: store, path: acts}', or a YAML file with a section source."""
     out: Path | None = None
-    """The folder to write; default RUN_DIR, with --source RUN_DIR-latents."""
+    """The folder to write; default RUN_DIR, or RUN_DIR-latents with --source."""
     which: tuple[int, ...] = ()
     """Latents to show, by number; default a selection from the most frequent to the rarest."""
     n_latents: int = 100
-    """How many such a selection has."""
+    """Number of latents in the default selection."""
     n_examples: int = 8
-    """Texts for each."""
+    """Texts per latent."""
     n_rows: int = 200_000
-    """Tokens that are looked at: the first that the run was trained on."""
+    """Tokens to search: the first ones that the run was trained on."""
 
     def run(self) -> None:
         from sae.elsewhere import source_from  # noqa: PLC0415
@@ -131,16 +130,16 @@ class Latents(WithPlugins):
             source=None if self.source is None else source_from(self.source),
             out=self.out,
         )
-        print(f"wrote {page}; of all latents: latents.safetensors beside it")
+        print(f"wrote {page}; latents.safetensors next to it covers all latents")
 
 
 @dataclass
 class Report(WithPlugins):
-    """Write one self-contained page: report.html of a run or sweep, or comparison.html of several runs."""
+    """Write one self-contained page: report.html for a run or sweep, or comparison.html for several runs."""
 
     run_dirs: Positional[tuple[Path, ...]]
     out: Path | None = None
-    """The file to write; default report.html in the directory, or of several comparison.html in the first."""
+    """The file to write; default report.html in the directory, or comparison.html in the first of several."""
 
     def run(self) -> None:
         from sae.report import write_report  # noqa: PLC0415
@@ -153,20 +152,20 @@ class Report(WithPlugins):
 
 @dataclass
 class Convert(WithPlugins):
-    """Write an SAE in the files of another library, or read one of another library.
+    """Write an SAE in the format of another library, or read one from another library.
 
     PATH is a run directory, or a folder or file of SAELens, dictionary_learning, sparsify, Gemma Scope or OpenAI, which
     is recognised by its files; on the Hub it is hf://OWNER/NAME[@REVISION][/FOLDER]. Codes and reconstructions stay the
-    same; what cannot be said there is refused.
+    same; anything the target format cannot express is refused.
     """
 
     path: Positional[Path]
     to: Literal["sae", "saelens", "dictionary_learning", "sparsify"] = "saelens"
-    """Whose files to write; sae: our own, for `sae.load`."""
+    """The format to write; sae: our own, for `sae.load`."""
     out: Path | None = None
     """The folder to write, or an address on the Hub; default PATH-FORMAT."""
     metadata: str = "{}"
-    """What else the files should say, in YAML: '{model_name: gpt2, hook_name: blocks.8.hook_resid_pre}'."""
+    """More to record in the files, in YAML: '{model_name: gpt2, hook_name: blocks.8.hook_resid_pre}'."""
     overwrite: bool = False
     """Replace files in the folder."""
 

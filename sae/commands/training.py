@@ -47,8 +47,8 @@ class Train(FromFile):
     """Train an SAE as CONFIG.yaml says.
 
     Any value of the file can be set on the command line: `--sae.k 8`, `--train.lr 1e-3`, `--sae.kind batchtopk`,
-    `--log.wandb offline`. Several processes share every batch where `torchrun --standalone --nproc-per-node N -m sae
-    train CONFIG.yaml` starts them (docs/distributed.md).
+    `--log.wandb offline`. Several processes share every batch when started by `torchrun --standalone --nproc-per-node N
+    -m sae train CONFIG.yaml` (docs/distributed.md).
     """
 
     def run(self) -> None:
@@ -98,19 +98,19 @@ class Sweep(FromFile):
 
 @dataclass
 class Leaderboard(WithPlugins, SetsFields):
-    """Every architecture and every baseline on one world whose true features are known, with intervals over seeds.
+    """Train every architecture and baseline on one world with known true features, with intervals over seeds.
 
-    WORLD is a file that describes a world, a folder that SAELens saved one in, or a training configuration, of which
-    the source is taken. Who takes part, and what all share, says a recipe. Its fields can be set: `--seeds 5`,
-    `--l0 4`, `--d_sae 512`, `--train.n_samples 1_000_000`, `--source.seed 1`, `--baselines '[random, oracle]'`.
+    WORLD is a file that describes a world, a folder in which SAELens saved one, or a training configuration, whose
+    source is used. A recipe says who takes part and what they share. Its fields can be set: `--seeds 5`, `--l0 4`,
+    `--d_sae 512`, `--train.n_samples 1_000_000`, `--source.seed 1`, `--baselines '[random, oracle]'`.
     """
 
     world: Annotated[Positional[Path | None], arg(metavar="[WORLD]")] = None
-    """Default the recipe's."""
+    """The world; default the recipe's."""
     add: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, arg(metavar="ENTRY")] = ()
     """One more SAE, as in '{kind: mine, k: l0}'; its kind may come from --plugin. May be given several times."""
     recipe: Path | None = None
-    """Default configs/leaderboard.yaml, with --resume that of the output directory."""
+    """The recipe; default configs/leaderboard.yaml, or the output directory's with --resume."""
     out: Path = Path("runs/leaderboard")
     """Output directory."""
     resume: bool = False

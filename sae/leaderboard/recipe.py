@@ -1,4 +1,4 @@
-"""Who takes part, and what all share: a recipe, read from YAML, changed by flags, and made definite on a world."""
+"""Who takes part and what they share: a recipe, read from YAML, changed by flags, and made definite on a world."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from toymodels.plain_yaml import parse_yaml
 logger = logging.getLogger("sae")
 
 L0 = "l0"
-"""As the value of an option: the L0 that all share."""
+"""As the value of an option: the shared L0."""
 N_L0 = 65_536
-"""Held-out activations, none of them of the evaluation, that the L0 of a world is counted on."""
+"""Held-out activations, none used for evaluation, on which the L0 of a world is counted."""
 KEYS_OF_A_WORLD = {"n_features", "d_hidden"}
 
 
 class Recipe(Section):
-    """What `configs/leaderboard.yaml` says, with the world in the place of its path."""
+    """What `configs/leaderboard.yaml` says, with the world in place of its path."""
 
     source: SerializeAsAny[SourceConfig]
     """The world."""
     seeds: int = Field(default=3, gt=0)
-    """How many seeds of initial weights, from 0 on."""
+    """Number of seeds of the initial weights, counted from 0."""
     d_sae: int | None = Field(default=None, gt=0)
-    """Latents of every SAE; default as many as there are true features."""
+    """Latents of every SAE; default the number of true features."""
     l0: float | None = Field(default=None, gt=0)
-    """Mean number of latents that fire for one activation; default as many as true features do."""
+    """Mean number of latents that fire for one activation; default that of the true features."""
     train: TrainSection = TrainSection()
     evaluation: EvaluationSection = EvaluationSection()
     log: LogSection = LogSection()
     entries: list[dict[str, Any]] = Field(default=[])
-    """SAEs: a kind with its options, and a name where two are of one kind."""
+    """SAEs: each a kind with its options, and a name where two are of one kind."""
     baselines: list[str] = Field(default=[])
 
     @field_validator("source", mode="before")
@@ -58,7 +58,7 @@ class Recipe(Section):
     @classmethod
     def _seeds_vary(cls, train: TrainSection) -> TrainSection:
         if "seed" in train.model_fields_set and train.seed:
-            raise ValueError(f"seed={train.seed} is what varies; leave it out, and set how many by seeds")
+            raise ValueError(f"seed={train.seed} is what varies; leave it out, and set the number of seeds with seeds")
         return train.model_copy(update={"data_seed": train.data_seed or 0})
 
     @field_validator("entries")
@@ -69,7 +69,7 @@ class Recipe(Section):
                 raise ValueError(f"an entry needs a kind, as in {{kind: topk, k: l0}}, got {entry}")
             if "d_sae" in entry:
                 raise ValueError(
-                    f"d_sae={entry['d_sae']} of {entry['kind']}: it is the same for all; set it by --d_sae"
+                    f"d_sae={entry['d_sae']} of {entry['kind']}: it is the same for all; set it with --d_sae"
                 )
             name = entry.get("name", entry["kind"])
             if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name):
@@ -105,14 +105,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Definite:
-    """A recipe on its world: nothing is left open."""
+    """A recipe on its world, with nothing left open."""
 
     recipe: Recipe
-    """With numbers for `d_sae` and `l0`; in its entries the word l0 stays a word."""
+    """With numbers for `d_sae` and `l0`; in its entries the word l0 stays as it is."""
     source: Source
     entries: tuple[Entry, ...]
     l0_truth: float | None
-    """How many true features fire for one activation, where that is known."""
+    """Mean number of true features that fire for one activation, if known."""
 
     @property
     def d_sae(self) -> int:
@@ -122,7 +122,7 @@ class Definite:
 
     @property
     def k(self) -> int:
-        """Of baselines, whose latents that fire are counted: the L0, rounded."""
+        """k of baselines that select a fixed number of latents: the L0, rounded."""
         assert self.recipe.l0 is not None
         return max(1, min(round(self.recipe.l0), self.source.d_in, self.d_sae))
 
@@ -168,30 +168,32 @@ def world_source(path: Path) -> dict[str, Any]:
     if mapping.keys() >= KEYS_OF_A_WORLD:
         return {"kind": "world", "path": str(path)}
     raise UsageError(
-        f"{path} is no world: it has neither n_features and d_hidden, as configs/worlds/synth256.yaml, nor a section "
-        "source, as configs/toy.yaml; give one that has"
+        f"{path} is not a world: it has neither n_features and d_hidden, as configs/worlds/synth256.yaml, nor a "
+        "section source, as configs/toy.yaml; give a file that has"
     )
 
 
 def definite(recipe: Recipe) -> Definite:
-    """Opens the world, and counts what the recipe leaves to it.
+    """Opens the world, and counts what the recipe leaves open.
 
     Raises:
         UsageError: nothing is known of its true features, or an entry breaks a rule.
     """
     source: Source = recipe.source.open()
     if source.d_out is not None:
-        raise UsageError("the source has a target, and the leaderboard is of what reconstructs its input; leave it out")
+        raise UsageError(
+            "the source has a target, but the leaderboard is for SAEs that reconstruct their input; leave it out"
+        )
     if source.truth is None:
         raise UsageError(
-            f"the source of kind {recipe.source.kind!r} knows no true features, by which all are ranked; give a world "
+            f"the source of kind {recipe.source.kind!r} knows no true features to rank by; give a world "
             "(docs/worlds.md), a toy model, or an array with source.truth"
         )
     acts = source.held_out("calibration", N_L0).acts
     l0_truth = None if acts is None else float(f"{int((acts.values > 0).sum()) / len(acts):.3g}")
     l0 = recipe.l0 or l0_truth
     if l0 is None:
-        raise UsageError("the source knows its features and not when they fire, nor therefore its L0; give one by --l0")
+        raise UsageError("the source knows its features but not when they fire, so L0 is unknown; set it with --l0")
     d_sae = recipe.d_sae or len(source.truth)
     entries: dict[str, Entry] = {}
     plain = []
@@ -199,10 +201,10 @@ def definite(recipe: Recipe) -> Definite:
         options = _filled(given, l0)
         entry = _checked(options, d_sae)
         if entry.sae.transcodes:
-            raise UsageError(f"entry {entry.name}: a transcoder has no target here, and would be an SAE; leave it out")
+            raise UsageError(f"entry {entry.name}: a transcoder has no target here; leave it out")
         if entry.name in entries:
             if entries[entry.name] == entry:  # the same command again, with --resume
-                logger.info("%s takes part already", entry.name)
+                logger.info("%s already takes part", entry.name)
                 continue
             raise UsageError(
                 f"two entries are called {entry.name!r}; give one a name, as in {{name: {entry.name}_2, "
@@ -214,16 +216,16 @@ def definite(recipe: Recipe) -> Definite:
     kept = [name for name in recipe.baselines if name in known]
     if len(kept) < len(recipe.baselines):
         left_out = ", ".join(name for name in recipe.baselines if name not in known)
-        logger.info("the source does not say when its features fire, which these need: %s; they are left out", left_out)
+        logger.info("the source does not say when its features fire, which these need: %s; they are omitted", left_out)
     if not entries and not kept:
-        raise UsageError("nobody takes part; give entries or baselines, as configs/leaderboard.yaml does")
-    logger.info("every SAE has %d latents, of which %g are to fire", d_sae, l0)
+        raise UsageError("there are no entries; give entries or baselines, as configs/leaderboard.yaml does")
+    logger.info("every SAE has %d latents, of which %g should fire", d_sae, l0)
     update = {"d_sae": d_sae, "l0": l0, "entries": plain, "baselines": kept}
     return Definite(recipe.model_copy(update=update), source, tuple(entries.values()), l0_truth)
 
 
 def _entry(words: str) -> dict[str, Any]:
-    """An entry of the command line."""
+    """An entry from the command line."""
     try:
         entry = parse_yaml(words)
     except yaml.YAMLError as error:
@@ -234,7 +236,7 @@ def _entry(words: str) -> dict[str, Any]:
 
 
 def _filled(entry: Mapping[str, Any], l0: float) -> dict[str, Any]:
-    """The entry with the L0 in the place of its name."""
+    """The entry with the L0 in place of the word."""
     fields = getattr(SAEConfig.kinds.get(entry["kind"]), "model_fields", {})
 
     def filled() -> Iterator[tuple[str, Any]]:
@@ -262,7 +264,7 @@ def _checked(options: Mapping[str, Any], d_sae: int) -> Entry:
 
 
 def _from_here(path: Path) -> Path:
-    """As short as a path from the folder that the command is run in can be."""
+    """The path relative to the working directory, if it lies in it."""
     try:
         return Path(os.path.abspath(path)).relative_to(Path.cwd())
     except ValueError:
