@@ -31,9 +31,9 @@ def evaluate_run(
 ) -> Evaluation:
     """Measures a finished run again, on its own source's held-out activations, and writes the result.
 
-    With `diagnose` also where its F1 went, and which features it misses and why; with `downstream` what the language
-    model loses that the activations of a store are of. Without, what was found before stays. `device` is where that
-    model computes; default where the run had it, or the CPU.
+    With `diagnose`, also where its F1 was lost, and which features were missed and why; with `downstream`, what the
+    language model behind a store's activations loses. Without them, earlier findings stay. `device` is where that model
+    runs; default the run's, or the CPU.
 
     Raises:
         UsageError: nothing is saved there, or the source was passed from Python and cannot be opened again; or a
@@ -44,17 +44,17 @@ def evaluate_run(
 
 
 def open_again(out: str | Path, device: str | None = None) -> tuple[SAE, TrainConfig, Source]:
-    """A finished run's SAE, configuration and source; `device` is where that one's language model computes."""
+    """A finished run's SAE, configuration and source; `device` is where the source's language model runs."""
     out = Path(out)
     sae = load(out)
     if not (out / CONFIG).exists():
-        raise UsageError(f"{out} is an SAE without a run ({CONFIG}); say on what to measure it with --source")
+        raise UsageError(f"{out} is an SAE without a run ({CONFIG}); name activations to measure it on with --source")
     if device is not None:
         require_device(device, "--device")
     config = parse_config(read_yaml(out / CONFIG), where=str(out / CONFIG))
     if config.source is None:
         raise UsageError(
-            f"{out} was trained on activations passed from Python; give others with --source, in Python "
+            f"{out} was trained on activations passed from Python; give others with --source, or in Python use "
             "sae.evaluation.evaluate(model, sae.HeldOut(x))"
         )
     source = config.source
@@ -95,7 +95,7 @@ def measure_again(
 def _written(
     out: Path, sae: SAE, source: Source, evaluation: Evaluation, n_samples: int, *, diagnose: bool
 ) -> Evaluation:
-    """With what a diagnosis found, now or before."""
+    """Including what a diagnosis found, now or before."""
     before = json.loads((out / RESULT).read_text(encoding="utf-8")) if (out / RESULT).exists() else {}
     kept = {name: before[name] for name in DOWNSTREAM if name in before and name not in evaluation.metrics}
     if diagnose:

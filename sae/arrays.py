@@ -1,4 +1,4 @@
-"""Arrays on disk and in memory as one table of rows, memory-mapped, with errors that name the file and the row."""
+"""Arrays on disk and in memory as one memory-mapped table of rows, with errors that name the file and row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Rows:
 
     @property
     def name(self) -> str:
-        """Of the whole table."""
+        """The name of the whole table."""
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} to {self.names[-1]}"
 
     @property
@@ -104,7 +104,7 @@ class Rows:
 
 
 class Pairs:
-    """Two tables as one: each row of the first, and beside it the same row of the second."""
+    """Two tables as one: each row of the first, followed by the same row of the second."""
 
     def __init__(self, left: Rows, right: Rows) -> None:
         if len(left) != len(right):
@@ -173,7 +173,7 @@ def flat_rows(batch: object) -> object:
 
 
 def rebatch(pieces: Iterable[Tensor], batch_size: int) -> Iterator[Float[Tensor, "batch d_in"]]:
-    """The same rows in batches of exactly batch_size; a last part that fills no batch is dropped."""
+    """The same rows in batches of exactly batch_size; a remainder that does not fill a batch is dropped."""
     waiting: list[Tensor] = []
     n_waiting = 0
     for piece in pieces:
@@ -234,7 +234,7 @@ def open_parts(pattern: str | Path, key: str | None = None) -> tuple[list[Tensor
 
 
 def open_truth(pattern: str | Path) -> Float[Tensor, "n_features d"]:
-    """Directions of true features from a file. One without a direction is told, and stays: it counts as missed."""
+    """Directions of true features from a file. Zero rows are reported and kept: they count as missed."""
     rows = open_rows(pattern)
     truth = rows.read(0, len(rows)).float()
     n_zero = int((truth == 0).all(dim=1).sum())
@@ -254,7 +254,7 @@ def _open(path: Path, key: str | None) -> Tensor:
     except UsageError:
         raise
     except PermissionError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
     except (ValueError, OSError, EOFError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         if "Python objects" in reason or "Object arrays" in reason:
@@ -273,7 +273,7 @@ def _open_npy(path: Path, key: str | None) -> Tensor:
 
 
 def _open_npz(path: Path, key: str | None) -> Tensor:
-    """Maps the member when it is stored; a compressed one has to be unpacked into memory."""
+    """Maps the member if it is stored uncompressed; a compressed one has to be unpacked into memory."""
     with zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         info = archive.getinfo(members[_only_key(path, key, list(members))])
@@ -310,9 +310,9 @@ def _open_safetensors(path: Path, key: str | None) -> Tensor:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Each tensor's dtype, shape and place behind the header, and where the header ends.
+    """Each tensor's dtype, shape and place after the header, and where the header ends.
 
-    8 bytes say how long the header is, JSON says what there is, then come the bytes.
+    8 bytes give the header's length, then comes JSON that lists the tensors, then their bytes.
     """
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -339,11 +339,11 @@ def _check_part(part: Tensor, name: str, first: Tensor, first_name: str) -> None
         remedy = "flatten the leading axes" if part.ndim > 2 else "each row must be a vector"
         raise UsageError(f"{name} must have shape [rows, d_in], got {list(part.shape)}; {remedy}")
     if 0 in part.shape:
-        raise UsageError(f"{name} has no values: its shape is {list(part.shape)}")
+        raise UsageError(f"{name} has no values: its shape is {list(part.shape)}; give other rows")
     if not part.is_floating_point():
         raise UsageError(f"{name} holds {part.dtype}; it must be floating point, convert it to float32")
     if part.shape[1] != first.shape[1] or part.dtype != first.dtype:
         raise UsageError(
             f"{name} holds {list(part.shape)} of {part.dtype}, but {first_name} holds {list(first.shape)} of "
-            f"{first.dtype}; all parts must share d_in and dtype"
+            f"{first.dtype}; all parts must share d_in and dtype: convert them, or narrow the glob"
         )

@@ -1,4 +1,4 @@
-"""A step's gradients where the engine does not know them: those of any differentiable sparsifier."""
+"""A step's gradients where the engine does not know them: for any differentiable sparsifier."""
 
 from __future__ import annotations
 

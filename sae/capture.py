@@ -1,7 +1,7 @@
-"""Steps as CUDA graphs: recorded once, played again without the host's part in them. Imported on CUDA alone.
+"""Steps as CUDA graphs: recorded once, replayed without the host. Imported only on CUDA.
 
-A step is recorded in two graphs, up to its codes and from them on. Between them the host may look whether the codes of
-a ReLU fitted their slots, before anything has changed; a batch whose codes did not is computed anew, unrecorded.
+A step is recorded in two graphs, one up to its codes and one from there on. Between them the host may check whether the
+codes of a ReLU fit their slots, before anything has changed; a batch whose codes do not is recomputed, unrecorded.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Recorder:
             while cause.__context__ is not None:  # the end of a recording fails as well, for no reason of its own
                 cause = cause.__context__
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            logger.warning("a step could not be recorded as a CUDA graph (%s): steps go on without, slower", reason)
+            logger.warning(
+                "a step could not be recorded as a CUDA graph (%s): steps continue without, more slowly", reason
+            )
         while len(self.recordings) > KEPT:
             self.recordings.popitem(last=False)
 

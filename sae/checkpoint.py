@@ -54,7 +54,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_values(path: Path) -> dict[str, Any]:
-    """The values of one checkpoint alone.
+    """Only the values of one checkpoint.
 
     Raises:
         UsageError: they cannot be read.

@@ -1,4 +1,4 @@
-"""A ReLU's step while most latents fire, where the kernels have no dense step of their own: five dense products."""
+"""A ReLU's step while most latents fire, for kernels without their own dense step: five dense products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The directory of a run: what it holds, and whether that can be gone on with."""
+"""The directory of a run: what it holds, and whether it can be resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_out(out: Path, resume: bool | None, overwrite: bool) -> None:
     require_out(out, "run", CONFIG, resume, overwrite)
     foreign = [name for name in OWN if (out / name).exists()]
     if foreign and not (out / CONFIG).exists():
-        raise UsageError(f"{out} holds {', '.join(foreign)} of something else; give another --out")
+        raise UsageError(f"{out} holds {', '.join(foreign)}, which no run wrote; give another --out")
 
 
 def require_out(
@@ -52,7 +52,7 @@ def require_out(
 
 
 def claim_out(config: TrainConfig, resume: bool) -> Path | None:
-    """Makes `config.out`, which is held, this run's directory; returns the checkpoint to resume from, if there is one.
+    """Makes `config.out`, which is locked, this run's directory; returns the checkpoint to resume from, if any.
 
     An earlier run in it is deleted; files that no run wrote are left alone.
     """
@@ -84,7 +84,7 @@ def discard(out: Path) -> None:
 
 
 def require_same_run(config: TrainConfig) -> None:
-    """Refuses to resume what was started with other values."""
+    """Refuses to resume a run that was started with other values."""
     saved = parse_config(read_yaml(config.out / CONFIG), where=str(config.out / CONFIG))
     ours, theirs = (whole.model_dump(mode="json", include={"source", "sae", "train"}) for whole in (config, saved))
     require_same(config.out, theirs, ours)
@@ -103,7 +103,7 @@ def require_same(out: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:
-    """Every field that differs, with both values; of a section of another kind, the kind alone."""
+    """Every field that differs, with both values; for a section of another kind, only the kind."""
     found = []
     for key in dict.fromkeys([*was, *now]):
         name, old, new = f"{within}{key}", was.get(key), now.get(key)

@@ -34,7 +34,7 @@ def source_from(words: str) -> SourceConfig:
     """The source in words of YAML, or in a file that has a section `source`.
 
     Raises:
-        UsageError: they say none.
+        UsageError: they name none.
     """
     try:
         mapping = read_yaml(words) if Path(words).is_file() else {"source": parse_yaml(words)}
@@ -47,7 +47,7 @@ def source_from(words: str) -> SourceConfig:
 
 def evaluate_elsewhere(path: Path, words: str, n_samples: int) -> Evaluation:
     """Every metric that applies to the SAE in a folder or file, on about n_samples held-out rows of a source; recovery
-    where that knows the truth, and what a language model loses where it is of one.
+    where the source knows the truth, and what a language model loses where the rows come from one.
 
     Raises:
         UsageError: the SAE or the source cannot be read, or they do not fit each other.
@@ -68,5 +68,5 @@ def require_fit(sae: SAE, source: Source) -> None:
     if widths != theirs:
         raise UsageError(
             f"the SAE maps {widths[0]} dimensions to {widths[1]}, the source has {theirs[0]} and {theirs[1]}; give "
-            "activations of the place that it was trained on"
+            "activations from the place that it was trained on"
         )

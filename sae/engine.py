@@ -4,12 +4,12 @@
     codes = sparsifier(x W_enc + b_enc)
     loss  = mean |codes W_dec - target|^2 + penalty + alpha * AuxK
 
-The target is x, unless b_dec does not centre the input (`tied_bias` off) or something else is to be reconstructed.
+The target is x, unless b_dec does not centre the input (`tied_bias` off) or the target is something else.
 
 Codes stay sparse from the selection to the weights: the decoder is read once for each code, both weight gradients are
 sums over the samples that a latent fired for, and a latent's gradients, projection, Adam and counters happen in one
 visit to its rows. When many latents fire, as in a ReLU's first steps, dense products are cheaper and take over; a
-sparsifier that knows nothing of kernels is differentiated by autograd.
+sparsifier that does not use kernels is differentiated by autograd.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Engine:
     """Changes the weights of `sae` step by step.
 
     Raises:
-        UsageError: the kernels or the precision asked for cannot work on the SAE's device.
+        UsageError: the requested kernels or precision cannot work on the SAE's device.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Engine:
     def gradients(
         self, activations: Tensor, unit: float, now: Now, dead: Tensor, target: Tensor | None = None
     ) -> tuple[Terms, dict[str, Tensor]]:
-        """What a step would give Adam, by the names of the weights, the sparsifier's own among them; none changes."""
+        """What a step would give Adam, by the names of the weights, including the sparsifier's own; none changes."""
         terms, whole = self._gradients(activations, unit, now, dead, target)
         found = whole.named(self.state)
         for name, (weight, _, _) in self.own.items():
@@ -179,7 +179,7 @@ class Engine:
     def _begin(
         self, activations: Float[Tensor, "batch d_in"], unit: float, target: Float[Tensor, "batch d_out"] | None = None
     ) -> Begun:
-        """A step up to its codes. Nothing that is saved has changed by then."""
+        """A step up to its codes. Nothing that is saved has changed yet."""
         state = self.state
         x = self.kernels.centre(activations, unit, self.sae.input_centre.detach())
         wanted = x
@@ -327,7 +327,7 @@ class Engine:
         dense = share >= sparse_share(self.state.encoder, self.kernels.precision)
         if dense != self.dense:
             how = "dense" if dense else "sparse"
-            logger.info("step %d: %.1f %% of latents fire, steps go %s", step, 100 * share, how)
+            logger.info("step %d: %.1f %% of latents fire, steps become %s", step, 100 * share, how)
             self.dense = dense
             self.buffer.kept.clear()
 
@@ -337,7 +337,7 @@ class Engine:
         return all(bool(weight.sum().isfinite()) for _, weight in weights)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the next step depends on: tensors, and plain values."""
+        """Everything that the next step depends on: tensors, and plain values."""
         state = self.state
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         if "encoder" not in state.first:
@@ -356,7 +356,7 @@ class Engine:
         }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Puts back what `saved` gave; the run goes on with the kernels and the precision that it began with.
+        """Restores what `saved` gave; the run continues with the kernels and the precision that it began with.
 
         Raises:
             UsageError: these cannot work on this machine.
@@ -368,7 +368,7 @@ class Engine:
                 self.kernels = choose(weight.device, weight.dtype, name, precision)
             except UsageError as error:
                 raise UsageError(
-                    f"the run began with {name} kernels in {precision}, and must go on so: {error}, "
+                    f"the run began with {name} kernels in {precision} and must continue with them: {error}, "
                     "or start again in another --out"
                 ) from error
         self.sae.load_state_dict({key[4:]: value for key, value in tensors.items() if key.startswith("sae.")})
@@ -389,7 +389,7 @@ class Engine:
 
 
 def padded(dead: Int[Tensor, " n"]) -> Int[Tensor, " at_least_n"]:
-    """On a GPU, filled up to a power of two with the latent -1, so that few widths ever have to be recorded."""
+    """On a GPU, padded to a power of two with the latent -1, so that few widths ever have to be recorded."""
     if host_sees(dead) or not len(dead):
         return dead
     return F.pad(dead, (0, (1 << (len(dead) - 1).bit_length()) - len(dead)), value=-1)

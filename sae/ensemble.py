@@ -1,9 +1,9 @@
-"""Runs that are fed from one pass over the same batches: a single run, or the members of a sweep.
+"""Runs fed from one pass over the same batches: a single run, or the members of a sweep.
 
-Each batch is drawn once and given to every run that has not seen it. A run's weights depend on its configuration and
-its batches alone, so that a member of many ends with the bits of a run by itself. Runs may be at different steps, as
-after a kill: the stream begins where the slowest stands, and the others wait for the batch that they need next. Those
-that are at the same step take it side by side (`sae.members`).
+Each batch is drawn once and given to every run that has not seen it. A run's weights depend only on its configuration
+and its batches, so a member of many ends bit for bit as it would by itself. Runs may be at different steps, as after a
+kill: the stream starts where the slowest is, and the others wait for the batch that they need next. Those at the same
+step take it side by side (`sae.members`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Record(NamedTuple):
     lock: FileLock
 
     def close(self) -> None:
-        """Both are given up."""
+        """Closes the log and releases the directory."""
         try:
             self.log.close()
         finally:
@@ -52,8 +52,8 @@ class Record(NamedTuple):
 
 
 class Run:
-    """One run between its first step and its last: a trainer, what is logged of it, and what is saved. Without a record
-    nothing is, as in all but one of several processes that train together."""
+    """One run from its first step to its last: a trainer, its log, and what is saved. Without a record nothing is
+    written, as in all but one of several processes that train together."""
 
     def __init__(self, trainer: Trainer, source: Source, record: Record | None, on_line: OnLine | None) -> None:
         self.trainer, self.config, self.on_line = trainer, trainer.config, on_line
@@ -111,7 +111,7 @@ class Run:
         checkpoint.save(folder, self.n_steps_done, tensors, values, keep)
 
     def close(self) -> None:
-        """Its log and its directory are given up, however it ended."""
+        """Closes its log and releases its directory, however it ended."""
         if self.record is not None:
             self.record.close()
 
@@ -163,7 +163,7 @@ class Ensemble:
         return batches(self.source, *given, devices.pop())
 
     def _step(self, members: Members, batch: Batch, number: int) -> list[tuple[Run, Exception | None]]:
-        """Gives batch `number` to the runs that need it next; returns those that it was too much for."""
+        """Gives batch `number` to the runs that need it next; returns those that failed on it."""
         parts = batch if isinstance(batch, tuple) else (batch,)  # activations, and their targets
         due = [run for run in self.runs if run.n_steps_done == number]
         failed: dict[Run, Exception | None] = {}
@@ -193,7 +193,7 @@ class Ensemble:
         return list(failed.items())
 
     def _finished(self, stop: Stop) -> Iterator[tuple[Run, Exception | None]]:
-        """Runs without a step left; measuring each takes time, so that the signal is asked for between them."""
+        """Runs without a step left; measuring each takes time, so signals are checked between them."""
         for run in [run for run in self.runs if run.ended]:
             if stop():
                 raise Interrupted(f"stopped at step {run.n_steps_done}; {CONTINUE}", stop())
@@ -207,6 +207,8 @@ class Ensemble:
 
 def _source_ended(run: Run) -> UsageError | None:
     if run.n_steps_done == 0:
-        return UsageError(f"the source ended before its first batch of {run.config.train.batch_size} rows")
+        return UsageError(
+            f"the source ended before its first batch of {run.config.train.batch_size} rows; lower train.batch_size"
+        )
     logger.warning("the source ended after %d of %d steps", run.n_steps_done, run.config.n_steps)
     return None

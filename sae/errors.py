@@ -1,4 +1,4 @@
-"""What a user can cause: a mistake, or a stop."""
+"""What a user can cause: an error, or a stop."""
 
 from toymodels.errors import UsageError
 
@@ -6,11 +6,11 @@ __all__ = ["Interrupted", "OtherProcess", "UsageError"]
 
 
 class OtherProcess(UsageError):
-    """A mistake that another process of the run found, and tells."""
+    """An error that another process of the run found and reports."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run after its state was saved. As Ctrl-C does, it passes `except Exception`."""
+    """A signal stopped the run after its state was saved. Like Ctrl-C, it passes `except Exception`."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, signal_number)  # both, so that it can be pickled

@@ -99,7 +99,7 @@ def evaluate(
 
 
 def evaluate_on(source: Source, sae: SAE, n_samples: int) -> Evaluation:
-    """`evaluate` on a source's held-out rows, and what the network that they are of loses, where it is at hand.
+    """`evaluate` on a source's held-out rows, and what the network behind them loses, where it is available.
 
     Where that cannot be measured a line says why: a trained SAE is worth keeping all the same.
     """
@@ -155,7 +155,7 @@ def _stream(
     density = whole.density()
     values = _group("metrics", whole.compute())
     if not isfinite(values["metrics/mse"]):
-        raise UsageError("reconstructions must be finite, some are not; check weights and activations")
+        raise UsageError("reconstructions must be finite, but some are not; check weights and activations")
     values |= {f"metrics/fvu_prefix_{width}": part.compute()["fvu"] for width, part in by_prefix.items()}
     values["sparsity/dead_features"] = float((density == 0).sum())
     carried = neurons.beside_chance(metrics.truth_as_units(samples)) if samples.n_features else {}
@@ -193,21 +193,21 @@ def _rank(coder: Coder, held_out: HeldOut | HeldOutStream, ranking: metrics.Rank
 
 def _check_finite(piece: HeldOut) -> None:
     if not all(bool(rows.isfinite().all()) for rows in (piece.x, piece.wanted)):
-        raise UsageError("activations must be finite, the evaluation set holds nan or inf; drop those rows")
+        raise UsageError("activations must be finite, but the evaluation set holds nan or inf; drop those rows")
     if piece.acts is not None and not bool(piece.acts.values.isfinite().all()):
-        raise UsageError("true activations must be finite, the evaluation set holds nan or inf; drop those rows")
+        raise UsageError("true activations must be finite, but the evaluation set holds nan or inf; drop those rows")
 
 
 def _check_widths(W_dec: Tensor, truth: Tensor, first: HeldOut) -> None:
     if truth.shape[1] != W_dec.shape[1]:
         raise UsageError(
-            f"the true features have {truth.shape[1]} dimensions, the dictionary has {W_dec.shape[1]}; pass the truth "
-            "of the activations that it was trained on"
+            f"the true features have {truth.shape[1]} dimensions, but the dictionary has {W_dec.shape[1]}; pass the "
+            "truth of the activations that it was trained on"
         )
     if first.acts is not None and first.acts.n_features != len(truth):
         raise UsageError(
-            f"the true activations are of {first.acts.n_features} features, the truth has {len(truth)}; pass those of "
-            "one world"
+            f"the true activations are of {first.acts.n_features} features, but the truth has {len(truth)}; pass both "
+            "from one world"
         )
 
 

@@ -1,8 +1,8 @@
-"""The gradients of a step as matrices, where something is to be done to them before Adam: clipping by their common
-norm, adding up those of several parts of a batch, an exchange between processes.
+"""The gradients of a step as matrices, where something must be done to them before Adam: clipping by their common
+norm, summing over several parts of a batch, an exchange between processes.
 
-A fused update never writes them to memory. It takes them as well, as rows of all latents, so that every device's
-update serves both ways.
+A fused update never writes them to memory. It also accepts them, as rows of all latents, so every device's update
+serves both ways.
 """
 
 from __future__ import annotations

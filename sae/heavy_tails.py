@@ -1,7 +1,7 @@
-"""Rows far from all others: how much they weigh, and how they are drawn in.
+"""Rows far from all others: how much they weigh, and how they are pulled in.
 
-A row leads the gradient by the square of its distance, and a budget over a batch goes to the rows whose codes are
-large. Where a few rows are many times as far from the centre as most, these are what is learnt.
+A row dominates the gradient with the square of its distance, and a budget over a batch goes to the rows with large
+codes. Where a few rows are many times as far from the centre as most, only these are learned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sae import losses
 
 @dataclass(frozen=True)
 class Ball:
-    """x <- c + (x - c) min(1, R / |x - c|): directions stay, and with them what a dictionary is made of."""
+    """x <- c + (x - c) min(1, R / |x - c|): directions, which a dictionary is made of, stay."""
 
     centre: Float[Tensor, " d"]
     radius: float
@@ -41,7 +41,8 @@ class Ball:
 
 
 def share_of_heaviest(x: Float[Tensor, "batch d"], share: float) -> float:
-    """Of sum |x - mean x|^2, what that share of the rows (at least one) carries that lie farthest from the mean."""
+    """The share of sum |x - mean x|^2 carried by this share of the rows (at least one), those farthest from the
+    mean."""
     mean = x.mean(dim=0)
     squares = torch.cat([(part - mean).square().sum(dim=1, dtype=torch.float64) for part in x.split(8192)])
     n = max(round(share * len(x)), 1)

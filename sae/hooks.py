@@ -36,7 +36,7 @@ def module_named(model: nn.Module, module: nn.Module | str) -> nn.Module:
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:
-    """What goes into a module: the first of its arguments that is a tensor."""
+    """What goes into a module: its first argument that is a tensor."""
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 
@@ -48,7 +48,7 @@ def output_tensor(output: Any) -> Tensor | None:
 
 
 def with_tensor(output: Any, new: Tensor) -> Any:
-    """The same output with another tensor in the place of the one that `output_tensor` reads."""
+    """The same output with another tensor in place of the one that `output_tensor` reads."""
     if isinstance(output, Mapping):
         place = next(name for name, value in output.items() if isinstance(value, Tensor))
         changed: Any = copy.copy(output)
@@ -67,10 +67,10 @@ def with_tensor(output: Any, new: Tensor) -> Any:
 def replaced(
     module: nn.Module, new: Callable[[Tensor | None, Tensor | None], Tensor], reads: Reads, writes: Reads
 ) -> Iterator[None]:
-    """Within it `new(read, old)` takes the place of what goes into the module, or of what comes out of it.
+    """Within it `new(read, old)` replaces the module's input or output.
 
-    `old` is what is replaced, and `read` what is read: the same, or what went into the module where what comes out is
-    replaced. Either is None where the module has no tensor there.
+    `old` is what is replaced, and `read` what is read: the same, or the module's input where its output is replaced.
+    Either is None where the module has no tensor there.
     """
     given: Tensor | None = None
 
@@ -113,10 +113,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def require_eval(model: nn.Module) -> None:
-    """Refuses a model whose answers may be random.
+    """Refuses a model whose outputs may be random.
 
     Raises:
         UsageError: a part of it is in training mode.
     """
     if any(one.training for one in model.modules()):
-        raise UsageError("the model is in training mode, in which its answers may be random; call model.eval()")
+        raise UsageError("the model is in training mode, in which its outputs may be random; call model.eval()")

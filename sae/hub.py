@@ -1,7 +1,7 @@
-"""SAEs on the Hugging Face Hub: files that are read from there, and files that are put there.
+"""SAEs on the Hugging Face Hub: downloads and uploads.
 
-An address is the Hub's own, hf://OWNER/NAME[@REVISION][/FOLDER]. What is read is kept in the Hub's cache, so that it is
-fetched once.
+An address is the Hub's own, hf://OWNER/NAME[@REVISION][/FOLDER]. What is read is kept in the Hub's cache, so it is
+downloaded only once.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Address(NamedTuple):
 
 
 def address_of(path: str | Path) -> Address | None:
-    """The address that the words say; None where they say a path on this machine.
+    """The address in these words; None where they are a path on this machine.
 
     Raises:
-        UsageError: they begin as an address and are none.
+        UsageError: they begin like an address but are not one.
     """
     words = SCHEME.sub("hf://", str(path))
     if not words.startswith("hf://"):
@@ -82,12 +82,12 @@ def said(path: str | Path) -> str:
 
 
 def local(path: str | Path, names: Sequence[str], otherwise: str = "") -> Path:
-    """A path as it is. Of an address the folder, or the file, into which was fetched what is there of these names.
+    """A path as it is. For an address, the local folder or file after downloading the files of these names.
 
-    `otherwise` ends the error where there is nothing of them.
+    `otherwise` ends the error where there are none of them.
 
     Raises:
-        UsageError: the Hub does not give it, or has no such files there.
+        UsageError: the Hub does not provide it, or has no such files there.
     """
     address = address_of(path)
     if address is None:
@@ -103,12 +103,12 @@ def local(path: str | Path, names: Sequence[str], otherwise: str = "") -> Path:
     except Exception as error:  # whatever the library raises for a network, a name or a right that it has not
         raise _refused(address, "read", error) from error
     if not any((root / one).is_file() for one in wanted):
-        raise UsageError(f"{address} is not in the cache, and the Hub is out of reach; try again when it is not")
+        raise UsageError(f"{address} is not in the cache, and the Hub cannot be reached; try again when it can")
     return root / address.inside
 
 
 def beside(path: str | Path, words: str) -> Path:
-    """A folder PATH-WORDS beside a folder or file; of an address, NAME-WORDS in the working directory."""
+    """A folder PATH-WORDS next to a folder or file; for an address, NAME-WORDS in the working directory."""
     address = address_of(path)
     if address is not None:
         name = Path(address.name)
@@ -119,10 +119,10 @@ def beside(path: str | Path, words: str) -> Path:
 
 
 def existing(path: str | Path, names: Sequence[str]) -> list[str]:
-    """Which files of these names there are in a folder, or at an address.
+    """Which files of these names exist in a folder, or at an address.
 
     Raises:
-        UsageError: the Hub does not tell.
+        UsageError: the Hub does not answer.
     """
     address = address_of(path)
     if address is None:
@@ -140,13 +140,13 @@ def existing(path: str | Path, names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def written(path: str | Path, library: str, base_model: object = None) -> Iterator[Path]:
-    """The folder to write files into. At an address they are put there in the end, in one commit.
+    """The folder to write files into. For an address they are uploaded at the end, in one commit.
 
-    A repository that does not exist is made, private. One without a README.md gets a card, which names the library that
-    reads the files, and the model that they are of.
+    A repository that does not exist is created, private. One without a README.md gets a card, which names the library
+    that reads the files, and the model that they belong to.
 
     Raises:
-        UsageError: the Hub does not take them.
+        UsageError: the Hub does not accept them.
     """
     address = address_of(path)
     if address is None:
@@ -169,7 +169,9 @@ def written(path: str | Path, library: str, base_model: object = None) -> Iterat
                 changes.append(hub.CommitOperationAdd(CARD, card.encode()))
             if new:
                 api.create_repo(address.repo, private=True)
-                logger.info("made %s, which is private; its settings make it public", Address(address.repo, None, ""))
+                logger.info(
+                    "created %s, which is private; make it public in its settings", Address(address.repo, None, "")
+                )
             message = f"Put {', '.join(files)} here"
             api.create_commit(address.repo, changes, commit_message=message, revision=address.revision)
         except UsageError:
@@ -197,7 +199,7 @@ def _card(address: Address, library: str, base_model: object) -> str:
 
 
 def _listed(hub: Any, address: Address) -> list[str] | None:
-    """All files of the repository; None where the Hub does not tell: without a network the cache may do."""
+    """All files of the repository; None where the Hub does not answer: without a network the cache may do."""
     try:
         found = hub.HfApi().model_info(address.repo, revision=address.revision)
         return [file.rfilename for file in found.siblings]
@@ -206,7 +208,7 @@ def _listed(hub: Any, address: Address) -> list[str] | None:
 
 
 def _elsewhere(address: Address, files: Sequence[str], names: Sequence[str]) -> str:
-    """The end of an error: where in the repository there are such files, the most alike first."""
+    """The end of an error: where in the repository there are such files, the most similar first."""
     folders = sorted({posixpath.dirname(file) for file in files if posixpath.basename(file) in names} - {""})
     if not folders:
         return ", nor has any other folder of the repository"

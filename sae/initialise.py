@@ -1,4 +1,4 @@
-"""How a sparsifier starts that cuts pre-latents by a threshold of each latent: sparse, as its steps are made for."""
+"""How a sparsifier with one threshold per latent starts: sparse, as its steps expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which readings of a nested dictionary each latent takes part in; where prefixes are sorted, how often each fires."""
+"""Which readings of a nested dictionary each latent takes part in; with sorted prefixes, how often each fires."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process at a time is at work in a directory."""
+"""One process at a time works in a directory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sae.hub import address_of
 logger = logging.getLogger("sae")
 
 LOCK = ".lock"
-"""Held by the process that is at work there; the file stays."""
+"""Held by the process that works there; the file stays."""
 DEMO_LOCK = ".demo.lock"
-"""Of a demo, which has several runs in one directory."""
+"""A demo's lock; it has several runs in one directory."""
 # Somebody may only be asking, for a moment.
 PATIENCE_SECONDS = 0.2
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def hold(out: Path, name: str = LOCK) -> FileLock:
-    """Makes the directory where there is none, and keeps every other process out until released.
+    """Creates the directory if needed, and keeps every other process out until released.
 
     Raises:
-        UsageError: another one is at work there, or it cannot be written to.
+        UsageError: another process works there, or it cannot be written to.
     """
     require_here(out)
     try:
@@ -49,7 +49,7 @@ def held(out: Path, name: str = LOCK) -> Iterator[None]:
 
 
 def require_here(out: Path) -> None:
-    """Refuses an address on the Hub, where nothing can be at work.
+    """Refuses an address on the Hub, where no run can work.
 
     Raises:
         UsageError: it is one.
@@ -57,12 +57,12 @@ def require_here(out: Path) -> None:
     address = address_of(out)
     if address is not None:
         raise UsageError(
-            f"{address} is on the Hub; give a directory as --out, and put the SAE there by `sae convert` afterwards"
+            f"{address} is on the Hub; give a directory as --out, and upload the SAE with `sae convert` afterwards"
         )
 
 
 def require_free(out: Path) -> None:
-    """Refuses a directory that another process is at work in: better told before data are opened than after."""
+    """Refuses a directory in which another process works: better to report it before data are opened than after."""
     require_here(out)
     if (out / LOCK).exists():
         with suppress(OSError):  # whether it can be written to is seen when it must be
@@ -70,7 +70,7 @@ def require_free(out: Path) -> None:
 
 
 def cannot_write(out: Path, error: OSError) -> UsageError:
-    """What is told where the machine refuses."""
+    """The error for a directory that the machine will not let us write to."""
     return UsageError(f"cannot write to {out}: {error.strerror}; give another --out")
 
 
@@ -83,5 +83,5 @@ def _acquired(out: Path, name: str) -> FileLock:
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-        logger.warning("%s lies where files cannot be locked: see to it that one process at a time writes there", out)
+        logger.warning("%s is on a file system without locks; make sure only one process writes there", out)
     return lock

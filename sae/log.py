@@ -1,7 +1,7 @@
-"""What a run says while it trains: `metrics.jsonl` always, Weights & Biases when asked for.
+"""What a run reports while it trains: `metrics.jsonl` always, Weights & Biases on request.
 
 The file comes first and is flushed line by line. W&B may fail (no network, no key, a full disk) at any point
-without costing a step: the failure is told once, and the run goes on without it.
+without costing a step: the failure is reported once, and the run continues without it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class WandbLog:
 
 
 def require_wandb(config: TrainConfig) -> None:
-    """Refuses a run that asks for W&B where it is not installed: better told before training than after."""
+    """Refuses a run that uses W&B where it is not installed: better to report it before training than after."""
     if config.log.wandb != "disabled":
         require("wandb", "wandb", f"log.wandb {config.log.wandb}", "set log.wandb to disabled")
 
@@ -135,5 +135,7 @@ def _attempt(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except Exception as error:  # whatever W&B raises must not end the run
-        logger.warning("W&B failed (%s); the run goes on, its record is %s", " ".join(str(error).split())[:200], LINES)
+        logger.warning(
+            "W&B failed (%s); the run continues, its record is %s", " ".join(str(error).split())[:200], LINES
+        )
         return None

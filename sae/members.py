@@ -1,8 +1,8 @@
-"""Several trainers given one batch at once: each takes its step on a thread of its own, or on a CUDA stream of its own.
+"""Several trainers given one batch at once: each takes its step on its own thread, or on its own CUDA stream.
 
 The step of one small SAE does not fill several cores: after each stage its threads wait for each other. Members need
-not wait for each other at all, so that each runs its whole step on a thread of its own; outside the operations that
-hold no lock (products, kernels) little is left to wait for. A member's step is the same as when it trains alone.
+not wait for each other at all, so each runs its whole step on its own thread; outside the operations that hold no lock
+(products, kernels) there is little to wait for. A member's step is the same as when it trains alone.
 
 Nor does it fill a GPU, whose streams take its place there: recorded steps of several members run at the same time, and
 the host, which only starts them, needs no threads. What a trainer allocates in its steps belongs to its stream, which

@@ -34,10 +34,9 @@ class SAE(nn.Module):
         x_hat = z W_dec + b_dec                    [batch, d_out]
 
     W_enc [d_in, d_sae] is a view of `encoder` [d_sae, d_in]: a latent is a row on both sides. Where `tied_bias` is off,
-    a fixed `centre` takes the place of b_dec in `pre`. A transcoder reconstructs something else than x, whose width is
-    d_out; one that skips adds (x - centre) W_skip to x_hat. A sparsifier with `pursuit_steps` reads x - b_dec and
-    W_dec, not `pre`; W_enc is then W_dec^T, the same memory. One with `refine` selects twice: `refined` takes the place
-    of x the second time.
+    a fixed `centre` replaces b_dec in `pre`. A transcoder reconstructs something other than x, of width d_out; one that
+    skips adds (x - centre) W_skip to x_hat. A sparsifier with `pursuit_steps` reads x - b_dec and W_dec, not `pre`;
+    W_enc is then W_dec^T, in the same memory. One with `refine` selects twice: `refined` replaces x the second time.
     """
 
     centre: Tensor | None
@@ -47,7 +46,9 @@ class SAE(nn.Module):
         super().__init__()
         d_out = d_in if d_out is None else d_out
         if d_out != d_in and not config.transcodes:
-            raise UsageError(f"kind {config.kind!r} reconstructs its input: d_out must be {d_in}, got {d_out}")
+            raise UsageError(
+                f"kind {config.kind!r} reconstructs its input: d_out must be {d_in}, got {d_out}; use a transcoder"
+            )
         self.d_in, self.d_sae, self.d_out, self.config = d_in, config.d_sae, d_out, config
         self.sparsifier = config.build()
         self.encoder = nn.Parameter(torch.zeros(config.d_sae, d_in))
@@ -68,11 +69,11 @@ class SAE(nn.Module):
         return self.b_dec if self.centre is None else self.centre
 
     def pre_latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """What codes are selected from in inference: (x - b_dec) W_enc + b_enc, of `refined(x)`."""
+        """What codes are selected from at inference: (x - b_dec) W_enc + b_enc, for `refined(x)`."""
         return self.affine(self.refined(x))
 
     def refined(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """x; where the sparsifier has `refine`, x + refine (x - x_hat), x_hat by the codes that x itself selects."""
+        """x; where the sparsifier has `refine`, x + refine (x - x_hat), with x_hat from the codes that x selects."""
         first = self.sparsifier.first if self.sparsifier.refine else None
         return x if first is None else self._beyond(x, self._selected(first, x))
 
@@ -82,7 +83,7 @@ class SAE(nn.Module):
     def affine(
         self, x: Float[Tensor, "batch d_in"], latents: Int[Tensor, " some"] | None = None
     ) -> Float[Tensor, "batch d_sae"] | Float[Tensor, "batch some"]:
-        """(x - b_dec) W_enc + b_enc, of all latents or of some.
+        """(x - b_dec) W_enc + b_enc, for all latents or some.
 
         x is centred first: beside a large mean, what varies would be lost in the rounding of x W_enc.
         """
@@ -124,8 +125,7 @@ class SAE(nn.Module):
         """The latents that fire for each row of x, as inference selects them: rows do not influence each other.
 
         Raises:
-            TypeError: x is no tensor.
-            ValueError: x is not [batch, d_in].
+            TypeError: x is not a tensor. ValueError: x is not [batch, d_in].
         """
         if not isinstance(x, Tensor):
             remedy = "torch.from_numpy(x)" if type(x).__module__ == "numpy" else "torch.tensor(x)"
@@ -195,17 +195,17 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def reorder_(self, order: Int[Tensor, " d_sae"]) -> None:
-        """Puts latent order[i] to place i, with all that is its own."""
+        """Moves latent order[i] to place i, with all its parameters."""
         own = [tensor for tensor in self.sparsifier.state_dict().values() if tensor.shape[:1] == (self.d_sae,)]
         for tensor in {tensor.data_ptr(): tensor for tensor in (self.encoder, self.W_dec, self.b_enc, *own)}.values():
             tensor.copy_(tensor[order])
 
     @torch.no_grad()
     def rescale_(self, scale: float, target_scale: float | None = None) -> None:
-        """Makes an SAE of x into the SAE of scale * x that fires alike: z and x_hat grow by `scale`, weights stay.
+        """Turns an SAE of x into the SAE of scale * x that fires alike: z and x_hat grow by `scale`, weights stay.
 
-        Every selection here commutes with a positive factor, so only what has the units of x moves: biases and
-        thresholds. Where the target has units of its own, z and x_hat grow by `target_scale`, and what reads x (encoder
+        Every selection here commutes with a positive factor, so only what has the units of x changes: biases and
+        thresholds. Where the target has separate units, z and x_hat grow by `target_scale`, and what reads x (encoder
         and skip) by the quotient; decoder rows keep their norms.
         """
         target_scale = scale if target_scale is None else target_scale
@@ -220,8 +220,8 @@ class SAE(nn.Module):
                 self.W_skip.mul_(target_scale / scale)
 
     def save(self, folder: str | Path) -> None:
-        """Writes, into a folder or to an address on the Hub, `sae.safetensors` (W_enc, W_dec, b_enc, b_dec, those of
-        centre and W_skip that there are, and the sparsifier's buffers) and `sae.json`."""
+        """Writes, into a folder or to an address on the Hub, `sae.safetensors` (W_enc, W_dec, b_enc, b_dec, centre and
+        W_skip if there are any, and the sparsifier's buffers) and `sae.json`."""
         with hub.written(folder, "sae") as place:
             self._write(place)
 
@@ -266,9 +266,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         version, d_in, options = manifest["format_version"], manifest["d_in"], manifest["sae"]
         d_out = manifest.get("d_out", d_in)  # files from before transcoders have none
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / MANIFEST} is damaged: {error!r}") from error
+        raise UsageError(f"{folder / MANIFEST} is damaged: {error!r}; copy it again") from error
     if version != FORMAT_VERSION:
-        raise UsageError(f"{folder / MANIFEST} has format {version}, this version reads {FORMAT_VERSION}")
+        raise UsageError(
+            f"{folder / MANIFEST} has format {version}, this version reads {FORMAT_VERSION}; install a newer sae"
+        )
     if sha256(folder / WEIGHTS) != manifest.get("sha256"):
         raise UsageError(f"{folder / WEIGHTS} does not match its checksum in {MANIFEST}; copy both files again")
     try:
@@ -276,7 +278,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
         tensors = load_file(folder / WEIGHTS, device=str(device))
     except (ValueError, SafetensorError) as error:
         reason = explain(error, SAEConfig) if isinstance(error, ValidationError) else str(error)
-        raise UsageError(f"{folder} cannot be loaded: {reason}") from error
+        raise UsageError(f"{folder} cannot be loaded: {reason}; copy it again") from error
     sae = SAE(d_in, config, d_out).to(device)
     tensors["encoder"] = tensors.pop("W_enc").T
     own = ("encoder", "W_dec", "b_enc", "b_dec", "centre", "W_skip")

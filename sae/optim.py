@@ -1,4 +1,4 @@
-"""Adam (Kingma & Ba 2015) on the device: nothing that changes from step to step is known to the host alone."""
+"""Adam (Kingma & Ba 2015) on the device: nothing that changes from step to step is known only to the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch in parts, of which each gives its share of the whole batch's gradients: one after the other, to save memory
+"""A batch in parts, each of which gives its share of the whole batch's gradients: one after the other, to save memory
 (`train.accumulate`), and in several processes (`sae.ranks`)."""
 
 from __future__ import annotations

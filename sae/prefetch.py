@@ -1,4 +1,4 @@
-"""Batches on their way to a CUDA device while it computes: from pinned memory, on a stream of their own."""
+"""Batches on their way to a CUDA device while it computes: from pinned memory, on a separate stream."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Ranks:
             self._exchanged(dist.all_reduce, tensor)
 
     def take_of_lead_(self, tensors: Sequence[Tensor]) -> None:
-        """Each becomes what it is in rank 0."""
+        """Each takes its value from rank 0."""
         for tensor in tensors if self.n > 1 else ():
             self._exchanged(dist.broadcast, tensor, src=0)
 
@@ -99,11 +99,11 @@ class Ranks:
         return tensors
 
     def of_all(self, act: Callable[[], Value]) -> Value:
-        """What `act` gives here, unless it fails in some process: it then fails in all.
+        """The result of `act` here, unless it fails in some process: it then fails in all.
 
         Raises:
             Exception: it was raised here.
-            OtherProcess: it was raised in another process, too or alone, of which the first one tells it.
+            OtherProcess: it was raised in another process (too); the first of them reports it.
         """
         if self.n == 1:
             return act()
@@ -126,7 +126,7 @@ class Ranks:
         """Refuses processes that were given different things.
 
         Raises:
-            UsageError: this one was given something else than rank 0.
+            UsageError: this one was given something different from rank 0.
         """
 
         def compare() -> None:
@@ -198,7 +198,7 @@ class Ranks:
             # The one that saves gives up before that; the others may be waiting for just that.
             n_unanswered += self.lead and bool(asked())
             if n_unanswered == UNANSWERED:
-                raise UsageError(f"another process of this run does not answer, and a signal came; {CONTINUE}")
+                raise UsageError(f"another process of this run does not respond, and a signal arrived; {CONTINUE}")
 
 
 ALONE = Ranks()
@@ -258,8 +258,8 @@ def _meet() -> None:
         dist.init_process_group("gloo", store=given, rank=rank, world_size=n, timeout=MEETING)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"{n_started()} processes were to meet, and not all came ({_reason(error)}); start them with torchrun, or "
-            "unset RANK and WORLD_SIZE for one that trains alone"
+            f"{n_started()} processes were expected, but not all joined ({_reason(error)}); start them with torchrun, "
+            "or unset RANK and WORLD_SIZE to train alone"
         ) from error
 
 
@@ -276,7 +276,7 @@ def _take_device(device: torch.device) -> bool:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"train.device {device.type!r} is not shared by processes; use cuda or cpu, or one process")
     if device.type == "cuda" and device.index is not None and n_here != 1:
-        raise UsageError(f"train.device '{device}' would be that of every process; say cuda, and each takes its own")
+        raise UsageError(f"train.device '{device}' would be every process's; give cuda, and each takes its own")
     if device.type == "cuda" and local >= n_devices > 1:
         raise UsageError(
             f"process {local} on this machine finds {n_devices} CUDA devices; start as many as there are: "
@@ -288,7 +288,7 @@ def _take_device(device: torch.device) -> bool:
 
 
 def _ended(work: Any) -> bool:
-    """Whether an exchange is over, after at most a slice of patience."""
+    """Whether an exchange is over, after waiting for at most a short time."""
     try:
         work.wait(SLICE)
     except RuntimeError:
@@ -299,19 +299,19 @@ def _ended(work: Any) -> bool:
 
 
 def _told(exchange: Callable[[], Value]) -> Value:
-    """What it gives; another process that is gone is told as such."""
+    """Its result; if another process is gone, the error says so."""
     try:
         return exchange()
     except RuntimeError as error:
         if not GONE.search(str(error)):
             raise
         raise UsageError(
-            f"another process of this run ended, or cannot be reached ({_reason(error)}); see whether it said why, "
-            "then start all of them again with --resume"
+            f"another process of this run ended or cannot be reached ({_reason(error)}); check whether it reported "
+            "why, then start all of them again with --resume"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what a library says, without where in its source."""
+    """The first sentence of a library's message, without the place in its source."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"\[/\S*\] ", "", line).partition(". ")[0][:200]

@@ -1,9 +1,7 @@
 """Codes that are selected twice: what the second selection reads, and what flows back to the first.
 
-    z_0 = select(x W_enc + b_enc)
-    r_0 = target - z_0 W_dec              what these leave over
-    x_1 = x + eta r_0
-    z   = select(x_1 W_enc + b_enc)       the codes
+    z_0 = select(x W_enc + b_enc) r_0 = target - z_0 W_dec              their residual x_1 = x + eta r_0 z   =
+    select(x_1 W_enc + b_enc)       the codes
 
 Let g be the gradient in each code of z, so that h = g W_enc^T is that in x_1. Then z_0 W_dec has the gradient
 q = -eta h, its codes have q W_dec^T where they fire, and b_dec has the sum of q beside its own. Both selections move

@@ -1,5 +1,5 @@
-"""What is done to dead latents between steps: they start anew where the loss is large (Bricken et al. 2023, appendix
-"Neuron resampling"), or are raised until AuxK reaches them."""
+"""What is done to dead latents between steps: they are restarted where the loss is large (Bricken et al. 2023, appendix
+"Neuron resampling"), or raised until AuxK reaches them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def resample_(
     dead: Int[Tensor, " n_dead"],
     stream: torch.Generator,
 ) -> int:
-    """Gives dead latents activations of the batch to explain; returns how many latents that were.
+    """Gives dead latents activations of the batch to explain; returns the number of latents restarted.
 
         P(row b) ~ |x_b - x_hat_b|^4,   W_dec_j = x_b / |x_b|,   W_enc_j = c mean_alive |W_enc| W_dec_j,   b_enc_j = 0
 
-    x is centred; c is the paper's .2 for a ReLU, and 1 where latents compete. No row is drawn twice, so that no two
+    x is centred; c is the paper's .2 for a ReLU, and 1 where latents compete. No row is drawn twice, so no two
     latents become the same; latents for which no row is left stay dead until the next time. Adam's moments of these
-    rows and their counters of silence begin at 0. The host waits.
+    rows and their counters of silence restart at 0. The host waits.
     """
     sae, state = engine.sae, engine.state
     a = activations.to(state.W_dec.dtype) / unit

@@ -67,13 +67,13 @@ def train(
 ) -> Result:
     """Trains one SAE and writes its run directory.
 
-    `source` (a tensor, an array, an iterable of batches, a `Source`) takes the place of the configuration's own.
-    `on_line(step, values)` hears of each logged line; `report` writes report.html when its extra is installed.
-    Processes that `torchrun` started train it together (docs/distributed.md): each must be given the same, and the
-    first alone calls `on_line`.
+    `source` (a tensor, an array, an iterable of batches, a `Source`) replaces the configuration's own.
+    `on_line(step, values)` is called for each logged line; `report` writes report.html when its extra is installed.
+    Processes started by `torchrun` train it together (docs/distributed.md): each must be given the same, and only the
+    first calls `on_line`.
 
     Raises:
-        UsageError: the source is bad, or `config.out` holds a run and neither resume nor overwrite was asked for.
+        UsageError: the source is bad, or `config.out` holds a run and neither resume nor overwrite is set.
         Interrupted: a signal came; a checkpoint was written first.
     """
     if not isinstance(config, TrainConfig):
@@ -99,7 +99,7 @@ def train(
         activations = ranks.of_all(lambda: as_source(own.open() if source is None and own is not None else source))
         run = open_run(config, begun, activations, resume, on_line, ranks)
         if run.n_steps_done:
-            logger.info("%s goes on after step %d of %d", config.out, run.n_steps_done, config.n_steps)
+            logger.info("%s continues after step %d of %d", config.out, run.n_steps_done, config.n_steps)
         try:
             with stop_requested() as stop:
                 for _, error in Ensemble([run], activations, ranks).feed(stop):
@@ -113,14 +113,14 @@ def train(
 
 
 def _begun(config: TrainConfig, resume: bool, ranks: Ranks) -> TrainConfig:
-    """`as_it_begins`, of which rank 0 decides what a checkpoint decides."""
+    """`as_it_begins`, where rank 0 decides what depends on a checkpoint."""
     begun = ranks.of_all(lambda: as_it_begins(config, resume and ranks.lead))
     decided = ranks.of_lead(begun.train.model_dump(include={"kernels", "precision", "start_from"}))
     return begun.model_copy(update={"train": begun.train.model_copy(update=decided)})
 
 
 def _of_lead(result: Result | None, config: TrainConfig, ranks: Ranks) -> Result:
-    """The result that rank 0 has."""
+    """Rank 0's result."""
     sizes, metrics = ranks.of_lead(((result.sae.d_in, result.sae.d_out), result.metrics) if result else ((0, 0), {}))
     sae = result.sae if result else SAE(sizes[0], config.sae, sizes[1]).eval().requires_grad_(False)
     tensors = ranks.tensors_of_lead(sae.state_dict(), torch.device("cpu"))
@@ -140,7 +140,7 @@ def _complete(config: TrainConfig, resume: bool, overwrite: bool) -> bool:
     if not resume:
         return False
     if not (config.out / CONFIG).exists():
-        logger.warning("nothing to resume in %s: the run begins", config.out)
+        logger.warning("nothing to resume in %s: starting the run", config.out)
         return False
     require_same_run(config)
     if (config.out / RESULT).exists():
@@ -186,7 +186,7 @@ def open_run(
 
 
 def _record(config: TrainConfig, trainer: Trainer, resume: bool) -> Record:
-    """What a run writes to; the trainer is put to where the run stands."""
+    """What a run writes to; the trainer is moved to where the run stands."""
     lock = hold(config.out)
     try:
         state = claim_out(config, resume)
@@ -199,7 +199,7 @@ def _record(config: TrainConfig, trainer: Trainer, resume: bool) -> Record:
 
 
 def conclude(run: Run, report: bool) -> Result:
-    """Calibrates, measures and saves what a run has learnt; its trainer is given up."""
+    """Calibrates, measures and saves what a run has learned; its trainer is released."""
     config, source, trainer, record = run.config, run.source, run.trainer, run.record
     assert record is not None
     rows = calibration_rows(trainer.sae, source)
@@ -210,8 +210,8 @@ def conclude(run: Run, report: bool) -> Result:
     fvu = evaluation.metrics["metrics/fvu"]
     if fvu > 1:
         logger.warning(
-            "FVU is %.3g on held-out activations: their mean alone would reconstruct better; lower train.lr=%g, or "
-            "take more than %d steps",
+            "FVU is %.3g on held-out activations: their mean would reconstruct better; lower train.lr=%g, or take "
+            "more than %d steps",
             fvu,
             config.lr,
             n_steps,
@@ -234,8 +234,8 @@ def finished(trainer: Trainer, calibration: HeldOut) -> SAE:
 def ready_(
     sae: SAE, unit: float, target_unit: float, calibration: HeldOut, done: float, order: Int[Tensor, " d_sae"]
 ) -> SAE:
-    """An SAE in training, of which the share `done` is over, for inference: in the units of the data, thresholds
-    calibrated, and its latents in this order where prefixes are sorted."""
+    """An SAE after a fraction `done` of its training, for inference: in the units of the data, with calibrated
+    thresholds, and its latents in order where prefixes are sorted."""
     sae.eval().requires_grad_(False)
     if sae.config.sort_prefixes:
         sae.reorder_(order)
@@ -249,7 +249,7 @@ def ready_(
 
 
 def calibration_rows(sae: SAE, source: Source) -> HeldOut:
-    """As many as thresholds deserve; few where there are none to fit."""
+    """The rows that thresholds are fitted on; few where there are none to fit."""
     if type(sae.sparsifier).calibrate_ is Sparsifier.calibrate_:
         return source.held_out("calibration", 1024)
     return source.held_out("calibration", min(max(THRESHOLD_ENTRIES // source.d_in, N_CALIBRATION), N_THRESHOLDS))
@@ -276,7 +276,7 @@ def as_it_begins(config: TrainConfig, resume: bool) -> TrainConfig:
         require_kernels(device, dtype, name, precision)
     except UsageError as error:
         raise UsageError(
-            f"the run began with {name} kernels in {precision}, and must go on so: {error}, "
+            f"the run began with {name} kernels in {precision} and must continue with them: {error}, "
             "or start again in another --out"
         ) from error
     return config.model_copy(update={"train": train.model_copy(update={"kernels": name, "precision": precision})})

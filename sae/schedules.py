@@ -1,4 +1,4 @@
-"""How the learning rate and the sparsity penalty change over a run: functions of the step alone."""
+"""How the learning rate and the sparsity penalty change over a run: functions of only the step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sae.optim import Now, row
 def learning_rate(step: int, n_steps: int, peak: float, warmup_steps: int, decay_fraction: float) -> float:
     """Linear warm-up, constant, then linear decay to 0 over the last `decay_fraction` of the run.
 
-    The first step already moves (lr = peak / warmup_steps), the last one still does.
+    The first step already moves (lr = peak / warmup_steps), and the last one still does.
     """
     rising = (step + 1) / warmup_steps if warmup_steps else 1.0
     decay_steps = decay_fraction * n_steps

@@ -1,4 +1,4 @@
-"""A trainer at step 0: the scale of the data, the first weights, and what is told of both."""
+"""A trainer at step 0: the scale of the data, the first weights, and what is logged about both."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut, ranks: Rank
     """A trainer at step 0."""
     if source.d_out is not None and not config.sae.transcodes:
         raise UsageError(
-            f"the source has a target, and kind {config.sae.kind!r} reconstructs its input; set sae.kind to transcoder "
+            f"the source has a target, but kind {config.sae.kind!r} reconstructs its input; set sae.kind to transcoder "
             "or skip_transcoder, or leave the target out"
         )
     if source.d_out is None and config.sae.transcodes:
@@ -71,7 +71,7 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut, ranks: Rank
     if source.n_training_rows is not None:
         times = config.n_steps * config.train.batch_size / source.n_training_rows
         often = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
-        logger.info("%d rows to train on, each of them %s times", source.n_training_rows, often)
+        logger.info("%d rows to train on, each %s times", source.n_training_rows, often)
     _describe("activations", calibration.x, unit, config)
     if calibration.target is not None:
         _describe("targets", calibration.target, target_unit, config)
@@ -82,17 +82,17 @@ def start(config: TrainConfig, source: Source, calibration: HeldOut, ranks: Rank
 
 
 def _ball(config: TrainConfig, calibration: HeldOut) -> Ball | None:
-    """What rows are drawn in to, if they are."""
+    """The ball into which rows are pulled, if any."""
     times = config.train.clip_rows
     if times is None:
         return None
     if calibration.target is not None:
-        raise UsageError(f"train.clip_rows={times:g} draws x in, and a target would not follow; leave it out")
+        raise UsageError(f"train.clip_rows={times:g} pulls x in, but a target would not follow; leave it out")
     return Ball.around(calibration.x, times)
 
 
 def _describe(name: str, rows: Tensor, size: float, config: TrainConfig) -> None:
-    """A line on their scale, and one on heavy tails that nothing holds back."""
+    """Logs a line on their scale, and one on heavy tails that nothing limits."""
     width, offset = rows.shape[1], float(rows.mean(dim=0).norm()) / size
     logger.info("%s: width %d, sqrt(total variance) %.4g, |mean| / that %.2f", name, width, size, offset)
     share = max(HEAVIEST, 1 / len(rows))
@@ -100,8 +100,8 @@ def _describe(name: str, rows: Tensor, size: float, config: TrainConfig) -> None
     if heavy > HEAVY * share and config.train.clip_rows is None and config.train.clip_norm is None:
         remedy = "train.clip_norm=0.03" if config.sae.transcodes else "train.clip_rows=3"
         logger.warning(
-            "%.1g %% of the rows carry %.0f %% of the variance of the %s, and lead what is learnt by as much: %s holds "
-            "them back (docs/configuration.md, Heavy tails)",
+            "%.1g %% of the rows carry %.0f %% of the variance of the %s, and dominate what is learned accordingly: %s "
+            "limits them (docs/configuration.md, Heavy tails)",
             100 * share,
             100 * heavy,
             name,
@@ -110,7 +110,7 @@ def _describe(name: str, rows: Tensor, size: float, config: TrainConfig) -> None
 
 
 def _too_wide(config: TrainConfig, width: int) -> str:
-    """What to do where not even the weights fit: 4 bytes for each, 8 for its moments, 4 for what else a step keeps."""
+    """What to do if not even the weights fit: 4 bytes for each, 8 for its moments, 4 for what else a step keeps."""
     free = torch.cuda.mem_get_info(config.train.device)[0] if torch.cuda.is_available() else 0
     fits = int(0.9 * free) // ((10 if config.train.moments == "int8" else 16) * width)
     rule = f"d_sae={config.sae.d_sae} does not fit on {config.train.device}"
@@ -121,5 +121,7 @@ def _scale(rows: Tensor, what: str) -> float:
     """The square root of their total variance."""
     scale = math.sqrt(losses.total_variance(rows))
     if not scale > 0:
-        raise UsageError(f"the {what} have no variance: all held-out rows are the same")
+        raise UsageError(
+            f"the {what} have no variance: all held-out rows are the same; give other rows, or check source.key"
+        )
     return scale

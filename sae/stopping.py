@@ -1,4 +1,4 @@
-"""Signals that ask to stop: noted when they come, and looked at where what is saved is whole."""
+"""Signals that ask to stop: recorded on arrival, and checked where saved state is whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _looking: list[list[int]] = []
 
 @contextmanager
 def stop_requested() -> Iterator[Stop]:
-    """SIGINT and SIGTERM are noted, and looked at between steps, so that what is saved is whole."""
+    """SIGINT and SIGTERM are recorded, and checked between steps, so that saved state is whole."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
@@ -41,15 +41,15 @@ def stop_requested() -> Iterator[Stop]:
 
 
 def asked() -> int:
-    """The number of the signal that was noted last, or 0."""
+    """The number of the last recorded signal, or 0."""
     return _looking[-1][0] if _looking and _looking[-1] else 0
 
 
 def stop_if_asked(doing: str, agreed: Callable[[Stop], Stop] = lambda stop: stop) -> None:
-    """For what takes long between two steps, and changes nothing that is saved; `agreed` asks other processes as well.
+    """For slow work between two steps that changes nothing saved; `agreed` asks other processes as well.
 
     Raises:
-        Interrupted: a signal was noted.
+        Interrupted: a signal was recorded.
     """
     number = agreed(asked)()
     if number:

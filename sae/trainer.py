@@ -1,4 +1,4 @@
-"""The training loop's inside: what a step is given, what it leaves behind, and how that is saved and resumed.
+"""The inside of the training loop: what a step is given, what it leaves behind, and how that is saved and resumed.
 
 Activations are divided by sqrt(s), the square root of their total variance s = E|x - mean x|^2. Losses, learning
 rates and initial values then mean the same at every scale of the data; the trained SAE is rescaled to the units of
@@ -35,7 +35,7 @@ TERMS = ("overall_loss", "mse_loss", "auxiliary_reconstruction_loss", "sparsity_
 
 class Trainer:
     """Trains `sae` in place on activations in units of `unit`, and targets in units of `target_unit`. A step never
-    waits for the device: sums stay there until `take_window` reads them. Rows outside of `ball` are drawn in to it."""
+    waits for the device: sums stay there until `take_window` reads them. Rows outside `ball` are pulled in to it."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Trainer:
     def step(
         self, activations: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
     ) -> None:
-        """One batch, in the units of the data; `target` is what to reconstruct, where that is something else."""
+        """One batch, in the units of the data; `target` is what to reconstruct, if that is something else."""
         began = time.perf_counter()
         if self.ball is not None:
             activations = self.ball.draw_in(activations)
@@ -114,7 +114,7 @@ class Trainer:
         if self.window.device.type != "cuda" or self.engine.kernels.name != "triton":
             return None
         if not self.engine.at_once:
-            logger.info("steps are not recorded, as each takes its batch in parts (train.accumulate, or processes)")
+            logger.info("steps are not recorded, since each takes its batch in parts (train.accumulate, or processes)")
             return None
         from sae.capture import Recorder  # noqa: PLC0415 - where there is no CUDA it is not imported
 
@@ -142,14 +142,14 @@ class Trainer:
         return self.learning_rate(step), config.sae.sparsity_share(warmed)
 
     def learning_rate(self, step: int) -> float:
-        """Of the step with this number, counted from 0."""
+        """The rate of the step with this number, counted from 0."""
         train = self.config.train
         return schedules.learning_rate(
             step, self.config.n_steps, self.config.lr, train.warmup_steps, train.decay_fraction
         )
 
     def look(self) -> None:
-        """Looks which latents are dead, and raises them, and whether codes are sparse; sets the clock and what is
+        """Checks which latents are dead, and raises them, and whether codes are sparse; sets the clock and what is
         annealed. Here the host waits."""
         silent = self.engine.state.silent_samples
         dead = (silent >= self.config.dead_after_samples).nonzero().squeeze(1)
@@ -162,7 +162,7 @@ class Trainer:
         self.sae.sparsifier.anneal_(self.n_steps_done / self.config.n_steps)
 
     def resample(self, activations: Float[Tensor, "batch d_in"]) -> None:
-        """Starts dead latents anew on this batch, if it was time for that since the last look."""
+        """Restarts dead latents on this batch, if that has become due since the last look."""
         every, step, dead = self.sae.config.resample_every, self.n_steps_done, self.dead[self.dead >= 0]
         if every is None or step >= self.config.n_resampling_steps or not len(dead):
             return
@@ -170,7 +170,7 @@ class Trainer:
         if n_samples // every > at_last_look // every:
             stream = generator(self.config.train.seed, "resampling", step)
             n = resample_(self.engine, activations, self.unit, dead, stream)
-            logger.info("step %d: %d of %d dead latents start anew", step, n, len(dead))
+            logger.info("step %d: %d of %d dead latents restarted", step, n, len(dead))
             self.n_resampled += n
             self.dead = padded(dead[n:])
             if self.engine.ranks.n > 1:  # which rows are drawn may hang on the last bits
@@ -221,7 +221,7 @@ class Trainer:
             self.load_state(tensors, values)
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Puts back what `state` gave."""
+        """Restores what `state` gave."""
         self.engine.restore(tensors, values)
         device = self.window.device
         dead = tensors["dead"].to(device)

@@ -1,4 +1,4 @@
-"""A run that is not at its end, looked at: its SAE as the newest checkpoint has it. Nothing is written."""
+"""Reads an unfinished run: its SAE as of the newest checkpoint. Nothing is written."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sae.sources import Source, as_source
 
 
 def is_unfinished(out: Path) -> bool:
-    """Whether a run has begun there, has a checkpoint, and has no result yet."""
+    """Whether a run has started there, has a checkpoint, and has no result yet."""
     begun = (out / CONFIG).exists() and checkpoint.latest(out / CHECKPOINTS) is not None
     return begun and not (out / MANIFEST).exists()
 
 
 def load_checkpoint(out: str | Path, source: object = None) -> SAE:
     """The SAE of a run's newest checkpoint, ready for inference: in the units of the data, thresholds calibrated on the
-    source's held-out rows. The run may go on meanwhile.
+    source's held-out rows. The run may continue meanwhile.
 
-    `source` is what `sae.train` was given, where it was given one.
+    `source` is what `sae.train` was given, if it was given one.
 
     Raises:
         UsageError: there is no checkpoint, or no source.
@@ -37,7 +37,7 @@ def load_checkpoint(out: str | Path, source: object = None) -> SAE:
 
 
 def evaluate_checkpoint(out: Path) -> tuple[Evaluation, int, int]:
-    """All metrics of a run's newest checkpoint; its step, and how many there are to be."""
+    """All metrics of a run's newest checkpoint; its step, and the number of steps of the run."""
     sae, config, source, step = _opened(out, None)
     return evaluate_on(source, sae, config.evaluation.n_samples), step, config.n_steps
 
@@ -62,7 +62,8 @@ def _opened(out: Path, given: object) -> tuple[SAE, TrainConfig, Source, int]:
     weights = {name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")}
     if weights["W_dec"].shape != sae.W_dec.shape or weights["encoder"].shape != sae.encoder.shape:
         raise UsageError(
-            f"{newest} has W_dec {list(weights['W_dec'].shape)}, and the source d_in={source.d_in}; give its own"
+            f"{newest} has W_dec {list(weights['W_dec'].shape)}, but the source has d_in={source.d_in}; give the "
+            "run's own"
         )
     sae.load_state_dict(weights)
     rows = calibration_rows(sae, source)
@@ -71,7 +72,7 @@ def _opened(out: Path, given: object) -> tuple[SAE, TrainConfig, Source, int]:
 
 
 def _as_of(config: SAEConfig, done: float) -> SAEConfig:
-    """With the k that the run is at, where that falls: what is saved must fire alike when it is loaded."""
+    """With the run's current k, where k is annealed: what is saved must fire alike when it is loaded."""
     base = getattr(config, "base", None) or {}
     sparsifier: Any = config.build()
     if getattr(sparsifier, "k_start", None) is None:

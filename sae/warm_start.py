@@ -1,4 +1,4 @@
-"""A run that begins with the weights of an SAE that is trained already."""
+"""A run that starts from the weights of a trained SAE."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ UNIT_NORM = 1e-2
 
 
 def require_start(config: TrainConfig) -> None:
-    """Refuses, before any data are opened, a `train.start_from` that is no SAE, or that the run would discard.
+    """Refuses, before any data are opened, a `train.start_from` that is not an SAE, or that the run would discard.
 
     Raises:
-        UsageError: it is one.
+        UsageError: it is one of these.
     """
     path = config.train.start_from
     if path is None:
@@ -45,8 +45,8 @@ def require_start(config: TrainConfig) -> None:
 def start_from_(sae: SAE, path: Path, unit: float, target_unit: float, start: Callable[[], None]) -> None:
     """Gives `sae`, in the trainer's units, the weights of the SAE in a folder or file.
 
-    Of the same kind it takes all that was learnt. Of another kind it takes encoder, decoder and biases, and `start` is
-    what its own sparsifier then begins with.
+    From the same kind it takes everything learned. From another kind it takes encoder, decoder and biases, and `start`
+    then initialises its own sparsifier.
 
     Raises:
         UsageError: there is none, it is of other sizes, or its decoder rows cannot be made those that the run keeps.
@@ -58,7 +58,7 @@ def start_from_(sae: SAE, path: Path, unit: float, target_unit: float, start: Ca
     sizes, theirs = ({"d_in": m.d_in, "d_out": m.d_out, "d_sae": m.d_sae} for m in (sae, given))
     if sizes != theirs:
         raise UsageError(
-            f"train.start_from {said(path)} has {_listed(theirs)}, and this run {_listed(sizes)}; give one of these "
+            f"train.start_from {said(path)} has {_listed(theirs)}, but this run {_listed(sizes)}; give an SAE of these "
             "sizes"
         )
     given.rescale_(1 / unit, 1 / target_unit)
@@ -84,7 +84,7 @@ def start_from_(sae: SAE, path: Path, unit: float, target_unit: float, start: Ca
         if name in learnt:
             weight.copy_(learnt[name])
     what = "all weights" if same else "the dictionary"
-    logger.info("begins with %s of %s, a %s", what, said(path), given.config.kind)
+    logger.info("starts from %s of %s, a %s", what, said(path), given.config.kind)
 
 
 def _normalise_(given: SAE, thresholds: bool, path: Path) -> None:
@@ -95,8 +95,8 @@ def _normalise_(given: SAE, thresholds: bool, path: Path) -> None:
     if thresholds:
         least, most = float(norms.min()), float(norms.max())
         raise UsageError(
-            f"train.start_from {said(path)} has decoder rows of norms {least:.3g} to {most:.3g}, which its thresholds "
-            "are for, and this run keeps them at 1; set sae.unit_norm_decoder false"
+            f"train.start_from {said(path)} has decoder rows of norms {least:.3g} to {most:.3g}, to which its "
+            "thresholds belong, but this run keeps them at 1; set sae.unit_norm_decoder false"
         )
     given.W_dec.div_(norms[:, None])
     given.encoder.mul_(norms[:, None])

@@ -179,7 +179,9 @@ def test_a_semi_nmf_of_equal_samples_keeps_its_atoms_apart():
     assert (x - G @ F).square().sum() < 0.01 * x.square().sum()
     apart = (F[:, None] - F).norm(dim=2) + torch.eye(30, dtype=F.dtype)
     assert apart.min() > 1e-6
-    with pytest.raises(UsageError, match="a semi-NMF with 30 atoms needs as many samples, got 29; lower d_sae"):
+    with pytest.raises(
+        UsageError, match="a semi-NMF with 30 atoms needs at least that many samples, got 29; lower d_sae"
+    ):
         learn_semi_nmf(x[:29], 30)
 
 
@@ -212,7 +214,7 @@ def test_without_true_activations_the_penalty_of_least_error_is_taken(source):
     for penalty in (coder.code.penalty / 3, 3 * coder.code.penalty):
         other = baselines.SparseCoding(source.truth, penalty, 0.0, 3)(validation.x - centre)
         assert error <= 1.02 * (other @ source.truth + centre - validation.x).square().sum()
-    with pytest.raises(UsageError, match="without the true activations a penalty can be chosen at a given k only"):
+    with pytest.raises(UsageError, match="without the true activations a penalty can be chosen only at a given k"):
         baselines.sparse_coding(source.truth, None, validation)
 
 

@@ -172,8 +172,8 @@ def test_what_cannot_be_recorded_goes_on_as_it_comes(monkeypatch, caplog):
     assert len(tried) == 1
     (said,) = caplog.messages
     assert said == (
-        "a step could not be recorded as a CUDA graph (CUDA out of memory. Tried to allocate 2 GiB): steps go on "
-        "without, slower"
+        "a step could not be recorded as a CUDA graph (CUDA out of memory. Tried to allocate 2 GiB): steps "
+        "continue without, more slowly"
     )
     same_run(ours, judge)
 

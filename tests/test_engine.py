@@ -598,7 +598,9 @@ def test_a_run_that_cannot_go_on_as_it_began_says_so(monkeypatch):
     tensors, values = engine.saved()
     other = make_engine("topk", make_sae("topk"), "torch")
     monkeypatch.setattr("sae.kernels.selection.library", no_compiler)
-    with pytest.raises(UsageError, match=r"began with native kernels in fp32, and must go on so: .*no compiler"):
+    with pytest.raises(
+        UsageError, match=r"began with native kernels in fp32 and must continue with them: .*no compiler"
+    ):
         other.restore(tensors, values)
 
 

@@ -70,10 +70,14 @@ def test_bad_input_is_refused_in_one_line(source: WorldSource) -> None:
     huge = torch.zeros_like(held_out.x)
     huge[7, 0] = 1e38
     cases = {
-        "the evaluation set holds no sample": (coder(truth), HeldOut(held_out.x[:0]), None),
-        "the true features have 5 dimensions, the dictionary has 6": (coder(truth), held_out, truth[:, :5]),
-        "the true activations are of 16 features, the truth has 9": (coder(truth), held_out, truth[:9]),
-        "codes must be finite, those of sample 7 are not": (coder(1e3 * truth), HeldOut(huge, held_out.acts), truth),
+        "the evaluation set has no samples": (coder(truth), HeldOut(held_out.x[:0]), None),
+        "the true features have 5 dimensions, but the dictionary has 6": (coder(truth), held_out, truth[:, :5]),
+        "the true activations are of 16 features, but the truth has 9": (coder(truth), held_out, truth[:9]),
+        "codes must be finite, but those of sample 7 are not": (
+            coder(1e3 * truth),
+            HeldOut(huge, held_out.acts),
+            truth,
+        ),
         "activations must be finite": (coder(truth), HeldOut(huge * 1e3, held_out.acts), truth),
     }
     for message, arguments in cases.items():
@@ -101,5 +105,5 @@ def test_bad_rows_in_a_later_window_are_refused(source: WorldSource, monkeypatch
             evaluate(coder(source.truth), HeldOut(x, known), source.truth)
     x, acts, _ = source.held_out("evaluation", 900)
     acts.values[-1] = torch.nan
-    with pytest.raises(UsageError, match="true activations must be finite, the evaluation set holds nan or inf"):
+    with pytest.raises(UsageError, match="true activations must be finite, but the evaluation set holds nan or inf"):
         evaluate(coder(source.truth), HeldOut(x, acts), source.truth)

@@ -101,5 +101,5 @@ def test_a_target_would_not_follow(tmp_path):
         sae={"kind": "transcoder", "d_sae": 16, "k": 2}, train={"clip_rows": 3.0}, out=tmp_path / "run"
     )
     x, _ = rows(500)
-    with pytest.raises(UsageError, match=r"train\.clip_rows=3 draws x in, and a target would not follow; leave it out"):
+    with pytest.raises(UsageError, match=r"train\.clip_rows=3 pulls x in, but a target would not follow; leave it out"):
         sae.train(given, (x, x[:, :3]))

@@ -107,7 +107,7 @@ def test_puts_an_sae_there_and_takes_it_back(server, run, run_cli, caplog):
     files = server.repos["me/saes"]["main"]
     assert set(files) == {"README.md", "layer_8/cfg.json", "layer_8/sae_weights.safetensors"}
     assert server.private == {"me/saes"}
-    assert "made hf://me/saes, which is private" in caplog.text
+    assert "created hf://me/saes, which is private" in caplog.text
     caplog.clear()
     card = files["README.md"].decode()
     assert "library_name: saelens" in card
@@ -159,7 +159,7 @@ def test_no_path_of_this_machine_is_published(server, run, run_cli, tmp_path, ca
     said = json.loads(server.repos["me/saes"]["main"]["a/cfg.json"])["metadata"]
     assert said["dataset_path"] == "me/texts"
     assert "model_name" not in said
-    assert "left out model_name, a path of this machine" in caplog.text
+    assert "left out model_name, a local path" in caplog.text
 
 
 def test_what_is_made_of_one_lies_in_the_working_directory(server, run, run_cli, tmp_path, monkeypatch):

@@ -261,7 +261,7 @@ def test_the_page_says_what_latents_raise_where_they_write_to_the_residual_strea
 def test_activations_of_another_module_are_told(tiny, run, tmp_path, caplog):
     source = SourceConfig.of_kind(tiny.section(module="transformer.h.0"))
     describe(run, [1], source=source, out=tmp_path / "other")
-    assert "run was trained on transformer.h.1, and these are activations of transformer.h.0" in caplog.text
+    assert "run was trained on transformer.h.1, but these are activations of transformer.h.0" in caplog.text
     caplog.clear()
     harvest_model(SourceConfig.of_kind(tiny.section()), tmp_path / "acts")
     describe(run, [1], source=sae.StoreSourceConfig(path=tmp_path / "acts"), out=tmp_path / "same")

@@ -245,7 +245,7 @@ def test_other_mistakes():
     update = inspect.unwrap(Spliced.update)  # users run without jaxtyping
     with pytest.raises(UsageError, match=r"at least 2 positions, got \[9\]"):
         update(Spliced(model, "blocks.0", half), TOKENS[0])
-    with pytest.raises(UsageError, match=r"mask must be \[5, 9\], as tokens are; got \[2, 2\]"):
+    with pytest.raises(UsageError, match=r"mask must be \[5, 9\] like tokens, got \[2, 2\]"):
         update(Spliced(model, "blocks.0", half), TOKENS, torch.ones(2, 2))
     with pytest.raises(UsageError, match="no token was predicted"):
         Spliced(model, "blocks.0", half).compute()

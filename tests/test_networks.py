@@ -190,7 +190,7 @@ def test_other_weights_do_not_go_on(tmp_path):
     other = Network()
     with torch.no_grad():
         other.unused.weight[0, 0] += 1
-    with pytest.raises(UsageError, match="begun otherwise: weights was"):
+    with pytest.raises(UsageError, match="begun with other values: weights was"):
         sae.harvest(other, "pair", batches(), tmp_path, resume=True)
     assert fingerprint(Network()) == fingerprint(Network())
 
@@ -230,7 +230,7 @@ def test_a_stop_changes_nothing(tmp_path, monkeypatch, how):
     with pytest.raises(Interrupted if how == "signal" else RuntimeError):
         sae.harvest(Network(), "pair", stopped_after(batches(), 10, how), tmp_path / "stopped")
     assert not Store(tmp_path / "stopped").manifest.complete
-    with pytest.raises(UsageError, match="not written to its end"):
+    with pytest.raises(UsageError, match="is incomplete; run its `sae harvest` again with --resume"):
         sae.open_store(tmp_path / "stopped")
     with pytest.raises(UsageError, match="already holds a store"):
         sae.harvest(Network(), "pair", batches(), tmp_path / "stopped")
@@ -261,7 +261,7 @@ def test_an_old_store_is_there_until_the_new_one_is(tmp_path, monkeypatch):
 def test_files_of_others_are_left_alone(tmp_path, name):
     (tmp_path / name).write_text("mine")
     for how in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(UsageError, match=f"holds {name} of something else"):
+        with pytest.raises(UsageError, match=f"holds {name}, which belongs to no store"):
             sae.harvest(Network(), "pair", batches(), tmp_path, **how)
     assert (tmp_path / name).read_text() == "mine"
 
@@ -269,7 +269,7 @@ def test_files_of_others_are_left_alone(tmp_path, name):
 def test_inputs_must_be_the_same_and_as_many(tmp_path):
     with pytest.raises(Interrupted):
         sae.harvest(Network(), "pair", stopped_after(batches(), 10, "signal"), tmp_path)
-    with pytest.raises(UsageError, match="the inputs end after 3 batches, and 11 had been read"):
+    with pytest.raises(UsageError, match="the inputs end after 3 batches, but 11 had been read"):
         sae.harvest(Network(), "pair", batches(3), tmp_path, resume=True)
     with pytest.raises(UsageError, match="inputs are batches, got one tensor"):
         sae.harvest(Network(), "pair", batches(1)[0], tmp_path / "tensor")

@@ -187,7 +187,7 @@ def test_a_resumed_run_is_the_whole_one(whole, tmp_path, number):
     assert second.code == (-number if number == signal.SIGKILL else 128 + number)
     if number == signal.SIGKILL:
         assert first.code == 2, first.err
-        assert "sae: error: another process of this run ended, or cannot be reached" in first.err
+        assert "sae: error: another process of this run ended or cannot be reached" in first.err
         assert len(first.err.strip().splitlines()[-1]) < 500
     at = int(saved(tmp_path / "run")[-1].removeprefix("step-"))
     assert 500 <= at < 1500
@@ -195,7 +195,7 @@ def test_a_resumed_run_is_the_whole_one(whole, tmp_path, number):
     first, second = ended(started(SAE, *words, "--resume", folders=folders))
     assert first.code == 0, first.err
     assert second.code == 0, second.err
-    assert f"goes on after step {at} of 1500" in first.err
+    assert f"continues after step {at} of 1500" in first.err
     assert not list(folders[1].iterdir())
     assert (tmp_path / "run/sae.safetensors").read_bytes() == (whole[0] / "sae.safetensors").read_bytes()
     found, expected = (json.loads((out / "result.json").read_text()) for out in (tmp_path / "run", whole[0]))
@@ -364,7 +364,7 @@ def test_what_happens_to_one_ends_all(tmp_path, how):
             "UsageError batch 150 row 0 holds NaN",
         ),
         "other rows": ("OtherProcess process 1: its held-out rows are not", "UsageError its held-out rows are not"),
-        "on_line": ("ValueError mine", "UsageError another process of this run ended, or cannot be reached"),
+        "on_line": ("ValueError mine", "UsageError another process of this run ended or cannot be reached"),
     }
     if how == "ends":
         assert first.out == second.out
@@ -450,7 +450,7 @@ def test_torchrun_starts_them_again(tmp_path):
     finally:
         run.terminate()
     assert run.returncode == 0, err
-    assert "goes on after step" in err
+    assert "continues after step" in err
     assert "every metric is in its result.json" in out
 
 
@@ -518,7 +518,7 @@ def test_each_process_takes_a_device_of_its_own(meeting, monkeypatch):
     assert taken == [1, 1]
     with joined("cpu") as ranks:
         assert (ranks.host, ranks.device) == ("gloo", None)
-    with pytest.raises(UsageError, match="'cuda:0' would be that of every process; say cuda"), joined("cuda:0"):
+    with pytest.raises(UsageError, match="'cuda:0' would be every process's; give cuda"), joined("cuda:0"):
         pass
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one on each machine
     with joined("cuda:0"):

@@ -190,7 +190,7 @@ def test_it_is_told(caplog):
         for x in data(11):
             trainer.step(x)
     n = trainer.n_resampled
-    assert f"step 10: {n} of {n} dead latents start anew" in caplog.text
+    assert f"step 10: {n} of {n} dead latents restarted" in caplog.text
     assert n >= 11
     assert len(trainer.dead) == 0
 

@@ -110,7 +110,7 @@ def test_what_cannot_be_a_target(monkeypatch, blocks, tmp_path):
         as_source((x, y.long()))
     with pytest.raises(UsageError, match="the target is a str; it must be a tensor or an array"):
         as_source((x, "y.npy"))
-    with pytest.raises(UsageError, match=r"batch 1 of the source has widths \[3\], those before it \[3, 2\]"):
+    with pytest.raises(UsageError, match=r"batch 1 of the source has widths \[3\], but those before it \[3, 2\]"):
         as_source(iter([(x, y), x]))
     np.save(tmp_path / "x.npy", x.numpy())
     np.save(tmp_path / "y.npy", y.numpy())

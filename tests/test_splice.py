@@ -280,7 +280,7 @@ def test_what_cannot_be_spliced_is_told():
     ):
         NETWORK(X)
     narrow = an_sae(D, HIDDEN - 1)
-    with pytest.raises(UsageError, match=r"gives \[35, 9\] in the place of"), sae.splice(NETWORK, "block", narrow):
+    with pytest.raises(UsageError, match=r"gives \[35, 9\] in place of"), sae.splice(NETWORK, "block", narrow):
         NETWORK(X)
     nothing = nn.Sequential(nn.Module())
     nothing[0].forward = lambda x: "words"

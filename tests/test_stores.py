@@ -218,7 +218,7 @@ def test_stores_change_their_dtype(store, tmp_path, run_cli):
         assert torch.equal(rows_of(tmp_path / "store-store", split), rows_of(store, split).bfloat16())
     assert Store(tmp_path / "store-store").column("training", "context").dtype == torch.int32
     assert run_cli("store", "verify", tmp_path / "store-store").code == 0
-    run_cli("store", "convert", store, "--out", store, "--overwrite").assert_refused("read and written at once")
+    run_cli("store", "convert", store, "--out", store, "--overwrite").assert_refused("both read and written")
     large = tmp_path / "large"
     large.mkdir()
     with StoreWriter(large, {}, None) as writer:

@@ -581,7 +581,7 @@ def test_a_sweep_is_not_touched_unasked(tmp_path):
         run_sweep(made, resume=True, overwrite=True)
     with pytest.raises(UsageError, match=r"cannot be resumed: train\.n_samples was 1280, now 64"):
         run_sweep(plan(tmp_path / "out", {"train": {"n_samples": 64}}, grid={"sae.k": [1, 2]}), resume=True)
-    with pytest.raises(UsageError, match="has members that this sweep does not have, k2 for one"):
+    with pytest.raises(UsageError, match="has members that this sweep does not have, such as k2"):
         run_sweep(plan(tmp_path / "out", grid={"sae.k": [1, 3]}), resume=True)
     with pytest.raises(UsageError, match="holds a single run"):
         run_sweep(plan(tmp_path / "out/k1", grid={"sae.k": [1, 2]}), overwrite=True)

@@ -121,7 +121,7 @@ def test_each_instance_of_a_stack_has_its_own_probabilities():
     [
         (Together(3), (0.1,) * 4, "n_features=4 must be a multiple of the group size, got size=3"),
         (Together(0), (0.1,) * 4, "got size=0"),
-        (Together(2), (0.1, 0.2), "one feature_prob for each group of 2"),
+        (Together(2), (0.1, 0.2), "one feature_prob per group of 2"),
         (Exclusive(2), (0.1,) * 3, "n_features=3 must be a multiple"),
         (Exclusive(2), (0.1, 0.1, 0.6, 0.5), "at most 1, got 1.1"),
         (Tree(0), (0.1,) * 3, "n_roots must lie in 1..n_features=3, got 0"),

@@ -95,7 +95,7 @@ def test_what_is_out_of_reach_is_told(monkeypatch):
     with pytest.raises(UsageError, match=f"at least {welch:.4g}, the Welch bound of 100 features in 32"):
         CoherentDictionary(welch - 0.01).directions(100, 32, generator(0))
     monkeypatch.setattr("toymodels.dictionaries.MOST_STEPS", 50)
-    with pytest.raises(UsageError, match=r"coherence 0.15 is out of reach: .* stand at 0.* after 50 steps"):
+    with pytest.raises(UsageError, match=r"coherence 0.15 is out of reach: .* are at 0.* after 50 steps"):
         CoherentDictionary(0.15).directions(100, 32, generator(0))
     for wrong in (-0.1, 1.0):
         with pytest.raises(UsageError, match="must lie in"):

@@ -73,7 +73,7 @@ def test_numbers_may_be_written_without_a_point():
             "magnitudes.mean: start and end must be positive",
         ),
         ("{magnitudes: {std: {kind: folded_normal, std: -1}}}", "magnitudes.std: std must not be negative, got -1"),
-        ("{magnitudes: {kind: exponential, std: 1}}", "exponential magnitudes have no std of their own, got 1"),
+        ("{magnitudes: {kind: exponential, std: 1}}", "exponential magnitudes have no std, got 1"),
         ("{magnitudes: {mean: 0}}", "mean of constant magnitudes must be positive"),
         ("{dictionary: {kind: overlap}}", "dictionary.mean_max is required"),
         ("{dictionary: {kind: coherence, coherence: 1.2}}", r"coherence must lie in \[0, 1\), got 1.2"),

@@ -111,7 +111,7 @@ def hierarchy(folder, *roots):
         (lambda f: hierarchy(f, 3), "hierarchy.json does not fit: roots must be a list of nodes"),
         (lambda f: hierarchy(f, node(1, 3)), "hierarchy.json does not fit: children must be nodes"),
         (lambda f: hierarchy(f, node(40)), r"feature_index must lie in 0..39, got 40"),
-        (lambda f: hierarchy(f, node(0, node(1)), node(1)), "feature_index 1 stands in two places"),
+        (lambda f: hierarchy(f, node(0, node(1)), node(1)), "feature_index 1 occurs twice"),
         (lambda f: configure(f, num_features=41), "says 41 features in 16 dimensions, .* holds 40 in 16"),
         (lambda f: configure(f, mean_firing_magnitudes=-1.0), "magnitudes must not be negative, got -1"),
         (lambda f: configure(f, mean_firing_magnitudes=0.0), "scales its children by x / mean"),

@@ -159,7 +159,7 @@ def test_a_directory_with_files_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "project/checkpoints").mkdir(parents=True)
     (tmp_path / "project/checkpoints/model.pt").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="holds checkpoints of something else"):
+        with pytest.raises(UsageError, match="holds checkpoints, which no run wrote"):
             sae.train(config(tmp_path / "project"), overwrite=overwrite, report=False)
     assert (tmp_path / "project/checkpoints/model.pt").read_text() == "precious"
 
@@ -346,9 +346,9 @@ def test_a_short_run_that_is_stopped_while_it_is_measured_resumes_there(tmp_path
 
 def test_what_went_wrong_is_told(tmp_path, caplog):
     sae.train(config(tmp_path / "run", train={"lr": 30.0}), report=False)
-    assert "their mean alone would reconstruct better; lower train.lr=30" in caplog.text
+    assert "their mean would reconstruct better; lower train.lr=30" in caplog.text
     sae.train(config(tmp_path / "other"), resume=True, report=False)
-    assert f"nothing to resume in {tmp_path / 'other'}: the run begins" in caplog.text
+    assert f"nothing to resume in {tmp_path / 'other'}: starting the run" in caplog.text
 
 
 @pytest.mark.parametrize(("n_samples", "times"), [(6_400_000, "4,000"), (1280, "0.8")])
@@ -357,7 +357,7 @@ def test_a_run_tells_how_often_it_sees_its_rows(tmp_path, caplog, n_samples, tim
     run = config(tmp_path / "run", n_samples, source=None)
     with caplog.at_level("INFO", "sae"):
         start(run, as_source(torch.randn(2000, 6)), HeldOut(torch.randn(100, 6)))
-    assert f"1600 rows to train on, each of them {times} times" in caplog.text
+    assert f"1600 rows to train on, each {times} times" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO", "sae"):
         endless = config(tmp_path / "run")
@@ -373,7 +373,7 @@ def test_heavy_tails_are_told_with_the_remedy(tmp_path, caplog):
     x[::500] *= 60
     sae.train(config(tmp_path / "heavy"), x, report=False)
     assert "0.3 % of the rows carry" in caplog.text
-    assert "train.clip_rows=3 holds them back" in caplog.text
+    assert "train.clip_rows=3 limits them" in caplog.text
     caplog.clear()
     for name, remedy in (("norm", {"clip_norm": 0.03}), ("rows", {"clip_rows": 3.0})):
         sae.train(config(tmp_path / name, train=remedy), x, report=False)

@@ -65,9 +65,7 @@ def test_a_run_is_looked_at_while_it_goes_on(tmp_path, run_cli):
     assert f"{tmp_path / 'run'} after step 10 of 20; nothing was written" in outcome.out
     assert f"{mcc:.4g}" in outcome.out
     assert not (tmp_path / "run/result.json").exists()
-    run_cli("eval", tmp_path / "run", "--diagnose").assert_refused(
-        "is not finished; train it to the end, with --resume"
-    )
+    run_cli("eval", tmp_path / "run", "--diagnose").assert_refused("is not finished; train it to the end with --resume")
     sae.train(config(tmp_path / "run", source=toy), resume=True, report=False)
     assert not is_unfinished(tmp_path / "run")
 
@@ -107,7 +105,7 @@ def test_what_cannot_be_looked_at(tmp_path):
         UsageError, match=r"was trained on activations passed from Python; use sae\.load_checkpoint\(out,"
     ):
         sae.load_checkpoint(tmp_path / "run")
-    with pytest.raises(UsageError, match=r"has W_dec \[24, 6\], and the source d_in=5; give its own"):
+    with pytest.raises(UsageError, match=r"has W_dec \[24, 6\], but the source has d_in=5; give the run's own"):
         sae.load_checkpoint(tmp_path / "run", X[:, :5])
     (newest,) = sorted((tmp_path / "run" / CHECKPOINTS).iterdir())[-1:]
     (newest / "state.safetensors").write_bytes(b"")

@@ -150,12 +150,12 @@ def test_a_resumed_run_needs_the_other_no_more(tmp_path, run_cli):
 
 def test_what_does_not_fit_is_told(tmp_path):
     sae.train(config(tmp_path / "old", {"kind": "topk", "k": 3, "d_sae": 16}), X, report=False)
-    with pytest.raises(UsageError, match=r"start_from .*old has d_in=8, d_out=8, d_sae=16, and this run .* d_sae=24"):
+    with pytest.raises(UsageError, match=r"start_from .*old has d_in=8, d_out=8, d_sae=16, but this run .* d_sae=24"):
         begun(config(tmp_path / "new", {"kind": "topk", "k": 3}, start_from=tmp_path / "old"))
     free = {"kind": "jumprelu", "l0": 2.5, "unit_norm_decoder": False}
     sae.train(config(tmp_path / "free", free), X, report=False)
     kept = config(tmp_path / "new", free | {"unit_norm_decoder": True}, start_from=tmp_path / "free")
-    with pytest.raises(UsageError, match=r"its thresholds are for, .*; set sae.unit_norm_decoder false"):
+    with pytest.raises(UsageError, match=r"to which its thresholds belong, .*; set sae.unit_norm_decoder false"):
         begun(kept)
     with pytest.raises(UsageError, match=r"there is no .*nothing; give a folder or file with an SAE"):
         begun(config(tmp_path / "new", free, start_from=tmp_path / "nothing"))

@@ -29,7 +29,7 @@ class Together:
         groups = _grouped(probs, self.size)
         if not (groups == groups[..., :1]).all():
             raise UsageError(
-                f"features that fire together need one feature_prob for each group of {self.size}, got {probs.tolist()}"
+                f"features that fire together need one feature_prob per group of {self.size}, got {probs.tolist()}"
             )
 
     def marginals(self, probs: Float[Tensor, "*i n"]) -> Float[Tensor, "*i n"]:
@@ -83,7 +83,7 @@ class Tree:
     exclusive: bool = False
 
     def check(self, probs: Float[Tensor, "*i n"]) -> None:
-        """Raises UsageError when these features do not make such a tree."""
+        """Raises UsageError when these features do not form such a tree."""
         n = probs.shape[-1]
         if not 1 <= self.n_roots <= n:
             raise UsageError(f"n_roots must lie in 1..n_features={n}, got {self.n_roots}; change one of them")

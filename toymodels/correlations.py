@@ -78,7 +78,7 @@ class Groups:
                 f"size must be at least 2, got {self.size}; leave correlation out for independent features"
             )
         if not abs(self.rho) <= MOST_SHARED:
-            raise UsageError(f"rho must lie in [−{MOST_SHARED}, {MOST_SHARED}], got {self.rho}")
+            raise UsageError(f"rho must lie in [−{MOST_SHARED}, {MOST_SHARED}], got {self.rho}; bring it closer to 0")
         if self.rho < 0 and self.size > 2:
             raise UsageError(
                 f"a negative rho takes pairs, got {self.rho} with size={self.size}: not all of them can be opposed; "
@@ -115,7 +115,7 @@ def some_fire_prob(
 
 
 def rotated(factors: Factors, tree: Int[np.ndarray, " n_features"], stream: torch.Generator) -> Factors:
-    """The factors of each tree, turned by an orthogonal matrix of its own.
+    """The factors of each tree, rotated by its own orthogonal matrix.
 
     Inside a tree all products l_i · l_j stay, and with them every marginal; across trees they are drawn anew.
     """

@@ -168,7 +168,7 @@ class _Adam:
 
 
 def _with_overlap(D: Directions, statistic: Overlap, target: float) -> Directions:
-    """The nearest thing to D that has the overlap: close pairs part, or partners close up."""
+    """The dictionary nearest to D with this overlap: close pairs part, or partners close up."""
     n, d = D.shape
     if n == 1:
         raise UsageError("one feature overlaps with none; use kind random")
@@ -194,7 +194,7 @@ def _with_overlap(D: Directions, statistic: Overlap, target: float) -> Direction
             return _between(before, after, statistic, target)
         before = after
     raise UsageError(
-        f"{statistic} {target} is out of reach: {n} features in {d} dimensions begin at {begun:.3f} and stand at "
+        f"{statistic} {target} is out of reach: {n} features in {d} dimensions start at {begun:.3f} and are at "
         f"{overlap(before, statistic):.3f} after {MOST_STEPS} steps; raise it or d_hidden"
     )
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong, told in one line."""
+"""What a user can get wrong, reported in one line."""
 
 from __future__ import annotations
 

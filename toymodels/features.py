@@ -157,7 +157,7 @@ class Features:
 
     def __post_init__(self) -> None:
         if self.n_features < 1:
-            raise UsageError(f"n_features must be at least 1, got {self.n_features}")
+            raise UsageError(f"n_features must be at least 1, got {self.n_features}; raise it")
         for name in ("feature_prob", "importance"):
             given = getattr(self, name)
             if isinstance(given, Tensor | Sequence):
@@ -184,7 +184,10 @@ class Features:
         """How many instances have probabilities or importances of their own; None when all share them."""
         counts = {len(table) for table in (self._gates, self.importances) if table.ndim == 2}
         if len(counts) > 1:
-            raise UsageError(f"feature_prob and importance are given for different numbers of instances, {counts}")
+            raise UsageError(
+                f"feature_prob and importance are given for different numbers of instances, {counts}; give "
+                "both for one number"
+            )
         return counts.pop() if counts else None
 
     @cached_property

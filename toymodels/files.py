@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and checksums that tell a damaged one."""
+"""Files that are whole or absent, and checksums that detect damage."""
 
 from __future__ import annotations
 

@@ -132,7 +132,9 @@ class FoldedNormalOver:
     def __post_init__(self) -> None:
         _check_std(self.std)
         if None not in (self.min_value, self.max_value) and self.min_value > self.max_value:  # type: ignore[operator]
-            raise UsageError(f"min_value must not exceed max_value={self.max_value}, got {self.min_value}")
+            raise UsageError(
+                f"min_value must not exceed max_value={self.max_value}, got {self.min_value}; exchange them"
+            )
 
     def over(self, n: int, stream: torch.Generator) -> Profile:
         """One number for each feature, in float32."""
@@ -182,7 +184,7 @@ class Magnitudes:
         if self.kind not in self.KINDS:
             raise UsageError(f"kind {self.kind!r} is unknown{nearest(self.kind, self.KINDS)}")
         if self.kind in ("constant", "exponential") and self.std != 0.0:
-            raise UsageError(f"{self.kind} magnitudes have no std of their own, got {self.std}; leave it out")
+            raise UsageError(f"{self.kind} magnitudes have no std, got {self.std}; leave it out")
         for name, number in (("mean", self.mean), ("std", self.std)):
             ends = (number.start, number.end) if isinstance(number, LinearOver) else (number,)
             if any(isinstance(end, float | int) and end < 0 for end in ends):
@@ -205,7 +207,7 @@ class Strengths:
             )
 
     def draw(self, features: Int[np.ndarray, " nnz"], rng: np.random.Generator) -> Float[np.ndarray, " nnz"]:
-        """x of each of these features, each time anew."""
+        """x of each of these features, drawn afresh each time."""
         mean, n = self.mean.take(features), len(features)
         match self.kind:
             case "constant":
@@ -220,7 +222,7 @@ class Strengths:
 
     @property
     def positive(self) -> Profile:
-        """P(x_i > 0 where it fires), in float64: below 1 for rectified normals alone."""
+        """P(x_i > 0 where it fires), in float64: below 1 only for rectified normals."""
         if self.kind != "rectified_normal":
             return torch.ones(len(self.mean), dtype=torch.float64)
         mean, std = torch.from_numpy(self.mean).double(), torch.from_numpy(self.std).double()

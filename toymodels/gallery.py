@@ -1,4 +1,4 @@
-"""One page for all that was found: index.html, drawn from the folders of the experiments alone."""
+"""One page for all results: index.html, drawn only from the folders of the experiments."""
 
 from __future__ import annotations
 

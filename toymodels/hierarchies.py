@@ -165,7 +165,7 @@ def _by_factors(forest: Forest, probs: Profile) -> Profile:
     if n_clamped := int((draws > 1 + 1e-9).sum()):
         logger.warning(
             "compensation: %d of %d features would have to draw with a probability above 1 (up to %.3g), and fire less "
-            "often than asked",
+            "often than requested",
             n_clamped,
             len(draws),
             draws.max(),
@@ -242,9 +242,9 @@ def forest_of_nodes(roots: list[dict[str, Any]], n: int) -> Forest:
         feature = node.get("feature_index")
         if feature is not None:
             if not isinstance(feature, int) or not 0 <= feature < n:
-                raise UsageError(f"feature_index must lie in 0..{n - 1}, got {feature!r}")
+                raise UsageError(f"feature_index must lie in 0..{n - 1}, got {feature!r}; correct hierarchy.json")
             if seen[feature]:
-                raise UsageError(f"feature_index {feature} stands in two places")
+                raise UsageError(f"feature_index {feature} occurs twice; correct hierarchy.json")
             seen[feature] = True
             forest.parent[feature], forest.scaled[feature] = above, scaled and above >= 0
             above = feature

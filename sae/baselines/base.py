@@ -1,4 +1,4 @@
-"""What a baseline is to the metrics: a dictionary, and a function from activations to codes."""
+"""What metrics need of a baseline: a dictionary, and a function from activations to codes."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Baseline:
         return codes.decode(self.W_dec) + self.b_dec
 
     def pre_latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """Correlation with each direction: what any selection would start from."""
+        """Correlation with each direction: what any selection starts from."""
         return (x - self.b_dec) @ self.W_dec.T
 
 
 def signed_pairs(rows: Float[Tensor, "n d_in"], b_dec: Float[Tensor, " d_in"], code: Codes) -> Baseline:
     """Rows whose codes have either sign, each as two latents: +w with the codes above 0, -w with those below.
 
-    Cosines with the features are signed and codes are not negative, so that a row without a sign is entered twice. A
-    latent of a sign that is never used is dead, and matches nothing.
+    Cosines with the features are signed and codes are nonnegative, so a row without a sign is entered twice. A latent
+    whose sign is never used is dead, and matches nothing.
     """
 
     def both(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Baselines beside a finished run, on its own activations."""
+"""Baselines next to a finished run, on its own activations."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def beside_run(
     device: str | None = None,
     on_row: Callable[[str], None] | None = None,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Measures a run again, and every baseline that its source has all for: at as many latents, of which as many fire.
+    """Measures a run again, and every baseline that its source supports, with as many latents and as many firing.
 
-    The rows, that of the SAE first, go into baselines.json of the run's directory too, where `sae report` finds them;
-    the SAE's has no `seconds`, as it was trained before. `on_row` hears which baseline is next.
+    The rows, the SAE's first, also go into baselines.json in the run's directory, where `sae report` finds them; the
+    SAE's has no `seconds`, as it was trained before. `on_row` is called with the name of the next baseline.
 
     Raises:
         UsageError: the run cannot be measured again, or its source has a target.
@@ -47,6 +47,6 @@ def beside_run(
 
 
 def budget(config: TrainConfig, l0: float, d_in: int) -> int:
-    """The latents that fire for a sample at most: the SAE's own k, or what its L0 comes to."""
+    """The most latents that fire for a sample: the SAE's own k, or the one derived from its L0."""
     k = getattr(config.sae, "k", None) or l0
     return max(1, min(round(k), d_in, config.sae.d_sae))

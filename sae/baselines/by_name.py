@@ -32,7 +32,7 @@ N_DICTIONARY_LEARNING, N_SEMI_NMF = 16_000, 8000
 
 @dataclass(frozen=True)
 class Given:
-    """What baselines are fitted on, and to which size."""
+    """What baselines are fitted on, and at which size."""
 
     x: Float[Tensor, "batch d_in"]
     validation: HeldOut
@@ -41,7 +41,7 @@ class Given:
     k: int
     seed: int = 0
     sae: SAE | None = None
-    """Whose dictionary the baselines `sae_*` code."""
+    """The SAE whose dictionary the baselines `sae_*` code."""
 
     @property
     def known(self) -> Float[Tensor, "n_features d_in"]:
@@ -77,7 +77,7 @@ BASELINES: dict[str, Callable[[Given], Baseline]] = {
 
 
 def applicable(source: Source, sae: SAE | None = None) -> list[str]:
-    """The names of the baselines that a source has all for."""
+    """The names of the baselines that a source supports."""
     knows_acts = source.truth is not None and source.held_out("calibration", 1).acts is not None
     return [
         name
@@ -99,8 +99,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """A row for each baseline: its name, the seed, every metric that an SAE gets, and the seconds to fit it.
 
-    `source` is what `sae.train` takes. Baselines are fitted on `n_fit` rows of training, at `d_sae` latents of which k
-    fire; penalties and thresholds are chosen on rows for calibration; all is measured on rows for evaluation.
+    `source` is what `sae.train` takes. Baselines are fitted on `n_fit` training rows, with `d_sae` latents of which k
+    fire; penalties and thresholds are chosen on calibration rows; everything is measured on evaluation rows.
 
     Raises:
         UsageError: a name is unknown, or the source lacks what a baseline needs.
@@ -123,15 +123,15 @@ def prepare(
     """What baselines of these names are fitted on.
 
     Raises:
-        UsageError: they cannot be.
+        UsageError: they cannot be fitted.
     """
     for name in names:
         if name not in BASELINES:
             raise UsageError(f"unknown baseline {name!r}{nearest(name, BASELINES)}")
     if not 1 <= k <= min(d_sae, source.d_in):
-        raise UsageError(f"k must lie in 1..min(d_sae={d_sae}, d_in={source.d_in}), got {k}")
+        raise UsageError(f"k must lie in 1..min(d_sae={d_sae}, d_in={source.d_in}), got {k}; lower k")
     if source.d_out is not None:
-        raise UsageError("baselines reconstruct what they read; there are none where the source has a target")
+        raise UsageError("baselines reconstruct what they read, but the source has a target; give a source without one")
     batch = next(source.batches(n_fit, seed), None)
     if batch is None:
         raise UsageError(f"the source ended before the {n_fit} activations that baselines are fitted on; lower n_fit")

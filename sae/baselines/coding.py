@@ -1,6 +1,6 @@
 """Codes for a dictionary that is given: non-negative sparse coding, and matching pursuit.
 
-With the true features this is an oracle, with a trained SAE's it is what the SAE's own encoder loses.
+With the true features this is an oracle; with a trained SAE's dictionary it shows what the SAE's own encoder loses.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def sparse_coding(
     penalties = (PENALTIES * (x @ dictionary.T).amax(dim=1).median()).tolist()
     if truth is None or validation.acts is None:
         if k is None:
-            raise UsageError("without the true activations a penalty can be chosen at a given k only; give k")
+            raise UsageError("without the true activations a penalty can be chosen only at a given k; give k")
 
         def by_error(penalty: float) -> PenaltyChoice:
             error = (x - sparse_code(x, dictionary, penalty, k=k) @ dictionary).square().sum()
@@ -77,7 +77,7 @@ def sparse_coding(
 
 
 def _descend(penalties: list[float], choose: Callable[[float], PenaltyChoice]) -> PenaltyChoice:
-    """The best of the penalties from the largest on, until two in a row are worse: the small ones take longest."""
+    """The best penalty, from the largest down, until two in a row are worse: the small ones take longest."""
     best, n_worse = choose(penalties[-1]), 0
     for penalty in reversed(penalties[:-1]):
         choice = choose(penalty)
@@ -89,18 +89,18 @@ def _descend(penalties: list[float], choose: Callable[[float], PenaltyChoice]) -
 
 
 def oracle(truth: Float[Tensor, "n_features d_in"], validation: HeldOut, k: int | None = None) -> Baseline:
-    """The true features, coded by `sparse_coding`: what it misses, no encoder can be blamed for.
+    """The true features, coded by `sparse_coding`: no encoder can be blamed for what it misses.
 
-    It knows the offset of the activations too, mean(x - a truth) over `validation`.
+    It also knows the offset of the activations, mean(x - a truth) over `validation`.
     """
     return sparse_coding(truth, truth, validation, k, offset(truth, validation))
 
 
 def offset(truth: Float[Tensor, "n_features d_in"], validation: HeldOut) -> Float[Tensor, " d_in"]:
-    """What the activations hold besides the features: mean(x - a truth)."""
+    """What the activations contain besides the features: mean(x - a truth)."""
     if validation.acts is None:
         raise UsageError(
-            "the oracle needs to know when each true feature is on, and this source knows directions only; leave out "
+            "the oracle needs to know when each true feature is on, but this source knows only directions; leave out "
             "the baselines whose names begin with oracle"
         )
     return (validation.x - validation.acts.embed(truth)).mean(dim=0)

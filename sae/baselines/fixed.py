@@ -1,4 +1,4 @@
-"""Dictionaries that nothing was learnt for: directions at random, and samples themselves."""
+"""Dictionaries that are not learned: random directions, and the samples themselves."""
 
 from __future__ import annotations
 

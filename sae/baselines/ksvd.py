@@ -1,4 +1,4 @@
-"""K-SVD: a dictionary learnt by turns of sparse coding and of atoms that are fitted one after another."""
+"""K-SVD: a dictionary learned by alternating sparse coding with fitting its atoms one after another."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def omp(x: Float[Tensor, "batch d"], D: Float[Tensor, "n d"], k: int, tolerance:
     """
     n, d = D.shape
     if not 1 <= k <= min(n, d):
-        raise ValueError(f"k must lie in 1..min(n={n}, d={d}), got {k}")
+        raise ValueError(f"k must lie in 1..min(n={n}, d={d}), got {k}; lower k")
     gram = D @ D.T
     parts = [_omp(chunk, D, gram, k, tolerance) for chunk in x.split(max(1, CHUNK_ENTRIES // n))]
     if not parts:

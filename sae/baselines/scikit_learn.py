@@ -1,4 +1,4 @@
-"""What scikit-learn has to offer: independent components, and dictionary learning."""
+"""Methods from scikit-learn: independent components, and dictionary learning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ica(x: Float[Tensor, "batch d_in"], seed: int) -> Baseline:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x.numpy())
     if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-        logger.warning("ica did not converge in %d rounds; its components are those of the last", ICA_ROUNDS)
+        logger.warning("ica did not converge in %d rounds; its components are those of the last round", ICA_ROUNDS)
     unmixing, mixing = (torch.from_numpy(m).float() for m in (model.components_, model.mixing_.T))
     norms = torch.linalg.vector_norm(mixing, dim=1, keepdim=True)
     read_out = unmixing * norms

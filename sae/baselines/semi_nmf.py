@@ -27,7 +27,7 @@ def learn_semi_nmf(
         UsageError: there are fewer samples than atoms.
     """
     if len(x) < n_atoms:
-        raise UsageError(f"a semi-NMF with {n_atoms} atoms needs as many samples, got {len(x)}; lower d_sae")
+        raise UsageError(f"a semi-NMF with {n_atoms} atoms needs at least that many samples, got {len(x)}; lower d_sae")
     chosen = torch.randperm(len(x), generator=generator(seed, "semi-nmf"))[:n_atoms]
     nearest = torch.cdist(x, x[chosen]).argmin(dim=1)
     nearest[chosen] = torch.arange(n_atoms)

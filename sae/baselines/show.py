@@ -1,4 +1,4 @@
-"""Baselines beside a run on the command line."""
+"""Baselines next to a run, on the command line."""
 
 from __future__ import annotations
 

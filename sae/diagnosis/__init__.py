@@ -1,4 +1,4 @@
-"""What is wrong with a dictionary whose truth is known: where its F1 went, which features it misses, and why.
+"""What is wrong with a dictionary whose truth is known: where its F1 was lost, which features it missed, and why.
 
     gaps.py        what the encoder loses, what the dictionary loses, what even the true dictionary loses
     structure.py   trees, exclusive groups, correlations of the true features
@@ -43,7 +43,7 @@ MAX_ROWS = 2**17
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`metrics` under the names of result.json, `features` a column each of features.csv, `summary` diagnosis.json."""
+    """`metrics` under the names of result.json, `features` the columns of features.csv, `summary` diagnosis.json."""
 
     metrics: dict[str, float]
     features: dict[str, list[Any]]
@@ -88,7 +88,7 @@ def diagnose(
     evaluation: Evaluation | None = None,
     structure: Structure | None = None,
 ) -> Diagnosis:
-    """Where the F1 went, which features are missed and why, what units carry, how the dictionary fills its space.
+    """Where the F1 was lost, which features were missed and why, what units carry, how the dictionary fills its space.
 
     Penalties and thresholds are chosen on `validation`; everything else is of `held_out`, whose first `gaps.n_rows`
     rows are sparsely coded. Both come with the true activations. `evaluation` is of the same rows (default: it is
@@ -104,7 +104,7 @@ def diagnose(
                 "activations"
             )
         if not bool((rows.acts.values > 0).any()):
-            raise UsageError("no true feature is on in the rows of a diagnosis; pass more of them")
+            raise UsageError("no true feature is on in the rows of a diagnosis; pass more rows")
     assert truth is not None
     assert held_out.acts is not None
     evaluation = evaluate(coder, held_out, truth) if evaluation is None else evaluation

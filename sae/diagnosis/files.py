@@ -1,4 +1,4 @@
-"""The diagnosis in a run directory: a row a feature, and what was counted."""
+"""The diagnosis in a run directory: one row per feature, and the counts."""
 
 from __future__ import annotations
 

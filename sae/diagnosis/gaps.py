@@ -1,4 +1,4 @@
-"""Where the F1 went: what the encoder loses, what the dictionary loses, and what even the true dictionary loses.
+"""Where the F1 was lost: in the encoder, in the dictionary, and even with the true dictionary.
 
     f1_truth_coded    sparse codes of the true features
     f1_learned_coded  sparse codes of the learned dictionary, each feature read from its matched latent

@@ -1,6 +1,6 @@
-"""SAEs of other libraries: read into an `SAE`, or written so that these libraries read ours.
+"""SAEs of other libraries: read into an `SAE`, or written so that these libraries can read ours.
 
-model = sae.formats.load("gemma-scope/layer_20/width_16k")    # what it is shows in its files
+model = sae.formats.load("gemma-scope/layer_20/width_16k")    # the format is recognised by the files
 model = sae.formats.load("hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")
 sae.formats.save(model, "for-saelens", "saelens", model_name="gpt2", hook_name="blocks.8.hook_resid_pre")
 """
@@ -27,7 +27,7 @@ __all__ = ["FORMATS", "WRITTEN", "load", "recognise", "save"]
 
 
 class Format(NamedTuple):
-    """How files of one library are called, recognised, read and, where it makes sense, written."""
+    """How files of one library are named, recognised, read and, where it makes sense, written."""
 
     files: tuple[str, ...]
     is_here: Callable[[Path], bool]
@@ -54,10 +54,10 @@ WRITTEN = [name for name, format in FORMATS.items() if format.write is not None]
 
 def load(path: str | Path, device: str = "cpu") -> SAE:
     """The SAE of any library in a folder, a file or at an address on the Hub, ready for inference: its codes and
-    reconstructions are those that the library itself would give. One of our own is loaded, too.
+    reconstructions are those that the library itself would give. Our own are loaded, too.
 
     Raises:
-        UsageError: it is of no known format, damaged, or does what no SAE here does.
+        UsageError: it is of no known format, damaged, or does something that no SAE here does.
     """
     require_device(device, "device")
     here = local(path)
@@ -70,10 +70,10 @@ def load(path: str | Path, device: str = "cpu") -> SAE:
 
 
 def local(path: str | Path) -> Path:
-    """The folder or file on this machine; of an address on the Hub, where it was fetched to.
+    """The folder or file on this machine; for an address on the Hub, where it was downloaded.
 
     Raises:
-        UsageError: the Hub does not give it, or has no SAE there.
+        UsageError: the Hub does not provide it, or has no SAE there.
     """
     return hub.local(path, FILES)
 
@@ -83,7 +83,7 @@ def save(model: SAE, folder: str | Path, format: str, /, *, overwrite: bool = Tr
     to an address on the Hub. Without `overwrite` no file is replaced; those of another format never are.
 
     Raises:
-        UsageError: the library has nothing that does the same, the folder holds an SAE, or the Hub does not take it.
+        UsageError: the library has no counterpart, the folder holds an SAE, or the Hub does not accept it.
     """
     if format not in WRITTEN:
         raise UsageError(f"unknown format {format!r}{nearest(format, WRITTEN)}")
@@ -100,7 +100,7 @@ def save(model: SAE, folder: str | Path, format: str, /, *, overwrite: bool = Tr
 
 def require_place(folder: str | Path, names: Sequence[str], overwrite: bool) -> None:
     """Refuses a folder, or an address on the Hub, that holds files of these names, or an SAE in another format, which
-    is what would be read from there.
+    would be read instead.
 
     Raises:
         UsageError: it does.
@@ -114,7 +114,7 @@ def require_place(folder: str | Path, names: Sequence[str], overwrite: bool) -> 
 
 
 def recognise(path: Path) -> str:
-    """The name of the format that the files are in.
+    """The name of the files' format.
 
     Raises:
         UsageError: there is none.

@@ -22,7 +22,7 @@ OWN = "sae"
 
 
 def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: bool) -> str:
-    """Reads, writes, and returns a line on what was done.
+    """Reads, writes, and returns a line that says what was done.
 
     Raises:
         UsageError: it cannot be read or written, or would replace files.
@@ -36,7 +36,7 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
     formats.require_place(out, formats.OWN if to == OWN else formats.FORMATS[to].files, overwrite)
     if to == OWN:
         if words:
-            raise UsageError(f"our own files have no place for metadata, got {', '.join(words)}; leave it out")
+            raise UsageError(f"our own format has no metadata, got {', '.join(words)}; leave it out")
         begun = [name for name in (CONFIG, CHECKPOINTS) if (out / name).exists()]
         if begun:
             raise UsageError(
@@ -50,12 +50,12 @@ def convert(path: Path, to: str, out: Path | None, metadata: str, overwrite: boo
 
 
 def _known_there(metadata: dict[str, Any], out: Path) -> dict[str, Any]:
-    """What a run knows of its network; on the Hub without paths of this machine, which nobody there can follow."""
+    """What a run knows about its network; on the Hub without local paths, which nobody there can follow."""
     if hub.address_of(out) is None:
         return metadata
     local = [name for name, value in metadata.items() if isinstance(value, str) and glob.glob(value)]
     for name in local:
-        logger.info("left out %s, a path of this machine; --metadata '{%s: ...}' gives a name", name, name)
+        logger.info("left out %s, a local path; give a name with --metadata '{%s: ...}'", name, name)
     return {name: value for name, value in metadata.items() if name not in local}
 
 

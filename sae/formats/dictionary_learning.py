@@ -48,7 +48,7 @@ def is_here(path: Path) -> bool:
 
 
 def read(path: Path) -> Portable:
-    """The dictionary in a folder. Files are read as tensors alone."""
+    """The dictionary in a folder. Only tensors are read from files."""
     trainer = field(read_json(path / CONFIG), "trainer", dict, path / CONFIG)
     name = field(trainer, "dict_class", str, path / CONFIG)
     if name not in TENSORS:
@@ -67,7 +67,7 @@ def read(path: Path) -> Portable:
     of_shapes(path / WEIGHTS, t, own)
     k = field(trainer, "k", int, path / CONFIG) if name in ("AutoEncoderTopK", *BUDGETS) else None
     if k is not None and "k" in given and int(given["k"]) != k:
-        raise UsageError(f"{path}: k is {k} in {CONFIG} and {int(given['k'])} in {WEIGHTS}; copy both again")
+        raise UsageError(f"{path}: k is {k} in {CONFIG} but {int(given['k'])} in {WEIGHTS}; copy both again")
     tied = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     rule: Any = Positive()
     if name == "GatedAutoEncoder":
@@ -89,7 +89,7 @@ def read(path: Path) -> Portable:
 
 
 def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
-    """The folder; `metadata` (lm_name, layer, submodule_name) joins what `trainer` says."""
+    """Writes the folder; `metadata` (lm_name, layer, submodule_name) is added to `trainer`."""
     if given.transcodes:
         raise UsageError("dictionary_learning has no transcoders; write it for saelens or sparsify")
     name, tensors, extra = _as_dictionary(given)
@@ -102,7 +102,7 @@ def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _as_dictionary(given: Portable) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Class, tensors, and what `trainer` must say beside the common."""
+    """Class, tensors, and what `trainer` must say besides the common part."""
     bias = given.bias(subtracts_b_dec=True)
     linear = {"encoder.weight": given.W_enc.T, "decoder.weight": given.W_dec.T}
     match given.rule:

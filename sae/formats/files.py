@@ -1,4 +1,4 @@
-"""Reading what others wrote: every fault is told with the file, and nothing is guessed."""
+"""Reading other libraries' files: every error names the file, and nothing is guessed."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickled(path: Path) -> dict[str, Any]:
-    """The mapping in a file of torch.save, of tensors and plain values alone: nothing in it is run."""
+    """The mapping in a torch.save file that holds only tensors and plain values: nothing in it is run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of protocols that it may not know: it then fails
             mapping = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path} cannot be read as tensors alone ({reason}); save its state_dict again") from error
+        raise UsageError(f"{path} does not hold only tensors ({reason}); save its state_dict again") from error
     if not isinstance(mapping, dict):
         raise UsageError(f"{path} must hold a state_dict, got {type(mapping).__name__}; save its state_dict again")
     return mapping
 
 
 def field(mapping: Any, name: str, kind: type[Value], path: Path) -> Value:
-    """What the file must say, a text, a mapping or a whole number."""
+    """A value that the file must give: a text, a mapping or a whole number."""
     if not isinstance(mapping, dict) or name not in mapping:
-        raise UsageError(f"{path} does not say {name!r}, without which it could be read in several ways; add it")
+        raise UsageError(f"{path} does not give {name!r}, without which it could be read in several ways; add it")
     value = mapping[name]
     whole = isinstance(value, Tensor | float) and kind is int and float(value) == int(value)
     if isinstance(value, bool) or not (isinstance(value, kind) or whole):
@@ -66,17 +66,19 @@ def field(mapping: Any, name: str, kind: type[Value], path: Path) -> Value:
 def exactly(
     tensors: Mapping[Any, Any], names: Mapping[str, int], path: Path, of: str, ignored: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Those tensors, with so many axes each, as float32; `ignored` ones may be there.
+    """These tensors, with the given numbers of axes, as float32; `ignored` ones may be present.
 
     Raises:
-        UsageError: some are missing or no such tensors, others are there too, or a number is not finite.
+        UsageError: some are missing or have other shapes, there are others, or a number is not finite.
     """
     missing = [name for name in names if name not in tensors]
     strange = [str(name) for name in tensors if name not in (*names, *ignored)]
     if missing or strange:
         faults = [f"{', '.join(missing)} missing"] if missing else []
         faults += [f"{', '.join(strange)} unknown"] if strange else []
-        raise UsageError(f"{path} is no {of}, which has {', '.join(names)}: {'; '.join(faults)}; save it again there")
+        raise UsageError(
+            f"{path} holds no valid {of}, which has {', '.join(names)}: {'; '.join(faults)}; save it again there"
+        )
     found = {}
     for name, n_axes in names.items():
         tensor = tensors[name]
@@ -90,10 +92,10 @@ def exactly(
 
 
 def to_json(mapping: Mapping[str, Any]) -> str:
-    """JSON for a file; made before anything is written.
+    """JSON for a file; built before anything is written.
 
     Raises:
-        UsageError: metadata that JSON has no words for.
+        UsageError: metadata that JSON cannot express.
     """
     try:
         return json.dumps(mapping, indent=2, allow_nan=False) + "\n"

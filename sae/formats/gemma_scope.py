@@ -1,4 +1,4 @@
-"""Gemma Scope: `params.npz`, a JumpReLU SAE or transcoder that subtracts nothing from x. Read, and not written."""
+"""Gemma Scope: `params.npz`, a JumpReLU SAE or transcoder that subtracts nothing from x. Read, not written."""
 
 from __future__ import annotations
 

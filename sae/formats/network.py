@@ -1,4 +1,4 @@
-"""Which network a run's activations are of, as its configuration says, in the words of other libraries."""
+"""Which network a run's activations come from, according to its configuration, in the words of other libraries."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sae.stores.files import is_store, read_manifest
 
 
 def network_metadata(run: Path, format: str) -> dict[str, Any]:
-    """What the files of a format may say of the network; nothing where the run does not know.
+    """What the files of a format may say about the network; nothing where the run does not know.
 
-    SAELens names a module by its `hook_name`, and reads what comes out of it.
+    SAELens names a module by its `hook_name`, and reads its output.
     """
     origin = _origin(run)
     if origin is None:
@@ -37,7 +37,7 @@ def network_metadata(run: Path, format: str) -> dict[str, Any]:
 
 
 def _origin(run: Path) -> Mapping[str, Any] | None:
-    """The section `source` of kind `model` that the activations are from, at once or by way of a store."""
+    """The section `source` of kind `model` that the activations come from, directly or through a store."""
     if not (run / CONFIG).is_file():
         return None
     source = read_yaml(run / CONFIG).get("source")

@@ -1,7 +1,7 @@
-"""OpenAI's autoencoders of 2024: a `.pt` file. They are read, and not written.
+"""OpenAI's autoencoders of 2024: a `.pt` file. They are read, not written.
 
 Those with TopK normalise each row first: x <- (x - mean(x)) / std(x), and x_hat <- x_hat std(x) + mean(x). No weight
-holds that: what is read takes rows that were normalised, and reconstructs these.
+holds that: the SAE read here takes normalised rows, and reconstructs these.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_here(path: Path) -> bool:
 
 
 def read(path: Path) -> Portable:
-    """The autoencoder in a file, which is read as tensors and plain values alone."""
+    """The autoencoder in a file, from which only tensors and plain values are read."""
     given = read_pickled(path)
     t = exactly(given, TENSORS, path, "autoencoder of OpenAI", (*COUNTERS, *SELECTION))
     d_sae, d_in = t["encoder.weight"].shape
@@ -39,7 +39,7 @@ def read(path: Path) -> Portable:
         rule = Largest(field(selection, "k", int, path))
         if selection.get("postact_fn", "ReLU") != "ReLU":
             raise UsageError(f"{path}: postact_fn {selection['postact_fn']!r} has no counterpart here; known: ReLU")
-        logger.warning("%s reads rows that were normalised, (x - mean) / std of each, and so must yours be", path)
+        logger.warning("%s reads normalised rows, (x - mean) / std of each; normalise yours in the same way", path)
     elif activation == "ReLU":
         rule = Positive()
     else:

@@ -1,4 +1,4 @@
-"""What every library's SAE comes to: two affine maps, and a rule for which latents fire between them."""
+"""The common form of every library's SAE: two affine maps, and a rule for which latents fire between them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ Rule: TypeAlias = Positive | Largest | Above | Gate | Pursuit
 class Portable:
     """pre = (x - centre) W_enc + b_enc,   x_hat = z W_dec + b_dec + x W_skip.
 
-    `tied`: the centre is b_dec. A transcoder's x_hat is to be something else than x.
+    `tied`: the centre is b_dec. A transcoder's x_hat stands for something other than x.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -86,7 +86,7 @@ class Portable:
     rule: Rule
     tied: bool = True
     centre: Float[Tensor, " d_in"] | None = None
-    """Of one that is not tied; None: 0."""
+    """The centre, if it is not tied; None: 0."""
     transcodes: bool = False
     W_skip: Float[Tensor, "d_in d_out"] | None = None
 
@@ -116,7 +116,7 @@ class Portable:
 
 @torch.no_grad()
 def portable(sae: SAE) -> Portable:
-    """What an SAE of ours comes to.
+    """The portable form of an SAE of ours.
 
     Raises:
         UsageError: its sparsifier is a user's own, or selects twice.
@@ -141,7 +141,7 @@ def portable(sae: SAE) -> Portable:
 
 
 def _shift(sparsifier: Any) -> Tensor:
-    """What comes off the pre-latents so that a gate is at 0, and so is a cut below 0, which raises them."""
+    """What is subtracted from the pre-latents so that a gate is at 0, and so is a cut below 0, which raises them."""
     threshold: Tensor | None = sparsifier.threshold if isinstance(sparsifier, Penalised) else None
     if threshold is None:
         return torch.zeros(())
@@ -170,7 +170,7 @@ def _rule(sae: SAE, shift: Tensor) -> Rule:
                 rule = Pursuit(sparsifier.pursuit_steps)
     if rule is None:
         raise UsageError(
-            f"kind {sae.config.kind!r} selects in a way of its own ({type(sparsifier).__name__}), which no other "
+            f"kind {sae.config.kind!r} selects in its own way ({type(sparsifier).__name__}), which no other "
             "library knows; save it with model.save"
         )
     return rule
@@ -182,7 +182,9 @@ def built(given: Portable) -> SAE:
     options: dict[str, Any] = {"d_sae": given.d_sae, "unit_norm_decoder": has_unit_rows(given.W_dec)}
     own = _options(given.rule)
     if isinstance(given.rule, Pursuit) and (given.transcodes or not given.tied or not has_unit_rows(given.W_dec)):
-        raise UsageError("a matching pursuit must reconstruct its input less b_dec, with decoder rows of norm 1")
+        raise UsageError(
+            "a matching pursuit must reconstruct its input less b_dec, with decoder rows of norm 1; save one that does"
+        )
     if isinstance(given.rule, Largest | Pursuit) and not 1 <= given.rule.k <= given.d_sae:
         raise UsageError(f"k must lie in 1..d_sae={given.d_sae}, got {given.rule.k}; write the file again")
     if given.transcodes:
@@ -201,7 +203,7 @@ def built(given: Portable) -> SAE:
 
 
 def _options(rule: Rule) -> dict[str, Any]:
-    """The kind, and what it must be told."""
+    """The kind, with its options."""
     match rule:
         case Positive():
             return {"kind": "relu", "l1_coefficient": 0.0}
@@ -228,5 +230,5 @@ def _set_(sparsifier: Any, rule: Rule) -> None:
 
 
 def has_unit_rows(W_dec: Float[Tensor, "d_sae d"]) -> bool:
-    """Whether all decoder rows have norm 1, as far as 16 bits tell."""
+    """Whether all decoder rows have norm 1, to the accuracy of 16 bits."""
     return bool((W_dec.norm(dim=1) - 1).abs().max() < UNIT)

@@ -1,7 +1,7 @@
 """SAELens: a folder with `cfg.json` and `sae_weights.safetensors`. SAEBench, Neuronpedia and the Hub read it.
 
 z = f((x - b_dec) W_enc + b_enc), or without b_dec where `apply_b_dec_to_input` is false; x_hat = z W_dec + b_dec. A
-gate has biases of its own: z = max(0, x W_enc exp(r_mag) + b_mag) where x W_enc + b_gate > 0.
+gated SAE has separate biases: z = max(0, x W_enc exp(r_mag) + b_mag) where x W_enc + b_gate > 0.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def read(path: Path) -> Portable:
 
 
 def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
-    """The folder, and in `metadata` what SAELens should know of it, as model_name and hook_name."""
+    """Writes the folder, with `metadata` that SAELens should know, such as model_name and hook_name."""
     architecture, tensors, extra = _as_saelens(given)
     config = {
         "architecture": architecture,
@@ -118,7 +118,7 @@ def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _as_saelens(given: Portable) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Architecture, tensors, and what the configuration must say beside the common."""
+    """Architecture, tensors, and what the configuration must say besides the common part."""
     bias = given.bias(subtracts_b_dec=given.tied)
     tensors = {"W_enc": given.W_enc, "b_enc": bias, "W_dec": given.W_dec, "b_dec": given.b_dec}
     if given.transcodes:
@@ -135,7 +135,7 @@ def _as_saelens(given: Portable) -> tuple[str, dict[str, Tensor], dict[str, Any]
             return "gated", tensors | {"b_gate": bias, "b_mag": bias * r.exp() + c, "r_mag": r}, {}
         case Pursuit(k=k):
             if not given.tied:
-                raise UsageError("SAELens has no matching pursuit with a centre of its own; train it with tied_bias")
+                raise UsageError("SAELens has no matching pursuit with a separate centre; train it with tied_bias")
             stops = {"residual_threshold": 0.0, "max_iterations": k, "stop_on_duplicate_support": False}
             return "matching_pursuit", {"W_dec": given.W_dec, "b_dec": given.b_dec}, stops
 
@@ -153,7 +153,7 @@ def _as_transcoder(given: Portable, tensors: dict[str, Tensor]) -> tuple[str, di
 
 
 def _pursuit(config: Mapping[str, Any], path: Path) -> Pursuit:
-    """Of as many steps for every row: theirs may stop earlier."""
+    """A pursuit with the same number of steps for every row: theirs may stop earlier."""
     steps = field(config, "max_iterations", int, path) if config.get("max_iterations") is not None else None
     stops = {
         name: config.get(name, early)
@@ -161,24 +161,24 @@ def _pursuit(config: Mapping[str, Any], path: Path) -> Pursuit:
     }
     if steps is None or any(stops.values()):
         raise UsageError(
-            f"{path}: its pursuit stops when it sees fit (max_iterations={steps}, {stops}), ours after k steps; set "
+            f"{path}: its pursuit may stop early (max_iterations={steps}, {stops}), ours takes k steps; set "
             "max_iterations to k, residual_threshold to 0 and stop_on_duplicate_support to false if that will do"
         )
     return Pursuit(steps)
 
 
 def _require_plain(config: Mapping[str, Any], path: Path) -> None:
-    """Refuses what is done to activations outside of the weights."""
+    """Refuses anything done to activations outside the weights."""
     normalised = config.get("normalize_activations", "none")
     if normalised not in ("none", None, False):
         raise UsageError(
-            f"{path}: normalize_activations is {normalised!r}, which no weight holds; fold it into them in SAELens, or "
-            'normalise the activations yourself and set it to "none"'
+            f"{path}: normalize_activations is {normalised!r}, which is not in the weights; fold it into them in "
+            'SAELens, or normalise the activations yourself and set it to "none"'
         )
     legacy = [name for name in ("activation_fn_str", "activation_fn", "finetuning_scaling_factor") if config.get(name)]
     if {str(config[name]) for name in legacy} - {"relu"}:
         given = ", ".join(f"{name}={config[name]!r}" for name in legacy)
-        raise UsageError(f"{path} is of an early SAELens ({given}); load it in SAELens 6 and save it again")
+        raise UsageError(f"{path} is from an early SAELens ({given}); load it in SAELens 6 and save it again")
     if config.get("reshape_activations", "none") != "none":
         logger.info("%s: reads the heads of attention as one vector (hook_z); flatten them first", path)
 

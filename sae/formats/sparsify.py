@@ -1,4 +1,4 @@
-"""sparsify: a folder with `cfg.json` and `sae.safetensors`. Its SAEs are TopK, and so are its transcoders."""
+"""sparsify: a folder with `cfg.json` and `sae.safetensors`. Its SAEs and transcoders are TopK."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(path: Path) -> Portable:
     of_shapes(path / WEIGHTS, t, shapes | ({"W_skip": (d_in, d_in)} if skips else {}))
     if skips and not transcodes:
         raise UsageError(
-            f"{path / CONFIG}: a skip connection from x to x has no counterpart here; known: of transcoders"
+            f"{path / CONFIG}: a skip connection from x to x has no counterpart here; only transcoders have one"
         )
     return Portable(
         t["encoder.weight"].T,
@@ -51,13 +51,15 @@ def read(path: Path) -> Portable:
 
 
 def write(given: Portable, folder: Path, metadata: Mapping[str, Any]) -> None:
-    """The folder; it has no place for metadata."""
+    """Writes the folder; it has no metadata."""
     if not isinstance(given.rule, Largest):
-        raise UsageError(f"sparsify knows TopK alone, and here latents fire by {given.rule.name}; write it for saelens")
+        raise UsageError(f"sparsify has only TopK, but here latents fire by {given.rule.name}; write it for saelens")
     if given.d_out != given.d_in:
-        raise UsageError(f"sparsify's targets are as wide as x, got d_in={given.d_in}, d_out={given.d_out}")
+        raise UsageError(
+            f"sparsify's targets are as wide as x, got d_in={given.d_in}, d_out={given.d_out}; write it for saelens"
+        )
     if metadata:
-        raise UsageError(f"sparsify has no place for metadata, got {', '.join(metadata)}; leave it out")
+        raise UsageError(f"sparsify's format has no metadata, got {', '.join(metadata)}; leave it out")
     tensors = {
         "encoder.weight": given.W_enc.T,
         "encoder.bias": given.bias(subtracts_b_dec=not given.transcodes),

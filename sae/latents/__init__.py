@@ -1,4 +1,4 @@
-"""What latents fire for: the texts in which each of them fires most."""
+"""What latents fire on: the texts in which each of them fires most."""
 
 from sae.latents.describe import describe
 from sae.latents.examples import Examples, find_examples

@@ -47,9 +47,9 @@ def describe(
 ) -> Path:
     """Writes where latents fire most, and a page that shows some of them, into a run's directory; returns the page.
 
-    `which` names latents to show; else n_latents of those that fire are, from the most frequent to the rarest at equal
-    distances in rank. Looked at are the first n_rows rows that the run was trained on. With another `source`, `path`
-    may be an SAE of any library.
+    `which` names latents to show; otherwise n_latents of those that fire are shown, from the most frequent to the
+    rarest at equal distances in rank. The first n_rows rows that the run was trained on are searched. With another
+    `source`, `path` may be an SAE of any library.
 
     Raises:
         UsageError: the activations are not those of a language model, or there are no such latents.
@@ -57,7 +57,7 @@ def describe(
     if source is None:
         sae, where = load(path), path / CONFIG
         if not where.exists():
-            raise UsageError(f"{path} is an SAE without a run ({CONFIG}); say for which texts with --source")
+            raise UsageError(f"{path} is an SAE without a run ({CONFIG}); name its texts with --source")
         texts = open_texts(parse_config(read_yaml(where), where=str(where)).source, n_rows)
     else:
         sae, texts = formats.load(path), open_texts(source, n_rows)
@@ -66,9 +66,9 @@ def describe(
     out = path if out is None else out
     wrong = [latent for latent in which if not 0 <= latent < sae.d_sae]
     if wrong:
-        raise UsageError(f"latents are numbered 0 to {sae.d_sae - 1}, got {', '.join(map(str, wrong))}")
+        raise UsageError(f"latents are numbered 0 to {sae.d_sae - 1}, got {', '.join(map(str, wrong))}; give others")
     if texts.d_in != sae.d_in:
-        raise UsageError(f"the SAE reads {sae.d_in} dimensions, the activations have {texts.d_in}; give its own")
+        raise UsageError(f"the SAE reads {sae.d_in} dimensions, but the activations have {texts.d_in}; give its own")
     with held(out):
         examples = find_examples(sae, texts.passages(), n_examples)
         chosen = list(dict.fromkeys(which)) or evenly(examples.frequency, n_latents)
@@ -104,7 +104,7 @@ def evenly(frequency: Tensor, n: int) -> list[int]:
 
 
 def word_of(texts: Texts) -> Callable[[int], str]:
-    """What a token says; its number where no tokenizer is known."""
+    """A token as text; its number where no tokenizer is known."""
     if texts.tokenizer is None:
         return lambda token: f" {token}"
     tokenizer = load_tokenizer(texts.tokenizer, texts.revision)
@@ -150,9 +150,9 @@ def _written(logits: Logits, number: int, words: Callable[[int], str]) -> dict[s
 
 
 def _tell_of_another_place(path: Path, source: SourceConfig) -> None:
-    """A line where the SAE was trained on another module: what its latents say there means little."""
+    """Logs a line if the SAE was trained on another module, since its latents mean little there."""
     if not (path / CONFIG).is_file():
         return
     own, other = (place_of(one) for one in (parse_config(read_yaml(path / CONFIG), where=str(path)).source, source))
     if own is not None and other is not None and own != other:
-        logger.warning("%s was trained on %s, and these are activations of %s", path, own, other)
+        logger.warning("%s was trained on %s, but these are activations of %s", path, own, other)

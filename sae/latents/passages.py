@@ -116,7 +116,7 @@ def open_texts(config: SourceConfig | None, n_rows: int) -> Texts:
         return ModelTexts(rows, n_rows)
     kind = "none in its file" if config is None else f"one of kind {config.kind}"
     raise UsageError(
-        f"latents are shown with the texts that they fire for, and the run's source is {kind}; use model or store"
+        f"latents are shown with the texts that they fire on, but the run's source is {kind}; use model or store"
     )
 
 

@@ -1,4 +1,4 @@
-"""Baselines side by side: each fitted and measured on one core, in a process that has opened the source for itself."""
+"""Baselines side by side: each fitted and measured on one core, in a process that opens the source for itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Fit(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """How that ended: with a row of metrics, or with why there is none."""
+    """How that ended: with a row of metrics, or with the reason why there is none."""
 
     fit: Fit
     row: dict[str, Any]
@@ -43,7 +43,7 @@ class Fitted(NamedTuple):
 
 
 def fits(board: Definite) -> list[Fit]:
-    """Those of a board. The oracles know the truth and fit nothing, so that no seed changes them."""
+    """Those of a board. The oracles know the truth and fit nothing, so no seed changes them."""
     return [
         Fit(name, seed)
         for name in board.recipe.baselines

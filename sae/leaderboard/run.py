@@ -43,7 +43,7 @@ STOPPED = "stopped; continue with --resume"
 
 Row = dict[str, Any]
 WatchSweep = Callable[[Plan], AbstractContextManager[OnEvent]]
-"""What hears of a sweep's lines and ends, for as long as it lasts."""
+"""Receives a sweep's lines and ends, for as long as it lasts."""
 WatchStage = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
 """Of a stage beside training, by its name and the number of its parts: what is called after each part."""
 
@@ -58,7 +58,7 @@ class Outcome:
     """SAEs and baselines without a row of metrics: `method`, `seed`, `status` and `reason`."""
     report: Path | None
     signal_number: int = 0
-    """Of the signal that stopped it, or 0."""
+    """The number of the signal that stopped it, or 0."""
 
 
 def run_leaderboard(
@@ -73,7 +73,7 @@ def run_leaderboard(
     """Trains, times, fits and measures all of a recipe into `out`: leaderboard.json, report.html, and the SAEs.
 
     With `resume` what ended is left as it is, and a recipe may have more entries, baselines or seeds than before.
-    `watch_sweep` and `watch_stage` give what hears how far it is.
+    `watch_sweep` and `watch_stage` give callbacks that report progress.
 
     Raises:
         UsageError: it cannot begin; nothing was trained or written.
@@ -85,7 +85,7 @@ def run_leaderboard(
     if resume and (out / RECIPE).is_file():
         _require_same(board, out)
     elif resume:
-        logger.warning("nothing to resume in %s: the leaderboard begins", out)
+        logger.warning("nothing to resume in %s: starting the leaderboard", out)
     plan = sweep_of(board, out)
     if plan.members:
         check_sweep(plan, resume, overwrite)
@@ -100,7 +100,7 @@ def run_leaderboard(
 
 
 class Table:
-    """What is written into leaderboard.json: the rows that there are, and who has none."""
+    """What is written into leaderboard.json: the rows so far, and the methods without one."""
 
     def __init__(self, board: Definite, plan: Plan, out: Path, before: Mapping[tuple[str, int], Row]) -> None:
         self.board, self.plan, self.out = board, plan, out
@@ -119,7 +119,7 @@ class Table:
 
     @property
     def rows(self) -> list[Row]:
-        """Flat: a row an SAE or a baseline and a seed, in the order of the recipe."""
+        """Flat: one row per SAE or baseline and seed, in the order of the recipe."""
         found = []
         for member in self.plan.members:
             entry, seed = self.entries[member.name]
@@ -248,8 +248,8 @@ def sweep_of(board: Definite, out: Path) -> Plan:
     n_steps = -(-recipe.train.n_samples // recipe.train.batch_size)
     if board.entries and n_steps < 2:
         raise UsageError(
-            f"train.n_samples={recipe.train.n_samples} is a single batch of {recipe.train.batch_size}, from which no "
-            "speed can be told; raise it"
+            f"train.n_samples={recipe.train.n_samples} is a single batch of {recipe.train.batch_size}, too few to "
+            "measure a speed; raise it"
         )
     # Parts of equal size, the last step saved in any case: a member is timed from there.
     every = -(-n_steps // max(2, -(-n_steps // CHECKPOINT_STEPS)))
@@ -288,7 +288,7 @@ def _discard(out: Path) -> None:
 
 
 def _require_same(board: Definite, out: Path) -> None:
-    """Refuses rows that would not be comparable with those that are there."""
+    """Refuses rows that would not be comparable with the existing ones."""
     saved, ours = read_yaml(out / RECIPE), board.recipe.model_dump(mode="json")
     require_same(out, {key: saved.get(key) for key in SHARED}, {key: ours[key] for key in SHARED})
 
@@ -308,4 +308,4 @@ def _rows_before(out: Path) -> dict[tuple[str, int], Row]:
         rows = json.loads((out / LEADERBOARD).read_text(encoding="utf-8"))["rows"]
         return {(row["method"], row["seed"]): row for row in rows}
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out / LEADERBOARD} is damaged; delete it to go on with --resume") from error
+        raise UsageError(f"{out / LEADERBOARD} is damaged; delete it to continue with --resume") from error

@@ -1,4 +1,4 @@
-"""What the command line shows of a leaderboard: what is under way, and the table."""
+"""What the command line shows of a leaderboard: its progress, and the table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stage_bar(stage: str, n: int) -> Iterator[Callable[[], object]]:
 
 
 def print_standings(board: Leaderboard) -> None:
-    """The table: mean over seeds, below it half of the 95 % interval; of its columns those that there is room for."""
+    """The table: mean over seeds, below it half of the 95 % interval; as many columns as there is room for."""
     columns, spared = [score.narrow for score in board.columns], []
     header, rows = _cells(board, columns)
     for key in SPARED:

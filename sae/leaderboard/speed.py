@@ -1,4 +1,4 @@
-"""How fast each SAE trains: one after the other on one core, as those that train together slow each other down."""
+"""How fast each SAE trains: one after the other on one core, since SAEs that train together slow each other down."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ N_BATCHES = 8
 
 
 def samples_per_second(members: Sequence[Member], source: Source) -> dict[str, float]:
-    """Activations that each member's steps take in a second, by its name: the median over turns.
+    """Activations per second of each member's steps, by its name: the median over turns.
 
-    Members go on from their last checkpoints, where codes are as sparse as they became. They take turns, so that
-    whatever else runs on the machine slows all of them alike. Batches lie in memory. A member that has no checkpoint is
+    Members continue from their last checkpoints, where codes are as sparse as they became. They take turns, so that
+    whatever else runs on the machine slows all of them alike. Batches are in memory. A member without a checkpoint is
     left out.
     """
     train = members[0].config.train
@@ -59,7 +59,7 @@ def _trained(member: Member, source: Source, n_more: int) -> Trainer | None:
     """Its trainer after its last step, in a run that is so much longer."""
     newest = checkpoint.latest(member.config.out / CHECKPOINTS)
     if newest is None:
-        logger.warning("%s has no checkpoint to be timed from, and stays without a speed", member.name)
+        logger.warning("%s has no checkpoint to be timed from, so its speed is unknown", member.name)
         return None
     config = as_it_begins(member.config, resume=True)
     n_samples = (config.n_steps + n_more) * config.train.batch_size

@@ -1,4 +1,4 @@
-"""A score alone says little: what luck gives, and what the truth itself would score, go beside it."""
+"""A score alone says little: the scores of chance and of the truth itself go next to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the codes say what the true features do? The table "Recovery of the codes", on the matched pairs."""
+"""Do the codes match what the true features do? The table "Recovery of the codes", on the matched pairs."""
 
 from __future__ import annotations
 

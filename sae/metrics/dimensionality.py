@@ -1,4 +1,4 @@
-"""How rows fill their space: `toymodels.geometry` on one matrix, or on a dictionary beside the truth."""
+"""How rows fill their space: `toymodels.geometry` on one matrix, or on a dictionary and the truth."""
 
 from __future__ import annotations
 

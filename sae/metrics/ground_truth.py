@@ -1,4 +1,4 @@
-"""All that can be said where the true features are known: scores beside chance, and the table of features."""
+"""Everything that is measured where the true features are known: scores next to chance, and the table of features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a language model loses when a reconstruction takes the place of its activations."""
+"""What a language model loses when a reconstruction replaces its activations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sae.hooks import module_named, replaced, require_eval
 from toymodels.errors import UsageError
 
 Edit = Callable[[Tensor], Tensor]
-"""What [n, d_out] takes the place of activations [n, d_out], from what is read there [n, d_in]."""
+"""What [n, d_out] replaces activations [n, d_out], given what is read there [n, d_in]."""
 
 
 class Spliced:
@@ -64,7 +64,9 @@ class Spliced:
             raise UsageError(f"tokens must be [batch, position] with at least 2 positions, got {list(tokens.shape)}")
         chosen = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         if chosen.shape != tokens.shape:
-            raise UsageError(f"mask must be {list(tokens.shape)}, as tokens are; got {list(chosen.shape)}")
+            raise UsageError(
+                f"mask must be {list(tokens.shape)} like tokens, got {list(chosen.shape)}; pass one entry per token"
+            )
         counts = chosen[:, :-1] & chosen[:, 1:]
         targets = tokens[:, 1:][counts].long()
         if not len(targets):
@@ -81,7 +83,7 @@ class Spliced:
         sums = torch.stack([*losses, kl]).cpu().double()
         if not bool(sums.isfinite().all()):
             found = dict(zip(("ce_clean", "ce_spliced", "ce_zero", "kl"), sums.tolist(), strict=True))
-            raise UsageError(f"the loss of a batch is not finite: {found}; does the SAE belong to this module?")
+            raise UsageError(f"the loss of a batch is not finite: {found}; check that the SAE belongs to this module")
         self._sums += sums
         self.n_tokens += len(targets)
 

@@ -1,4 +1,4 @@
-"""Sums over entries in C, from `sums.c`, where a compiler is at hand; in torch elsewhere, and as the judge."""
+"""Sums over entries in C, from `sums.c`, where a compiler is available; in torch elsewhere, and as the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What depends on the truth or on luck alone, and not on the dictionary that is judged, is computed once."""
+"""What depends only on the truth or on chance, and not on the dictionary being judged, is computed once."""
 
 from __future__ import annotations
 

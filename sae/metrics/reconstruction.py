@@ -1,4 +1,4 @@
-"""How much of the activations comes back, and from how few latents."""
+"""How much of the activations is reconstructed, and from how few latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation set as the metrics read it again and again: sparse codes beside sparse true activations."""
+"""An evaluation set that the metrics read repeatedly: sparse codes and sparse true activations."""
 
 from __future__ import annotations
 

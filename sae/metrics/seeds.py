@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone: each metric's mean, with an interval."""
+"""Runs that differ only in their seed: each metric's mean, with an interval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a language model loses, for an SAE that was trained on a store of its activations."""
+"""What a language model loses, for an SAE trained on a store of its activations."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sae.stores import Store, StoreSourceConfig
 
 
 def require_network(source: SourceConfig | None) -> None:
-    """Refuses activations of which the language model is not known.
+    """Refuses activations whose language model is not known.
 
     Raises:
-        UsageError: they are not from one, nor from a store that one was harvested into.
+        UsageError: they are neither from one nor from a store harvested from one.
     """
     if isinstance(source, ModelSourceConfig):
         return  # it measures by itself, where it can
     if not isinstance(source, StoreSourceConfig) or Store(source.path).manifest.origin.get("kind") != "model":
         raise UsageError(
-            "what a model loses is measured for activations of a language model, source.kind model or a store that "
-            "`sae harvest` wrote; in Python there is sae.metrics.Spliced"
+            "what a model loses is measured for activations of a language model; use source.kind model or a store "
+            "written by `sae harvest`, or sae.metrics.Spliced in Python"
         )
 
 
@@ -31,7 +31,7 @@ def losses_of_store(source: StoreSourceConfig, sae: Reconstruct, n: int, device:
     """`losses` on the contexts of the first n rows that a store holds out for evaluation. Its model is loaded.
 
     Raises:
-        UsageError: the model cannot be loaded, or does not have what the store is of.
+        UsageError: the model cannot be loaded, or lacks the module that the store is from.
     """
     store = Store(source.path)
     fields = {name: value for name, value in store.manifest.origin.items() if name in ModelSourceConfig.model_fields}

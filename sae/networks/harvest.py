@@ -1,4 +1,4 @@
-"""Harvests: what a network computes is written into stores, once, and goes on after a stop."""
+"""Harvests: what a network computes is written into stores, once, and resumes after a stop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sae.stores.writer import StoreWriter, is_complete
 logger = logging.getLogger("sae")
 
 OnRows = Callable[[int], object]
-"""Hears how many inputs have been read since it heard last."""
+"""Called with the number of inputs read since the last call."""
 
 
 def harvest(
@@ -47,11 +47,11 @@ def harvest(
     """Writes the activations of any network for any inputs into the folder `out`, and returns them as a source.
 
     `inputs` are batches, each a tensor, a mapping of keyword arguments, or a tuple whose first entry counts. What comes
-    out of `module` (or goes into it, for reads="input") is [inputs, ..., d]: the last axis is the width, and all before
-    it are rows. Where it is not, as in convolutions, `rows` arranges it: `lambda acts: acts.flatten(2).mT`. `target` is
-    a module whose output is what a transcoder writes. Whole inputs are held out, every twentieth for each purpose.
+    out of `module` (or goes into it, for reads="input") is [inputs, ..., d]: the last axis is the width, and all axes
+    before it are rows. Where it is not, as in convolutions, `rows` rearranges it: `lambda acts: acts.flatten(2).mT`.
+    `target` is a module whose output a transcoder writes. Whole inputs are held out, one in twenty for each purpose.
 
-    With `resume` a harvest that was stopped goes on; the inputs must be the same, and are read past.
+    With `resume` a harvest that was stopped continues; the inputs must be the same, and those already read are skipped.
 
     Raises:
         UsageError: the network has no such module, its activations are not finite, or `out` holds a store already.
@@ -81,8 +81,8 @@ def harvest_model(
     overwrite: bool = False,
     on_begin: Callable[[int], OnRows] | None = None,
 ) -> list[Path]:
-    """What a source of kind `model` would give, into a store; with `modules` each of them into one of its own, in one
-    pass: the folders `out/<module>`.
+    """Writes the rows of a source of kind `model` into a store; with `modules`, each of them into a separate one, in
+    one pass: the folders `out/<module>`.
 
     Raises:
         UsageError: as `harvest`.
@@ -122,10 +122,10 @@ def harvest_model(
 
 
 def _check_out(path: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that holds a store, unless that is to be gone on with or overwritten."""
+    """Refuses a folder that holds a store, unless that is to be resumed or overwritten."""
     require_out(path, "store", MANIFEST, resume, overwrite, {CONFIG: "run"})
     if resume and not (path / MANIFEST).exists():
-        logger.warning("nothing to resume in %s: the harvest begins", path)
+        logger.warning("nothing to resume in %s: starting the harvest", path)
 
 
 def write_stores(
@@ -140,7 +140,7 @@ def write_stores(
     tokens: Tensor | None = None,
     n_rows: int | None = None,
 ) -> None:
-    """A store for each site, from pieces that begin at any batch; of n_rows each, if that is known.
+    """A store for each site, from pieces that start at any batch; with n_rows each, if that is known.
 
     Raises:
         UsageError: the disk has no room for them.
@@ -173,12 +173,12 @@ def write_stores(
 
 
 def _require_room(writers: Sequence[StoreWriter], n_rows: int) -> None:
-    """Refuses what will not fit: better told at the first batch than hours later."""
+    """Refuses what will not fit: better to report it at the first batch than hours later."""
     path = writers[0].path
     size = sum(writer.row_bytes * (n_rows - writer.n_written_rows) for writer in writers)
     free = shutil.disk_usage(path).free + sum(writer.n_discarded_bytes for writer in writers)
     if size > free:
         raise UsageError(
-            f"{n_rows} rows take {size / 2**30:.3g} GiB more, and the disk of {path} has {free / 2**30:.3g}; lower "
+            f"{n_rows} rows take {size / 2**30:.3g} GiB more, but the disk of {path} has {free / 2**30:.3g}; lower "
             "source.n_tokens, set --dtype float16, or give another --out"
         )

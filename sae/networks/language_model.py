@@ -30,7 +30,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which it runs."""
         return self.model.get_input_embeddings().weight.device
 
     @property
@@ -39,10 +39,10 @@ class LanguageModel:
         return self.model.get_input_embeddings().weight.shape[0]
 
     def require_sites(self, sites: Sequence[Site]) -> None:
-        """Refuses names of modules that it has not.
+        """Refuses names of modules that it does not have.
 
         Raises:
-            UsageError: there are such.
+            UsageError: there are any.
         """
         self._reader(sites)
 
@@ -68,7 +68,10 @@ class LanguageModel:
             )
         least, most = int(contexts.tokens.min()), int(contexts.tokens.max())
         if least < 0 or most >= self.vocabulary:
-            raise UsageError(f"tokens {least} to {most} do not fit a model that knows 0 to {self.vocabulary - 1}")
+            raise UsageError(
+                f"tokens {least} to {most} do not fit a model that knows 0 to {self.vocabulary - 1}; tokenize "
+                "with this model's tokenizer"
+            )
 
     def rows(
         self, sites: Sequence[Site], tokens: Int[Tensor, "n length"], kept: Bool[Tensor, "n length"]
@@ -82,8 +85,8 @@ class LanguageModel:
         for site, acts in found.items():
             if acts.ndim != 3 or acts.shape[:2] != tokens.shape or not acts.is_floating_point():
                 raise UsageError(
-                    f"{site} holds {list(acts.shape)} of {acts.dtype} for {list(tokens.shape)} tokens, not a vector "
-                    "for each; name another module"
+                    f"{site} holds {list(acts.shape)} of {acts.dtype} for {list(tokens.shape)} tokens, not one vector "
+                    "per token; name another module"
                 )
         return {site: acts[kept.to(acts.device)] for site, acts in found.items()}
 
@@ -117,8 +120,8 @@ def load_language_model(
     transformers = _transformers()
     if not Path(name).exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UsageError(f"source.model {name}: there is no such folder; give one, or an id on the Hub")
-        logger.info("%s is asked for on the Hub", name)
+            raise UsageError(f"source.model {name}: there is no such folder; give one that exists, or an id on the Hub")
+        logger.info("looking for %s on the Hub", name)
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True

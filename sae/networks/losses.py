@@ -1,4 +1,4 @@
-"""What a language model loses when an SAE's reconstructions take the place of its activations."""
+"""What a language model loses when an SAE's reconstructions replace its activations."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def losses(
     tokens: Int[Tensor, "n length"],
     kept: Bool[Tensor, "n length"],
 ) -> dict[str, float]:
-    """`sae.metrics.Spliced` on some contexts; nothing where the SAE does not give what a module puts out.
+    """`sae.metrics.Spliced` on some contexts; nothing unless the SAE reconstructs a module's output.
 
-    `sites` are where the SAE reads, and behind it where its target is, if it has one.
+    `sites` are where the SAE reads, followed by where its target is, if it has one.
     """
     where, *written = sites
     transcodes = where.reads == "input" and written == [Site(where.module)]
     if not transcodes and (where.reads == "input" or written):
-        logger.info("the model's loss is measured where an SAE gives what a module puts out; here it does not")
+        logger.info("the model's loss is not measured: this SAE does not reconstruct a module's output")
         return {}
     device = next((weight.device for weight in getattr(sae, "parameters", list)()), torch.device("cpu"))
     spliced = Spliced(model.model, where.module, lambda rows: sae(rows.float().to(device)), transcodes=transcodes)

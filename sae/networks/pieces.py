@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 def pieces_of(
     reader: Reader, inputs: Iterable[Any], start: int, where: Site, target: Site | None, arrange: Arrange | None
 ) -> Iterator[Piece]:
-    """Of any network on any inputs, from batch `start` on: what is `where`, and at its target if it has one.
+    """For any network on any inputs, from batch `start` on: the activations at `where`, and at its target if any.
 
     Raises:
         UsageError: the inputs end before batch `start`, or activations are not [inputs, ..., d].
@@ -41,7 +41,7 @@ def pieces_of(
     batches = iter(inputs)
     n_skipped = sum(1 for _ in islice(batches, start))
     if n_skipped < start:
-        raise UsageError(f"the inputs end after {n_skipped} batches, and {start} had been read; give the same inputs")
+        raise UsageError(f"the inputs end after {n_skipped} batches, but {start} had been read; give the same inputs")
     for number, batch in enumerate(batches, start):
         n_inputs = n_inputs_of(batch)
         found = {
@@ -53,7 +53,7 @@ def pieces_of(
         shapes = {tuple(acts.shape[:-1]) for acts in found.values()}
         if len(shapes) > 1:
             raise UsageError(
-                f"batch {number} has a target of other axes: {sorted(shapes)}; give rows= that aligns them"
+                f"batch {number} has a target with other axes: {sorted(shapes)}; give rows= that aligns them"
             )
         (n_rows, *others), rows_each = shapes.pop(), 1
         for n in others:
@@ -63,7 +63,7 @@ def pieces_of(
 
 
 def _tell(reader: Reader, found: Mapping[Site, Tensor]) -> None:
-    """What is taken for a row: of a convolution the last axis is hardly meant."""
+    """Logs what counts as a row: for a convolution the last axis is hardly intended."""
     for site, acts in found.items():
         images = isinstance(module_named(reader.model, site.module), CONVOLUTIONS)
         level, what = (
@@ -73,12 +73,12 @@ def _tell(reader: Reader, found: Mapping[Site, Tensor]) -> None:
 
 
 def columns_of(rows: Mapping[Site, Tensor], where: Site, target: Site | None) -> Columns:
-    """The activations of a site, and its target's beside them."""
+    """The activations of a site, with its target's."""
     return {"acts": rows[where]} | ({} if target is None else {"target": rows[target]})
 
 
 def n_inputs_of(batch: Any) -> int | None:
-    """How many inputs a batch has, where its first tensor tells."""
+    """How many inputs a batch has, if its first tensor shows it."""
     one = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
     first = first_tensor(one.values() if isinstance(one, Mapping) else [one])
     return None if first is None or not first.ndim else len(first)
@@ -89,7 +89,7 @@ def _arranged(acts: Tensor, n_inputs: int | None, arrange: Arrange | None, name:
     if rows.ndim < 2 or not rows.is_floating_point() or (n_inputs is not None and len(rows) != n_inputs):
         of_inputs = "inputs" if n_inputs is None else f"{n_inputs} inputs"
         raise UsageError(
-            f"{name} is {list(rows.shape)} of {rows.dtype}, and must be [{of_inputs}, ..., d] in floating point; "
+            f"{name} is {list(rows.shape)} of {rows.dtype}, but must be [{of_inputs}, ..., d] in floating point; "
             "give rows=, a function that arranges it"
         )
     return rows

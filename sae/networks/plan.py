@@ -1,4 +1,4 @@
-"""What `sae harvest` reads from a file: the section `source`, which may be that of a training run."""
+"""What `sae harvest` reads from a file: the section `source`, which may be a training run's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Plan(Section):
     def _of_a_network(cls, value: Any) -> Any:
         kind = value.get("kind") if isinstance(value, dict) else None
         if isinstance(kind, str) and kind != "model" and kind in SourceConfig.kinds:
-            raise ValueError(f"kind {kind!r} has no network to harvest; it must be model")
+            raise ValueError(f"kind {kind!r} has no network to harvest; set kind to model")
         return SourceConfig.of_kind(value)
 
 

@@ -1,4 +1,4 @@
-"""Runs a network on a batch, and reads what is at some places in it."""
+"""Runs a network on a batch, and reads the activations at some places in it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Site:
 
 
 class _Reached(Exception):
-    """The last of the sites was read: what follows in the network need not run."""
+    """The last of the sites was read: the rest of the network need not run."""
 
 
 class Reader:
-    """What is at some sites of a network, for a batch; the network runs no further than the last of them.
+    """The activations at some sites of a network, for a batch; the network runs no further than the last of them.
 
-    A batch that is a tensor is the network's argument, a mapping its keyword arguments. Of a tuple or a list, as a
-    loader of images and labels gives it, the first entry counts; so does the first time that a module runs.
+    A batch that is a tensor is the network's argument, a mapping its keyword arguments. In a tuple or a list, such as a
+    loader of images and labels gives, the first entry counts; if a module runs several times, the first run counts.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
@@ -51,7 +51,7 @@ class Reader:
         """The activations at each site, as the network has them.
 
         Raises:
-            UsageError: the network did not come to a site, or has no tensor there.
+            UsageError: the network did not reach a site, or has no tensor there.
         """
         found: dict[Site, Tensor] = {}
         with self._hooked(found), suppress(_Reached):

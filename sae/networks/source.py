@@ -38,9 +38,9 @@ class ModelSourceConfig(SourceConfig):
 
     kind: Literal["model"] = "model"
     model: str
-    """A folder that `transformers` saved a causal language model in, or its id on the Hub."""
+    """A folder in which `transformers` saved a causal language model, or its id on the Hub."""
     module: str
-    """Whose activations: one of the model's `named_modules()`, such as transformer.h.8."""
+    """The module to read: one of the model's `named_modules()`, such as transformer.h.8."""
     reads: Reads = "output"
     """What comes out of the module, or what goes into it."""
     target: str | None = None
@@ -54,28 +54,28 @@ class ModelSourceConfig(SourceConfig):
     split: str = "train"
     """Which split of a dataset on the Hub."""
     column: str = "text"
-    """Where files have columns: the one with the texts."""
+    """The column with the texts, where files have columns."""
     n_tokens: int = Field(default=10_000_000, gt=0)
-    """Tokens that the model reads, at most; they are kept in memory, in 4 bytes each."""
+    """Maximum number of tokens that the model reads; they are kept in memory, at 4 bytes each."""
     context_length: int = Field(default=128, ge=2)
     """Tokens that the model reads together."""
     bos: bool = True
-    """Each context begins with the tokenizer's token for that, where it has one."""
+    """Begin each context with the tokenizer's beginning-of-sequence token, if it has one."""
     skip: int = Field(default=1, ge=0)
     """Positions at the start of each context that are left out: the first tokens of many models are far from all
     others."""
     keep_special: bool = False
-    """Also the activations of tokens that frame texts, as the one for their end."""
+    """Keep activations of special tokens such as end-of-text."""
     revision: str | None = None
-    """Of a model on the Hub: a branch, a tag or a commit."""
+    """A branch, tag or commit of a model on the Hub."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """What the model computes in; auto is what it was saved in."""
+    """The model's dtype; auto is the one it was saved in."""
     device: str = "cpu"
-    """Where the model computes, a torch device; auto is cuda where torch can use it, else cpu."""
+    """The torch device on which the model runs; auto is cuda where torch can use it, else cpu."""
     contexts_at_once: int = Field(default=32, gt=0)
-    """Contexts that the model reads side by side."""
+    """Contexts in one batch of the model."""
     window_rows: int = Field(default=131_072, gt=0)
-    """Rows that are computed together, and shuffled, before they are trained on; they stay in the model's dtype."""
+    """Rows that are computed together and shuffled before they are trained on; they stay in the model's dtype."""
 
     @model_validator(mode="after")
     def _reads_something(self) -> ModelSourceConfig:
@@ -96,7 +96,7 @@ class ModelSourceConfig(SourceConfig):
 
     @property
     def sites(self) -> list[Site]:
-        """Where the SAE reads, and behind it where its target is, if it has one."""
+        """Where the SAE reads, followed by where its target is, if it has one."""
         return [self.site] if self.target is None else [self.site, Site(self.target)]
 
     def load(self) -> LanguageModel:
@@ -132,11 +132,11 @@ class ModelSourceConfig(SourceConfig):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """All that decides what is read where; another machine may compute it."""
+        """Everything that determines what is read and where; another machine may compute it."""
         return self.model_dump(mode="json", exclude={"device", "window_rows"})
 
     def origin(self, contexts: Contexts) -> dict[str, Any]:
-        """What decides the rows of a store."""
+        """What determines the rows of a store."""
         return self.fields | {"tokens_sha256": hashlib.sha256(contexts.tokens.numpy().tobytes()).hexdigest()}
 
     def open(self) -> ModelSource | PairSource:
@@ -164,7 +164,7 @@ class ModelSourceConfig(SourceConfig):
 
 
 def order_of(contexts: Contexts) -> Tensor:
-    """Contexts in random order: texts that stand beside each other in a file resemble each other."""
+    """Contexts in random order: neighbouring texts in a file resemble each other."""
     return torch.randperm(len(contexts.tokens), generator=generator(0, "contexts"))
 
 
@@ -181,11 +181,11 @@ def divided(contexts: Contexts, order: Tensor) -> list[Split]:
 
 
 class ModelSource(Source):
-    """Rows of a language model, computed when they are wanted; with targets, both side by side.
+    """Rows of a language model, computed when they are needed; with targets, both side by side.
 
-    An epoch visits the contexts in a new order. So many of them as fill a window are read by the model, and their rows
-    are permuted exactly; a batch depends on its number and the seed alone, and going on anywhere costs one window.
-    Every twentieth context is held out for calibration and every twentieth for evaluation, up to 50,000 rows each.
+    An epoch visits the contexts in a new order. The model reads as many of them as fill a window, and their rows are
+    permuted exactly; a batch depends only on its number and the seed, and resuming anywhere costs one window. Of every
+    twenty contexts one is held out for calibration and one for evaluation, up to 50,000 rows each.
     """
 
     stays = True
@@ -221,7 +221,7 @@ class ModelSource(Source):
         return losses(self.model, self.sites, sae, tokens, self.contexts.kept(tokens))
 
     def first(self, split: Split, n: int) -> Tensor:
-        """As many of the contexts of a split as have n rows, or all."""
+        """The first contexts of a split that have n rows together, or all."""
         own = self.order[split]
         return own[: int((self.contexts.n_rows[own].cumsum(0) < n).sum()) + 1]
 
@@ -243,7 +243,7 @@ class ModelSource(Source):
             skip = 0
 
     def window(self, which: Tensor, ranks: Ranks = ALONE) -> Float[Tensor, "rows d_in"]:
-        """The rows of some contexts, where the model is. Processes that want the same ones compute a part each.
+        """The rows of some contexts, on the model's device. Processes that want the same ones compute a part each.
 
         Raises:
             UsageError: they are not finite.
@@ -282,7 +282,7 @@ class ModelSource(Source):
 
 
 def read_together(sources: Sequence[Source]) -> tuple[ModelSource, list[Own]]:
-    """One source for several modules of one model that reads the same texts, and what of its batches is whose.
+    """One source for several modules of one model that reads the same texts, and which part of its batches is whose.
 
     The model runs once for all of them. Each gets the rows that it would get by itself.
     """
@@ -305,5 +305,5 @@ def read_together(sources: Sequence[Source]) -> tuple[ModelSource, list[Own]]:
 
 
 def _reading(source: Source) -> Source:
-    """What reads the model, where a source is of one."""
+    """The source that reads the model, if there is a model."""
     return source.rows if isinstance(source, PairSource) else source

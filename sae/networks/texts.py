@@ -30,16 +30,16 @@ SECONDS_BETWEEN_LINES = 10
 
 @dataclass(frozen=True)
 class Contexts:
-    """What a language model reads, and at which tokens its activations are wanted."""
+    """What a language model reads, and at which tokens its activations are kept."""
 
     tokens: Int[Tensor, "n_contexts length"]
     special: Int[Tensor, " n_special"]
-    """Tokens that no text has in it, whose activations are left out."""
+    """Tokens that occur in no text, whose activations are left out."""
     skip: int
     """Positions at the start of each context that are left out."""
 
     def kept(self, tokens: Int[Tensor, "n length"]) -> Bool[Tensor, "n length"]:
-        """Where activations are wanted."""
+        """Where activations are kept."""
         kept = ~torch.isin(tokens, self.special)
         kept[:, : self.skip] = False
         return kept
@@ -54,13 +54,13 @@ def texts(path: str, subset: str | None, split: str, column: str) -> Iterator[st
     """The texts of some files (one, or a glob of them), of a folder, or of a dataset on the Hub, in their order.
 
     Raises:
-        UsageError: there are none such, or they have no such column.
+        UsageError: there are none, or they have no such column.
     """
     datasets = _datasets()
     folder = Path(path)
     if folder.is_dir() and any(folder.glob("*.txt")):
         raise UsageError(
-            f"source.texts {path!r} is a folder of .txt files; give '{folder / '*.txt'}', a text for each file"
+            f"source.texts {path!r} is a folder of .txt files; give '{folder / '*.txt'}', one text per file"
         )
     files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
     suffixes = sorted({Path(name).suffix for name in files})
@@ -68,7 +68,7 @@ def texts(path: str, subset: str | None, split: str, column: str) -> Iterator[st
         raise UsageError(f"no file matches source.texts {path!r}; give {', '.join(READERS)} files, or a Hub dataset")
     if len(suffixes) > 1 or not set(suffixes) <= set(READERS):
         kinds = ", ".join(suffix or "without suffix" for suffix in suffixes)
-        raise UsageError(f"source.texts {path!r}: files are {kinds}; give those of one kind, {', '.join(READERS)}")
+        raise UsageError(f"source.texts {path!r}: files are {kinds}; give files of one kind, {', '.join(READERS)}")
     empty = [name for name in files if not Path(name).stat().st_size]
     if empty:
         raise UsageError(f"source.texts: {empty[0]} is empty (0 bytes); remove it")
@@ -87,27 +87,27 @@ def texts(path: str, subset: str | None, split: str, column: str) -> Iterator[st
             known = ", ".join(row)
             raise UsageError(f"source.texts {path!r} has no column {column!r}; set source.column, one of {known}")
         if not isinstance(row[column], str):
-            raise UsageError(f"source.texts {path!r}: {column} of row {n_read - 1} is no text, but {row[column]!r}")
+            raise UsageError(
+                f"source.texts {path!r}: {column} of row {n_read - 1} is {row[column]!r}, not a text; set source.column"
+            )
         yield row[column]
     if not n_read:
         raise UsageError(f"source.texts {path!r} holds no text; give other files")
 
 
 def _told(rows: Callable[[], Iterator[dict[str, Any]]], name: str) -> Iterator[dict[str, Any]]:
-    """The rows; whatever the library raises for a missing file, a network or a setting is one line."""
+    """The rows; whatever the library raises for a missing file, a network or a setting becomes one line."""
     try:
         yield from rows()
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
-            f"{name} cannot be read: {reason[:300]}; give files that can, or a dataset on the Hub"
-        ) from error
+        raise UsageError(f"{name} cannot be read: {reason[:300]}; give other files, or a dataset on the Hub") from error
 
 
 def contexts_of(given: Iterator[str], tokenizer: Any, length: int, n_tokens: int, bos: bool) -> Int[Tensor, "n length"]:
     """Contexts [n, length]: texts one after the other with an end-of-text token between them, cut into pieces.
 
-    With `bos` each context begins with the tokenizer's token for that, where it has one. What is left at the end and
+    With `bos` each context begins with the tokenizer's beginning-of-sequence token, if it has one. A remainder that
     does not fill a context is dropped.
 
     Raises:
@@ -129,7 +129,7 @@ def contexts_of(given: Iterator[str], tokenizer: Any, length: int, n_tokens: int
             told = time.monotonic()
             logger.info("texts are tokenized: %d of %d tokens", n_cut * length, n_wanted * length)
     if not n_cut:
-        raise UsageError(f"the texts have {len(left)} tokens, and a context has {length}; lower source.context_length")
+        raise UsageError(f"the texts have {len(left)} tokens, but a context has {length}; lower source.context_length")
     if n_cut < n_wanted:
         logger.info("the texts end after %d tokens of source.n_tokens=%d", n_cut * length, n_tokens)
     return torch.from_numpy(np.concatenate(cut))
@@ -156,7 +156,7 @@ def open_tokens(path: Path, n_tokens: int) -> Int[Tensor, "n length"]:
 
 
 def special_tokens(tokenizer: Any) -> Int[Tensor, " n"]:
-    """Those that frame texts; the one for unknown words stands for a word."""
+    """Special tokens such as end-of-text; not the one for unknown words, which stands for a word."""
     frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     special = {token for token in tokenizer.all_special_ids if token in frame or token != tokenizer.unk_token_id}
     return torch.tensor(sorted(special), dtype=torch.int32)

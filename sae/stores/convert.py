@@ -1,4 +1,4 @@
-"""Stores from what is on disk already: arrays, another store, activations that SAELens cached."""
+"""Stores from data on disk: arrays, another store, activations cached by SAELens."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger("sae")
 
 ROWS_AT_ONCE = 16_384
 SAELENS = "dataset_info.json"
-"""In a folder that `datasets` saved, as SAELens does with activations."""
+"""In a folder saved by `datasets`, which SAELens uses for activations."""
 
 
 def write_store(path: Path, out: Path, dtype: DtypeName | None, key: str | None, overwrite: bool) -> None:
     """Writes what is at `path` as a store.
 
-    That is a store, which is copied into another dtype; a folder of activations that SAELens cached; or arrays, .npy,
+    That is a store, which is copied into another dtype; a folder of activations cached by SAELens; or arrays, .npy,
     .npz or .safetensors, [rows, d] or [inputs, positions, d]. Rows of one input are held out together. `key` names the
     array or the column where there are several.
 
@@ -41,7 +41,7 @@ def write_store(path: Path, out: Path, dtype: DtypeName | None, key: str | None,
     if (out / MANIFEST).exists() and not overwrite:
         raise UsageError(f"{out} already holds a store; give another --out, or --overwrite")
     if out.exists() and path.exists() and out.samefile(path):
-        raise UsageError(f"{out} would be read and written at once; give another --out")
+        raise UsageError(f"{out} would be both read and written; give another --out")
     store = Store(path) if is_store(path) else None
     acts = None if store is not None else _cached(path, key) if (path / SAELENS).is_file() else _arrays(path, key)
     with held(out):
@@ -69,19 +69,17 @@ def _arrays(path: Path, key: str | None) -> Iterator[Tensor]:
         if (part.dtype, part.ndim) != (parts[0].dtype, parts[0].ndim):
             raise UsageError(
                 f"{name} is {list(part.shape)} of {part.dtype}, but {names[0]} is {list(parts[0].shape)} of "
-                f"{parts[0].dtype}; convert them apart"
+                f"{parts[0].dtype}; convert them separately"
             )
     if parts[0].ndim == 2:
-        logger.info(
-            "each row is held out by itself; where rows beside each other are of one text, save [texts, rows, d]"
-        )
+        logger.info("each row is held out by itself; if neighbouring rows belong to one text, save [texts, rows, d]")
     at_once = max(1, ROWS_AT_ONCE // (parts[0].shape[1] if parts[0].ndim == 3 else 1))
     return (piece for part in parts for piece in part.split(at_once))
 
 
 def _cached(path: Path, key: str | None) -> Iterator[Tensor]:
-    """Activations [contexts, positions, d] that SAELens cached with `datasets`, in the dtype that they have there."""
-    require("datasets", "harvest", "reading what SAELens cached")
+    """Activations [contexts, positions, d] cached by SAELens with `datasets`, in their dtype there."""
+    require("datasets", "harvest", "reading SAELens's cached activations")
     import datasets  # noqa: PLC0415 - an extra, and slow to import
 
     try:
@@ -89,7 +87,7 @@ def _cached(path: Path, key: str | None) -> Iterator[Tensor]:
     except Exception as error:  # whatever the library raises for a damaged file
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}; cache it again") from error
     if not isinstance(rows, datasets.Dataset):
-        raise UsageError(f"{path} holds several splits, {', '.join(rows)}; give the folder of one")
+        raise UsageError(f"{path} holds several splits, {', '.join(rows)}; give the folder of one of them")
     wide = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Array2D)]
     if (key is None and len(wide) != 1) or (key is not None and key not in wide):
         raise UsageError(f"{path} has activations {', '.join(wide) or 'nowhere'}; give one of them as --key")

@@ -48,32 +48,32 @@ class Manifest(Section):
     format: Literal[1] = 1
     d_in: int
     d_out: int | None = None
-    """Width of the targets, where there are such."""
+    """Width of the targets, if there are any."""
     dtype: DtypeName
     complete: bool
-    """False while it is written, and after a stop."""
+    """False while the store is being written, and after a stop."""
     n_inputs: int
-    """Texts, images, or whatever the network read one by one, that rows are from."""
+    """Number of texts, images, or whatever the network read one by one, behind the rows."""
     n_batches: int
-    """How many batches of inputs have been read."""
+    """Number of batches of inputs read."""
     shards: tuple[Shard, ...]
     tokens_sha256: str | None = None
-    """Of the file of tokens, where there is one."""
+    """Checksum of the file of tokens, if there is one."""
     origin: dict[str, Any]
-    """Where the rows are from, as far as it can be told."""
+    """Where the rows are from, as far as is known."""
 
     def n_rows(self, split: Split) -> int:
         return sum(shard.rows[split] for shard in self.shards)
 
 
 class Store:
-    """A store that is there. Its files are mapped, and read when rows are wanted."""
+    """An existing store. Its files are mapped, and read when rows are needed."""
 
     def __init__(self, path: str | Path) -> None:
-        """Reads the manifest and looks at every file's size; `verify` reads them whole.
+        """Reads the manifest and checks every file's size; `verify` reads them whole.
 
         Raises:
-            UsageError: it is no store, or files are missing or cut short.
+            UsageError: it is not a store, or files are missing or truncated.
         """
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
@@ -84,30 +84,32 @@ class Store:
         self.files = {shard.file: _mapped(self.path / shard.file) for shard in self.manifest.shards}
 
     def rows(self, split: Split) -> Rows | Pairs:
-        """The activations of a split, beside their targets where there are such.
+        """The activations of a split, with their targets if there are any.
 
         Raises:
             UsageError: the split has no rows.
         """
         if not self.manifest.n_rows(split):
             n = self.manifest.n_inputs
-            raise UsageError(f"{self.path} has no rows for {split}, of {n} inputs; 20 or more are needed")
+            raise UsageError(f"{self.path} has no rows for {split}, from {n} inputs; harvest 20 or more")
         acts = self._table(split, "acts")
         return acts if self.manifest.d_out is None else Pairs(acts, self._table(split, "target"))
 
     def column(self, split: Split, name: Literal["context", "position"]) -> Tensor:
-        """What else is known of each row [n]: the context that it is from (a row of `tokens`), its position in it."""
+        """What else is known about each row [n]: its context (a row of `tokens`) and its position in it."""
         parts = [tensors[f"{split}/{name}"] for tensors in self._with_rows(split).values()]
         return torch.cat(parts)
 
     def tokens(self) -> Int[Tensor, "n_contexts length"]:
-        """What the language model read that the rows are of.
+        """What the language model behind the rows read.
 
         Raises:
-            UsageError: they are of none, or the file is gone or damaged.
+            UsageError: there is no such model, or the file is missing or damaged.
         """
         if self.manifest.tokens_sha256 is None:
-            raise UsageError(f"{self.path} has no texts: its rows are not of a language model")
+            raise UsageError(
+                f"{self.path} has no texts: its rows are not a language model's; give a store written by `sae harvest`"
+            )
         return _mapped(self.path / TOKENS)["tokens"]
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
@@ -129,10 +131,10 @@ class Store:
     def _check_size(self, shard: Shard) -> None:
         path = self.path / shard.file
         if not path.is_file():
-            raise UsageError(f"{path} is missing, and {MANIFEST} names it; copy the store again, or harvest it again")
+            raise UsageError(f"{path} is missing, but {MANIFEST} names it; copy the store again, or harvest it again")
         if path.stat().st_size != shard.n_bytes:
             raise UsageError(
-                f"{path} has {path.stat().st_size} bytes, and {MANIFEST} says {shard.n_bytes}; copy the store again, "
+                f"{path} has {path.stat().st_size} bytes, but {MANIFEST} says {shard.n_bytes}; copy the store again, "
                 "or harvest it again"
             )
 
@@ -143,7 +145,7 @@ def is_store(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What a store says of itself.
+    """The manifest of a store.
 
     Raises:
         UsageError: there is none, or it cannot be understood.
@@ -154,15 +156,17 @@ def read_manifest(path: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path} holds no activation store ({MANIFEST}); `sae harvest` writes one") from error
     except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{file} cannot be read: {error.strerror}; check its permissions") from error
     except ValidationError as error:
-        raise UsageError(f"{file} is damaged, or of another version: {explain(error, Manifest)}") from error
+        raise UsageError(
+            f"{file} is damaged, or from another version: {explain(error, Manifest)}; harvest again"
+        ) from error
     except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}); harvest again") from error
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that safetensors wrote. However many files are mapped so, none of them stays open."""
+    """The tensors of a safetensors file. However many files are mapped like this, none of them stays open."""
     try:
         header, first_byte = safetensors_header(path)
         whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)

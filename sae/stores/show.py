@@ -1,4 +1,4 @@
-"""`sae store info` and `sae store verify`: what a store says, and whether it is true."""
+"""`sae store info` and `sae store verify`: what a store says it holds, and whether that is true."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def print_info(path: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Reads every shard whole, against the checksum that was taken when it was written.
+    """Checks every shard against the checksum taken when it was written.
 
     Raises:
         UsageError: one differs.
@@ -55,4 +55,4 @@ def verify(path: Path) -> None:
         raise UsageError(f"{path} is damaged: {'; '.join(wrong)}; copy the store again, or harvest it again")
     print(f"{path}: {len(found)} files are as they were written")
     if not store.manifest.complete:
-        print("it was not written to its end: `sae harvest` goes on with --resume")
+        print("it is incomplete: continue its `sae harvest` with --resume")

@@ -18,8 +18,8 @@ from sae.stores.files import Store
 
 
 class StoreSource(ArraySource):
-    """The training rows of a store, shuffled as those of any array; what it holds out it held out when it was written,
-    whole texts and whole images."""
+    """The training rows of a store, shuffled like any array's; the held-out rows were chosen when it was written, as
+    whole texts or whole images."""
 
     def __init__(self, store: Store, truth: Float[Tensor, "n_features d_in"] | None = None) -> None:
         self.store = store
@@ -39,7 +39,7 @@ class StoreSource(ArraySource):
 
 
 class StoreSourceConfig(SourceConfig):
-    """A folder of activations that `sae harvest` wrote."""
+    """A folder of activations written by `sae harvest`."""
 
     kind: Literal["store"] = "store"
     path: Path
@@ -59,14 +59,14 @@ def open_store(path: str | Path, truth: Float[Tensor, "n_features d_out"] | None
     """
     store = Store(path)
     if not store.manifest.complete:
-        raise UsageError(f"{path} was not written to its end; `sae harvest` it again with --resume")
+        raise UsageError(f"{path} is incomplete; run its `sae harvest` again with --resume")
     if store.manifest.d_out is None:
         return StoreSource(store, truth)
     return PairSource(StoreSource(store), store.manifest.d_in, truth)
 
 
 def recorded(source: object) -> StoreSourceConfig | None:
-    """What a configuration says of a source that was passed to a run: the folder of a store; nothing of any other."""
+    """How a configuration records a source that was passed to a run: the folder of a store; nothing for any other."""
     rows = source.rows if isinstance(source, PairSource) else source
     known = isinstance(source, PairSource | StoreSource) and source.truth is not None
     return StoreSourceConfig(path=rows.store.path) if isinstance(rows, StoreSource) and not known else None

@@ -1,4 +1,4 @@
-"""Writes an activation store: piece by piece, a shard at a time, and on after a stop."""
+"""Writes an activation store: piece by piece, a shard at a time; resumes after a stop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARD_BYTES = 2**28
 EVERY, HELD_OUT_ROWS = 20, 50_000
 HELD_OUT: Mapping[int, Split] = {0: "calibration", EVERY // 2: "evaluation"}
 Columns = Mapping[str, Tensor]
-"""What is known of some rows: acts [n, d_in], and perhaps target [n, d_out], context [n], position [n]."""
+"""What is known about some rows: acts [n, d_in], and perhaps target [n, d_out], context [n], position [n]."""
 
 
 class Division:
@@ -48,10 +48,10 @@ class Division:
         return splits
 
     def require_rows(self, remedy: str) -> None:
-        """Refuses inputs of which a split has no rows.
+        """Refuses inputs that leave a split without rows.
 
         Raises:
-            UsageError: it has none.
+            UsageError: they do.
         """
         empty = [split for split in SPLITS if not self.n_rows[split]]
         if empty:
@@ -64,10 +64,10 @@ class Division:
 class StoreWriter:
     """Takes rows and writes them in shards of about SHARD_BYTES; the manifest follows every shard.
 
-    Where the folder holds the beginning of a store from the same origin, it goes on behind it: `n_batches` says how
-    many batches it has. Rows are in the order in which they came, whatever the stops in between. With `anew` a store
-    that is there is discarded when the first shard of the new one is written. Where it is left, no shard is
-    half-written; what waits is given up, unless `flush` or `finish` came before.
+    Where the folder holds the beginning of a store from the same origin, writing continues after it: `n_batches` says
+    how many batches it has. Rows are in the order in which they came, whatever the stops in between. With `anew` an
+    existing store is discarded when the first shard of the new one is written. On exit no shard is half-written;
+    pending rows are dropped unless `flush` or `finish` was called.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class StoreWriter:
         anew: bool = False,
     ) -> None:
         if dtype is not None and dtype not in get_args(DtypeName):
-            raise UsageError(f"dtype {dtype!r} is none that a store has{nearest(dtype, get_args(DtypeName))}")
+            raise UsageError(f"dtype {dtype!r} is not one that a store can have{nearest(dtype, get_args(DtypeName))}")
         self.path, self.origin, self.tokens = path, dict(origin), tokens
         self.dtype: DtypeName | None = dtype
         self.widths: dict[str, int] = {}
@@ -97,12 +97,12 @@ class StoreWriter:
 
     @property
     def n_written_rows(self) -> int:
-        """Those in shards."""
+        """Rows already in shards."""
         return sum(sum(shard.rows.values()) for shard in self.shards)
 
     @property
     def n_discarded_bytes(self) -> int:
-        """Of the store that the first shard takes the place of."""
+        """Bytes of the store that the first shard replaces."""
         return 0 if self.shards else sum(file.stat().st_size for file in self.path.glob("*") if file.is_file())
 
     def __enter__(self) -> StoreWriter:
@@ -123,7 +123,7 @@ class StoreWriter:
         """The rows of one more batch of inputs, input after input.
 
         Raises:
-            UsageError: they are not finite, in the store's dtype either, or of another width than those before.
+            UsageError: they are not finite, also in the store's dtype, or differ in width from those before.
         """
         if self.dtype is None:
             floating = [tensor.dtype for tensor in columns.values() if tensor.is_floating_point()]
@@ -156,17 +156,19 @@ class StoreWriter:
             return tensor.to(torch.int32).cpu()
         width = self.widths.setdefault(name, tensor.shape[1])
         if tensor.shape[1] != width:
-            raise UsageError(f"batch {self.n_batches} has {name} of width {tensor.shape[1]}, those before it {width}")
+            raise UsageError(
+                f"batch {self.n_batches} has {name} of width {tensor.shape[1]}, those before it {width}; give one width"
+            )
         assert self.dtype is not None
         return checked(tensor, self.dtype, f"{name} of batch {self.n_batches}")
 
     def flush(self) -> None:
-        """Writes what waits as a shard, and returns when it is there."""
+        """Writes pending rows as a shard, and returns when it is written."""
         self._hand_over()
         self.under_way.result()
 
     def _hand_over(self) -> None:
-        """What waits becomes a shard, in a while."""
+        """Hands pending rows over to be written as a shard."""
         waiting, self.waiting, self.n_waiting_bytes = self.waiting, {split: [] for split in SPLITS}, 0
         self.under_way.result()  # one at a time: its error is told, and memory is bounded
         if any(waiting.values()):
@@ -189,7 +191,7 @@ class StoreWriter:
         self._write_manifest(n_inputs, n_batches, complete=False)
 
     def finish(self) -> None:
-        """The last shard, and that it was the last.
+        """Writes the last shard, and marks the store complete.
 
         Raises:
             UsageError: there is nothing to hold out.
@@ -220,7 +222,7 @@ def is_complete(path: Path, fields: Mapping[str, Any], dtype: DtypeName | None) 
     """Whether a folder holds a whole store.
 
     Raises:
-        UsageError: it is one from elsewhere: another value of a field was written into it.
+        UsageError: the store has a different origin: a field has another value.
     """
     if not (path / MANIFEST).exists() or not (was := read_manifest(path)).complete:
         return False
@@ -230,11 +232,11 @@ def is_complete(path: Path, fields: Mapping[str, Any], dtype: DtypeName | None) 
 
 
 def require_same_origin(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with what was begun otherwise; names every value that differs."""
+    """Refuses to continue a store that was begun with other values; names every one that differs."""
     both = {key: (was.get(key), now.get(key)) for key in dict.fromkeys([*was, *now])}
     said = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in both.items() if old != new)
     if said:
-        raise UsageError(f"{path} was begun otherwise: {said}; use the same values, or another --out")
+        raise UsageError(f"{path} was begun with other values: {said}; use the same values, or another --out")
 
 
 def checked(tensor: Tensor, dtype: DtypeName, name: str) -> Tensor:
@@ -248,14 +250,14 @@ def checked(tensor: Tensor, dtype: DtypeName, name: str) -> Tensor:
     if bool(stored.float().sum(dim=1).isfinite().all()) or bool(stored.isfinite().all()):
         return stored
     if not bool(tensor.isfinite().all()):
-        raise UsageError(f"{name} holds NaN or infinity; look at the inputs")
+        raise UsageError(f"{name} holds NaN or infinity; check the inputs")
     largest = float(tensor.abs().max())
     remedy = "use --dtype bfloat16 or float32" if dtype == "float16" else "scale them down"
     raise UsageError(f"{name} is up to {largest:.3g}, more than {dtype} can hold; {remedy}")
 
 
 def discard_store(path: Path) -> None:
-    """Deletes a store's files, and nothing else: last the manifest, which tells what they are. What is being written
+    """Deletes a store's files and nothing else, the manifest last, since it says what they are. What is being written
     stays."""
     if (path / MANIFEST).exists():
         for file in [*path.glob("shard-*.safetensors"), path / TOKENS, path / MANIFEST]:
@@ -263,15 +265,15 @@ def discard_store(path: Path) -> None:
 
 
 def require_own(path: Path) -> None:
-    """Refuses a folder with files that a store would replace, and that are of no store.
+    """Refuses a folder with files that a store would replace but that belong to no store.
 
     Raises:
-        UsageError: there are such.
+        UsageError: there are such files.
     """
     if not (path / MANIFEST).exists():
         foreign = sorted(file.name for file in [*path.glob("shard-*.safetensors"), *path.glob(TOKENS)])
         if foreign:
-            raise UsageError(f"{path} holds {foreign[0]} of something else; give another --out")
+            raise UsageError(f"{path} holds {foreign[0]}, which belongs to no store; give another --out")
 
 
 def _name(dtype: torch.dtype) -> DtypeName:
@@ -281,7 +283,7 @@ def _name(dtype: torch.dtype) -> DtypeName:
         torch.bfloat16: "bfloat16",
     }
     if dtype == torch.float64:
-        logger.info("activations are float64, and are kept as float32")
+        logger.info("activations are float64 and are kept as float32")
         return "float32"
     if dtype not in names:
         raise UsageError(f"activations must be floating point, got {dtype}; read another module")

@@ -1,4 +1,4 @@
-"""Trains the members of one stream together, in this process, and tells how each ends."""
+"""Trains the members of one stream together, in this process, and reports how each ends."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Group:
     resume: bool
 
     def run(self, open_source: OpenSource, tell: Tell, stop: Stop) -> None:
-        """Trains all members; tells each one's lines, and its end exactly once."""
+        """Trains all members; reports each one's lines, and its end exactly once."""
         left = {member.name: member for member in self.members}
         runs: list[Run] = []
 
@@ -115,7 +115,7 @@ class Group:
         return [run]
 
     def _close(self, run: Run, error: Exception | None) -> tuple[Status, str]:
-        """Measures and saves a run that took its last step; writes down why another one ended."""
+        """Measures and saves a run that took its last step; records why any other ended."""
         try:
             if error is not None:
                 raise error
@@ -135,7 +135,7 @@ class Group:
 
 @contextmanager
 def told_of(name: str) -> Iterator[None]:
-    """What is logged meanwhile begins with the member that it is of."""
+    """Prefixes what is logged meanwhile with the member's name."""
 
     def add(record: logging.LogRecord) -> bool:
         record.msg, record.args = f"{name}: {record.getMessage()}", ()
@@ -149,7 +149,7 @@ def told_of(name: str) -> Iterator[None]:
 
 
 def shared(sources: Sequence[Source]) -> tuple[Source, list[SharedSource]]:
-    """What feeds all of these, which are on one stream, and what each of them is of it."""
+    """One source that feeds all of these, which are on one stream, and each one's part of it."""
     distinct = list(dict.fromkeys(sources))
     if len(distinct) == 1:
         one = SharedSource(distinct[0])
@@ -163,7 +163,7 @@ OpenSource = Callable[[Member], Source]
 
 
 def opener() -> OpenSource:
-    """Opens each source once: a toy model is trained, and a language model loaded, once for all that look at it."""
+    """Opens each source once: a toy model is trained, and a language model loaded, once for all that use it."""
     kept: dict[str, Source] = {}
 
     def open_source(member: Member) -> Source:

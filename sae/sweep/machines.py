@@ -1,4 +1,4 @@
-"""Groups of members over the machines of a Ray cluster. All of them must see the same files under the same paths."""
+"""Groups of members over the machines of a Ray cluster, which must all see the same files under the same paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sae.sweep.group import Ended, Group, Logged, Tell, opener
 
 
 def connect() -> None:
-    """Joins the cluster, before signals are listened to: Ray sets handlers of its own as it starts."""
+    """Joins the cluster, before signals are handled: Ray sets its own handlers as it starts."""
     ray: Any = importlib.import_module("ray")
     if not ray.is_initialized():
         ray.init()

@@ -1,4 +1,4 @@
-"""When a member is given up: rules on the last lines of its log, the same however often it was interrupted."""
+"""When a member is stopped: rules on the last lines of its log, the same however often it was interrupted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Line = Mapping[str, float | int]
 
 
 class Stopped(UsageError):
-    """A rule gave the member up."""
+    """A rule stopped the member."""
 
 
 def verdict(lines: Sequence[Line], config: TrainConfig, section: SweepSection) -> str | None:
     """Why a member is to be stopped after these lines, or None.
 
     A rule holds when each of the last `stop_lines` lines breaks its threshold. The last line of a run stops nothing:
-    what is left is to measure it.
+    only measuring is left.
     """
     last = lines[-section.stop_lines :]
     if len(last) < section.stop_lines or last[-1]["step"] >= config.n_steps:
@@ -46,7 +46,7 @@ def verdict(lines: Sequence[Line], config: TrainConfig, section: SweepSection) -
 
 
 def read_lines(out: Path) -> list[Line]:
-    """What a member has logged so far; a line cut short by a kill is left out."""
+    """What a member has logged so far; a line truncated by a kill is left out."""
     if not (out / LINES).is_file():
         return []
     lines = (out / LINES).read_text(encoding="utf-8").splitlines(keepends=True)

@@ -40,7 +40,7 @@ class Outcome:
     rows: list[dict[str, Any]]
     report: Path | None
     signal_number: int = 0
-    """Of the signal that stopped it, or 0."""
+    """The number of the signal that stopped it, or 0."""
 
     @property
     def not_done(self) -> list[dict[str, Any]]:
@@ -55,11 +55,11 @@ def run_sweep(
     on_event: OnEvent | None = None,
     open_source: OpenSource | None = None,
 ) -> Outcome:
-    """Trains every member into its own directory, and writes sweep.json and report.html beside them.
+    """Trains every member in its own directory, and writes sweep.json and report.html next to them.
 
-    A member that diverges, is stopped by a rule or fails does not stop the others. `on_event` hears of each logged
-    line and each end. With `resume` members that ended are left as they are, and others go on from their checkpoints.
-    `open_source` gives sources to members that this process trains, where they are open already.
+    A member that diverges, is stopped by a rule or fails does not stop the others. `on_event` is called for each logged
+    line and each end. With `resume` members that ended are left as they are, and others continue from their
+    checkpoints. `open_source` gives sources that are already open to the members that this process trains.
 
     Raises:
         UsageError: the sweep cannot begin; nothing was trained or written.
@@ -141,7 +141,7 @@ def _parts(plan: Plan, members: list[Member]) -> Iterator[tuple[Member, ...]]:
 
 
 def check_sweep(plan: Plan, resume: bool, overwrite: bool) -> None:
-    """What can be told before anything runs.
+    """Reports what can be found before anything runs.
 
     Raises:
         UsageError: the sweep cannot begin.
@@ -160,7 +160,7 @@ def check_sweep(plan: Plan, resume: bool, overwrite: bool) -> None:
     require_out(out, "sweep", SWEEP, resume, overwrite, {CONFIG: "single run"})
     gone = [name for name in _names_before(out) if name not in {member.name for member in plan.members}]
     if gone and resume:
-        raise UsageError(f"{out} has members that this sweep does not have, {gone[0]} for one; give another --out")
+        raise UsageError(f"{out} has members that this sweep does not have, such as {gone[0]}; give another --out")
     for member in plan.members:
         _check_member(plan, member, resume, overwrite)
 
@@ -186,7 +186,9 @@ def _names_before(out: Path) -> list[str]:
     try:
         return [str(row["name"]) for row in json.loads((out / SWEEP).read_text(encoding="utf-8"))["members"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out / SWEEP} is no list of a sweep's members; delete it to go on with --resume") from error
+        raise UsageError(
+            f"{out / SWEEP} is not a list of a sweep's members; delete it to continue with --resume"
+        ) from error
 
 
 def _ended_before(plan: Plan, member: Member, resume: bool) -> Ended | None:
@@ -242,7 +244,7 @@ def _write(plan: Plan, table: dict[str, dict[str, Any]]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What each of many runs would say of itself is left out; warnings are told."""
+    """Suppresses what each of many runs would log about itself, except warnings."""
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What the command line shows of a sweep: one bar for all members, and their table."""
+"""What the command line shows of a sweep: one progress bar for all members, and their table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = scores(L0, FVU, CE, MCC, DEAD)
 
 @contextmanager
 def progress(plan: Plan) -> Iterator[Callable[[Logged | Ended], None]]:
-    """A bar over the steps of all members; the function that it yields takes what `run_sweep` tells."""
+    """A bar over the steps of all members; the function that it yields takes the events of `run_sweep`."""
     n_steps = {member.name: member.config.n_steps for member in plan.members}
     done: dict[str, int] = {}
     n_ended = 0
@@ -38,7 +38,7 @@ def progress(plan: Plan) -> Iterator[Callable[[Logged | Ended], None]]:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """The table of members; one that is not done has the last values that it logged."""
+    """The table of members; one that is not done shows the last values that it logged."""
     shown = [score for score in COLUMNS if any(score.key in row["metrics"] for row in outcome.rows)]
     rows = []
     for row in outcome.rows:

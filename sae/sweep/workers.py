@@ -30,7 +30,7 @@ class _Worker:
         self.left: set[str] = set()
 
     def give(self, group: Group) -> None:
-        """Trains this group next; its members are `left` until they are told to have ended."""
+        """Trains this group next; its members are `left` until they are reported to have ended."""
         self.left = {member.name for member in group.members}
         self.connection.send(group)
 
@@ -91,7 +91,7 @@ def _hear(worker: _Worker, tell: Tell, stopping: bool) -> bool:
 
 
 class _Told(logging.Handler):
-    """Sends what is logged to the parent, whose bar it must not run into."""
+    """Sends what is logged to the parent, so that it does not disturb its progress bar."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(logging.WARNING)
