@@ -89,7 +89,9 @@ def harvest_model(
         Interrupted: as `harvest`.
     """
     if modules and config.target is not None:
-        raise UsageError(f"several modules share no target, got {config.target!r}; harvest one pair at a time")
+        raise UsageError(
+            f"--modules cannot be combined with source.target, got {config.target!r}; harvest one pair at a time"
+        )
     wanted = [config.model_copy(update={"module": name}) for name in dict.fromkeys(modules)] or [config]
     paths = {one.site: out / one.module if modules else out for one in wanted}
     for path in paths.values():
