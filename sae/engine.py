@@ -327,7 +327,7 @@ class Engine:
         dense = share >= sparse_share(self.state.encoder, self.kernels.precision)
         if dense != self.dense:
             how = "dense" if dense else "sparse"
-            logger.info("step %d: %.1f %% of latents fire, steps become %s", step, 100 * share, how)
+            logger.info("step %d: %.1f %% of latents fire, steps go %s", step, 100 * share, how)
             self.dense = dense
             self.buffer.kept.clear()
 
