@@ -118,7 +118,7 @@ def _look_at_first(
     """Checks the first window: above what a latent fires, and whether the true activations are known."""
     first = next(iter(held_out.pieces(size)), None)
     if first is None or not len(first.x):
-        raise UsageError("the evaluation set holds no sample; raise evaluation.n_samples, or pass rows")
+        raise UsageError("the evaluation set has no samples; raise evaluation.n_samples, or pass rows")
     if truth is not None:
         _check_widths(W_dec, truth, first)
     _check_finite(first)

@@ -54,6 +54,25 @@ def test_links_lead_somewhere(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+# The tutorial
+
+
+def test_the_tutorial_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    """Digits may differ from one processor to the next; what follows from them may not."""
+    monkeypatch.chdir(tmp_path)
+    script = "\n".join(blocks(DOCS / "tutorial.md", "python"))
+    exec(compile(script, "tutorial.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"^# (.*)$", script, flags=re.MULTILINE)
+    assert len(promised) == 8
+    for ours, theirs in zip(printed, promised, strict=False):
+        words, numbers = (re.split(r"[\d.]+", ours), re.findall(r"\d+\.?\d*", ours))
+        assert words == re.split(r"[\d.]+", theirs)
+        expected = [pytest.approx(float(number), rel=0.15, abs=0.05) for number in re.findall(r"\d+\.?\d*", theirs)]
+        assert [float(number) for number in numbers] == expected
+    assert len(printed) > len(promised), "the last one says which outputs depend on a latent"
+
+
 # The example sparsifier
 
 
