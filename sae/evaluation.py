@@ -172,9 +172,11 @@ def _encode(coder: Coder, x: Float[Tensor, "batch d_in"], start: int) -> SparseC
     z = coder.encode(x)
     if not bool(z.values.isfinite().all()):
         row = start + int((~z.values.isfinite()).any(dim=1).nonzero()[0])
-        raise UsageError(f"codes must be finite, those of sample {row} are not; check weights and activations")
+        raise UsageError(f"codes must be finite, but those of sample {row} are not; check weights and activations")
     if z.d_sae != len(coder.W_dec):
-        raise UsageError(f"codes of {z.d_sae} latents do not fit a W_dec of {len(coder.W_dec)} rows")
+        raise UsageError(
+            f"codes of {z.d_sae} latents do not fit a W_dec of {len(coder.W_dec)} rows; give one row per latent"
+        )
     return z
 
 

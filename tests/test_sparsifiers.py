@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from sae.codes import kth_largest
 from sae.sparsifiers import BatchTopK, ReLU, TopK
+from sae.sparsifiers.topk import MultiTopK
 
 
 @given(st.integers(1, 9), st.integers(2, 17), st.integers(0, 99), st.data())
@@ -76,3 +77,31 @@ def test_kth_largest(n, seed, data):
     k = data.draw(st.integers(1, n))
     values = torch.randn(n, generator=torch.Generator().manual_seed(seed))
     assert kth_largest(values, k) == values.sort(descending=True).values[k - 1]
+
+
+def test_who_is_differentiated_by_autograd_is_inherited():
+    """It is decided anew only where a class changes what the loss charges for, or knows its gradients."""
+
+    class Charges(ReLU):
+        def penalty(self, codes, W_dec):
+            return codes.values.sum()
+
+    class Knows(Charges):
+        def differentiate(self, codes, decode, sparsity):
+            return super().differentiate(codes, decode, sparsity)
+
+    class Says(TopK):
+        by_autograd = True
+
+    def heir(kind):
+        return type("Heir", (kind,), {})
+
+    for kind, expected in (
+        (TopK, False),
+        (MultiTopK, False),
+        (ReLU, False),
+        (Charges, True),
+        (Knows, False),
+        (Says, True),
+    ):
+        assert (kind.by_autograd, heir(kind).by_autograd) == (expected, expected), kind

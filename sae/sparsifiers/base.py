@@ -96,7 +96,7 @@ class Sparsifier(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "by_autograd" not in vars(cls):
+        if "by_autograd" not in vars(cls) and {"penalty", "objective", "differentiate"} & vars(cls).keys():
             own = cls.penalty is not Sparsifier.penalty or cls.objective is not Sparsifier.objective
             cls.by_autograd = own and cls.differentiate is Sparsifier.differentiate
 

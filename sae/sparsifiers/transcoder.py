@@ -57,7 +57,7 @@ class _Transcoding(SAEConfig):
             names = ", ".join(sorted(shared & base.keys()))
             raise ValueError(f"base accepts only options specific to its kind, got {names}; move these next to base")
         kind = _selection(base, info.data["d_sae"])
-        if not kind.serves_as_base:
+        if kind.transcodes or not kind.serves_as_base:
             raise ValueError(f"base must be a kind that selects, got {kind.kind!r}; take topk or batchtopk")
         if getattr(kind, "refine", 0):
             raise ValueError("base cannot refine: a transcoder's residual is not in its input space; leave refine out")
