@@ -91,17 +91,24 @@ class SAEConfig(Family):
         if given is not None:
             rising = all(a < b for a, b in zip((0, *given), given, strict=False))
             if not given or not rising or given[-1] != self.d_sae:
-                raise ValueError(f"prefixes must rise to d_sae={self.d_sae}, got {list(given)}; end them with d_sae")
+                remedy = (
+                    "make each wider than the one before" if given and given[-1] == self.d_sae else "end with d_sae"
+                )
+                raise ValueError(f"prefixes must rise to d_sae={self.d_sae}, got {list(given)}; {remedy}")
         if weights is not None and (len(weights) != len(self.widths) or not all(0 < w < math.inf for w in weights)):
+            remedy = f"give {len(self.widths)} of them" if len(self.widths) > 1 else "set prefixes first"
+            if len(weights) == len(self.widths):
+                remedy = "make each larger than 0"
             raise ValueError(
                 f"prefix_weights must be positive, one for each of the prefixes {list(self.widths)}, "
-                f"got {list(weights)}; give {len(self.widths)} of them, or set prefixes"
+                f"got {list(weights)}; {remedy}"
             )
-        for name in ("detach_prefixes", "sort_prefixes"):
-            if getattr(self, name) and len(self.widths) == 1:
-                raise ValueError(
-                    f"{name} needs several prefixes, got {list(self.widths)}; set prefixes, or leave it out"
-                )
+        wants = [name for name in ("detach_prefixes", "sort_prefixes") if getattr(self, name)]
+        if wants and len(self.widths) == 1:
+            raise ValueError(
+                f"{' and '.join(wants)} need several prefixes, got {list(self.widths)}; give more, or set "
+                f"{'both' if len(wants) > 1 else 'it'} to false"
+            )
         return self
 
     @property

@@ -231,5 +231,5 @@ def test_the_kind():
 @pytest.mark.parametrize("name", ["detach_prefixes", "sort_prefixes"])
 @pytest.mark.parametrize("more", [{"kind": "topk"}, {"kind": "lista_matryoshka", "prefixes": [8]}])
 def test_one_prefix_has_nothing_to_detach_or_sort(name, more):
-    with pytest.raises(UsageError, match=r"prefixes needs several prefixes, got \[8\]; set prefixes, or leave it out"):
+    with pytest.raises(UsageError, match=r"prefixes need several prefixes, got \[8\]; give more, or set (it|both) to"):
         parse_config({"sae": {"d_sae": 8, "k": 2, name: True} | more})

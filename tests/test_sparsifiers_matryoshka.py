@@ -96,14 +96,15 @@ def test_default_prefixes():
 @pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, float("inf"), 1.0], []])
 def test_bad_weights(weights):
     with pytest.raises(
-        UsageError, match=r"one for each of the prefixes \[3, 20, 70\], got .*; give|finite number, got inf"
+        UsageError, match=r"one for each of the prefixes \[3, 20, 70\], got .*; (give 3|make each)|number, got inf"
     ):
         config(prefixes=[3, 20, D_SAE], prefix_weights=weights)
 
 
 @pytest.mark.parametrize("prefixes", [[3, 20], [20, 3, D_SAE], [0, D_SAE], [3, 3, D_SAE], [D_SAE + 1], []])
 def test_bad_prefixes(prefixes):
-    with pytest.raises(UsageError, match=r"prefixes must rise to d_sae=70, got .*; end them with d_sae"):
+    remedy = "make each wider than the one before" if prefixes[-1:] == [D_SAE] else "end with d_sae"
+    with pytest.raises(UsageError, match=rf"prefixes must rise to d_sae=70, got .*; {remedy}"):
         config(prefixes=prefixes)
 
 

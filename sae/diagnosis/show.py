@@ -23,5 +23,7 @@ def print_diagnosis(out: Path, metrics: Mapping[str, float]) -> None:
     reasons = json.loads((out / DIAGNOSIS).read_text(encoding="utf-8"))["reasons"]
     most = sorted((row for row in reasons if row["n"]), key=lambda row: -row["n"])[:MOST_REASONS]
     why = ", ".join(f"{row['n']} {row['means']}" for row in most)
+    if rest := round(metrics["diagnosis/missed"]) - sum(row["n"] for row in most):
+        why += f", {rest} for other reasons"
     print(f"{metrics['diagnosis/missed']:.0f} features are missed{f': {why}' if why else ''}.")
     print(f"\nwrote {out / FEATURES} and {out / DIAGNOSIS}; `sae report {out}` draws them")
