@@ -312,9 +312,9 @@ class Engine:
     def take_firing(self) -> Int[Tensor, " d_sae"]:
         """In how many samples each latent fired since the last call."""
         taken = self.state.window_firing.clone()
-        self.levels.count_(taken)
         self.state.window_firing.zero_()
-        self.levels.counted.zero_()
+        self.levels.count_(taken)
+        self.levels.counted.zero_()  # what it counts starts again
         return taken
 
     def refresh(self, step: int) -> None:

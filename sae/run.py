@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sae import checkpoint
@@ -226,19 +226,23 @@ def conclude(run: Run, report: bool) -> Result:
 
 def finished(trainer: Trainer, calibration: HeldOut) -> SAE:
     """The trained SAE made ready for inference, in place."""
-    order = by_frequency(trainer.engine.levels.frequency).cpu()
-    unit, target_unit = trainer.unit, trainer.target_unit
-    return ready_(trainer.sae.cpu(), unit, target_unit, calibration, 1.0, order)  # a source may end early
+    frequency, units = trainer.engine.levels.frequency.cpu(), (trainer.unit, trainer.target_unit)
+    return ready_(trainer.sae.cpu(), *units, calibration, 1.0, frequency)  # a source may end early
 
 
 def ready_(
-    sae: SAE, unit: float, target_unit: float, calibration: HeldOut, done: float, order: Int[Tensor, " d_sae"]
+    sae: SAE,
+    unit: float,
+    target_unit: float,
+    calibration: HeldOut,
+    done: float,
+    frequency: Float[Tensor, " d_sae"] | None,
 ) -> SAE:
     """An SAE after a fraction `done` of its training, for inference: in the units of the data, with calibrated
-    thresholds, and its latents in order where prefixes are sorted."""
+    thresholds, and its latents in the order of their frequency where prefixes are sorted."""
     sae.eval().requires_grad_(False)
-    if sae.config.sort_prefixes:
-        sae.reorder_(order)
+    if sae.config.sort_prefixes and frequency is not None:
+        sae.reorder_(by_frequency(frequency))
     sae.sparsifier.anneal_(done)
     chunks = calibration.x.split(chunk_rows(sae.d_sae))
     if sae.sparsifier.refine and sae.sparsifier.first is not None:

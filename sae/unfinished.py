@@ -10,7 +10,6 @@ from sae.config import SAEConfig, TrainConfig, parse_config
 from sae.config_text import read_yaml
 from sae.errors import UsageError
 from sae.evaluation import Evaluation, evaluate_on
-from sae.levels import by_frequency
 from sae.model import SAE
 from sae.names import CHECKPOINTS, CONFIG, MANIFEST
 from sae.run import calibration_rows, ready_
@@ -67,7 +66,7 @@ def _opened(out: Path, given: object) -> tuple[SAE, TrainConfig, Source, int]:
         )
     sae.load_state_dict(weights)
     rows = calibration_rows(sae, source)
-    ready_(sae, values["unit"], values["target_unit"], rows, done, by_frequency(tensors.get("frequency", sae.b_enc)))
+    ready_(sae, values["unit"], values["target_unit"], rows, done, tensors.get("frequency"))
     return sae, config, source, step
 
 

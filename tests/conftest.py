@@ -1,11 +1,14 @@
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from sae import cli
+from sae.trainer import Trainer
 
 # Without a GPU, Triton's kernels run in its interpreter; it reads this when it is first imported.
 if not torch.cuda.is_available():
@@ -57,3 +60,24 @@ def tiny(tmp_path_factory):
     from tiny_language_model import make  # slow to import
 
     return make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """A context in which runs end, as by Ctrl-C, in front of the step of this number."""
+
+    @contextmanager
+    def at(step: int) -> Iterator[None]:
+        real = Trainer.advance
+
+        def advance(trainer: Trainer, *given: torch.Tensor) -> None:
+            if trainer.n_steps_done == step:
+                raise KeyboardInterrupt
+            real(trainer, *given)
+
+        monkeypatch.setattr(Trainer, "advance", advance)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+        monkeypatch.setattr(Trainer, "advance", real)
+
+    return at

@@ -195,20 +195,11 @@ def test_a_trained_sae_has_its_latents_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, {"accumulate": 2}], ids=["plain", "parts"])
-def test_how_often_a_run_logs_and_stops_changes_nothing(more, tmp_path, monkeypatch):
+def test_how_often_a_run_logs_and_stops_changes_nothing(more, tmp_path, stopped_at):
     whole = run(tmp_path / "whole", **more).sae
     often = run(tmp_path / "often", log_every=7, **more).sae
-    real = sae.trainer.Trainer.advance
-
-    def stops(self, *given):
-        if self.n_steps_done == 73:
-            raise KeyboardInterrupt
-        return real(self, *given)
-
-    monkeypatch.setattr(sae.trainer.Trainer, "advance", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(73):
         run(tmp_path / "stopped", **copy.deepcopy(more))
-    monkeypatch.setattr(sae.trainer.Trainer, "advance", real)
     early = sae.load_checkpoint(tmp_path / "stopped", X)
     frequency = (early.encode(X).dense() > 0).double().mean(dim=0)
     assert frequency[:6].mean() > frequency[6:24].mean() > frequency[24:].mean()

@@ -187,20 +187,11 @@ def test_a_refined_sae_leaves_less_than_a_plain_one(tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, {"accumulate": 2}, {"clip_norm": 1.0}], ids=["plain", "parts", "clipped"])
-def test_a_stopped_run_goes_on_bit_for_bit(more, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(more, tmp_path, stopped_at):
     options = more | {"sae": {"k_start": 8.0, "k_anneal_fraction": 0.5, "resample_every": 10_000}}
     whole = run(tmp_path / "whole", **copy.deepcopy(options)).sae
-    real = sae.trainer.Trainer.advance
-
-    def stops(self, *given):
-        if self.n_steps_done == 70:
-            raise KeyboardInterrupt
-        return real(self, *given)
-
-    monkeypatch.setattr(sae.trainer.Trainer, "advance", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(70):
         run(tmp_path / "stopped", **copy.deepcopy(options))
-    monkeypatch.setattr(sae.trainer.Trainer, "advance", real)
     assert sae.load_checkpoint(tmp_path / "stopped", X).encode(X).counts.float().mean() > 4.5  # k has not fallen yet
     config = sae.load_config(tmp_path / "stopped" / "config.yaml")
     resumed = sae.train(config, X, resume=True, report=False).sae
